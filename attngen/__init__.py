@@ -1,0 +1,124 @@
+"""attngen: describe an attention, get a fused, differentiable, tuned kernel for it.
+
+    import attngen as ag
+    attn = ag.compile(ag.Spec(mask=ag.causal() & ag.window(1024)))
+    out = attn(q, k, v)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attngen.errors import (
+    AttngenError,
+    AttngenWarning,
+    InputError,
+    PackError,
+    ScheduleError,
+    SpecError,
+    StoreError,
+)
+from attngen.expression import (
+    Expr,
+    Param,
+    Tensor,
+    absolute,
+    exp,
+    log,
+    maximum,
+    minimum,
+    sigmoid,
+    sqrt,
+    tanh,
+    where,
+)
+from attngen.patterns import (
+    alibi,
+    alibi_slopes,
+    bias,
+    block_causal,
+    causal,
+    dilated_window,
+    document_ids,
+    documents,
+    global_tokens,
+    neighborhood_2d,
+    prefix_lm,
+    sink,
+    soft_cap,
+    t5_bias,
+    tree,
+    window,
+)
+from attngen.schedule import Schedule
+from attngen.spec import Spec
+
+__version__ = "0.1.0"
+
+# Heavier stages load when they are first used, so that `import attngen` stays cheap.
+_LAZY = {
+    "compile": "attngen.runtime",
+    "CompiledAttention": "attngen.runtime",
+    "oracle": "attngen.reference",
+    "tile_map": "attngen.analysis",
+    "facts": "attngen.analysis",
+    "cross_compile": "attngen.cross",
+    "tune": "attngen.tuning",
+    "merge": "attngen.state",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        import importlib
+
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'attngen' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
+
+
+__all__ = [
+    "AttngenError",
+    "AttngenWarning",
+    "Expr",
+    "InputError",
+    "PackError",
+    "Param",
+    "Schedule",
+    "ScheduleError",
+    "Spec",
+    "SpecError",
+    "StoreError",
+    "Tensor",
+    "absolute",
+    "alibi",
+    "alibi_slopes",
+    "bias",
+    "block_causal",
+    "causal",
+    "dilated_window",
+    "document_ids",
+    "documents",
+    "exp",
+    "global_tokens",
+    "log",
+    "maximum",
+    "minimum",
+    "neighborhood_2d",
+    "prefix_lm",
+    "sigmoid",
+    "sink",
+    "soft_cap",
+    "sqrt",
+    "t5_bias",
+    "tanh",
+    "tree",
+    "where",
+    "window",
+    *_LAZY,
+]

@@ -1,0 +1,316 @@
+"""Per-tile summaries of captured data, for masks that no closed form describes: O(N) time and memory, no host sync.
+
+A table holds a few int32 values per (b, h, tile of the tile axis). Four kinds, for an atom with a tile-axis part A
+(which includes what depends on neither axis) and a walked part C:
+
+- `extent`: the least and the largest A over the tile's rows;
+- `order`:  the hull of the walked positions with A + C >= 0 (or > 0) for some row of the tile;
+- `match`:  the hull of the walked positions with A + C == 0 for some row, and one run of positions where it holds for
+            every row (empty unless A is constant over the tile): the walk's full part;
+- `floor`:  floor(A) of a real A that is the same for all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import sympy
+import torch
+
+from attngen.expression import is_int, loads, to_text
+from attngen.expression.evaluate import evaluate
+
+GRANULE = 16  # walked positions summarised together by an `order` table
+CHUNK = 8192  # positions evaluated at a time, so that temporaries stay small
+LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Table:
+    """How to compute one summary. `symbols` stand in bounds for its values, one int32 [B or 1, H or 1, tiles] each."""
+
+    kind: str  # "extent" | "order" | "match" | "floor"
+    tile: Any
+    walked: Any
+    strict: bool
+    symbols: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        relation = {"order": " > 0" if self.strict else " >= 0", "match": " == 0"}.get(self.kind, "")
+        return f"{', '.join(s.name for s in self.symbols)}: {self.kind} of {to_text(self.tile + self.walked)}{relation}"
+
+
+class Tables:
+    """The tables of one walk while it is analysed; equal ones are shared."""
+
+    _SUFFIXES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "extent": ("low", "high"),
+        "order": ("first", "stop"),
+        "match": ("first", "stop", "run_first", "run_stop"),
+        "floor": ("floor",),
+    }
+
+    def __init__(self, tile: Any, walked: Any, taken: Iterable[str]):
+        self.axes = (tile, walked)
+        self._taken = set(taken)
+        self._known: dict[Any, Table] = {}
+
+    def extent(self, term: Any) -> tuple[Any, ...]:
+        """(least, largest) of a tile-axis term."""
+        return self._get("extent", term, sympy.Integer(0), False)
+
+    def order(self, tile: Any, walked: Any, strict: bool) -> tuple[Any, ...]:
+        """(first, stop) of where tile + walked >= 0, or > 0."""
+        return self._get("order", tile, walked, strict)
+
+    def match(self, tile: Any, walked: Any) -> tuple[Any, ...]:
+        """(first, stop, run_first, run_stop) of where tile + walked == 0."""
+        return self._get("match", tile, walked, False)
+
+    def floor(self, value: Any) -> Any:
+        """floor(value) of a real value that is free of both axes."""
+        return self._get("floor", value, sympy.Integer(0), False)[0]
+
+    def used_by(self, expressions: Iterable[Any]) -> tuple[Table, ...]:
+        """The tables that some expression reads."""
+        free = {symbol for e in expressions for symbol in e.free_symbols}
+        return tuple(table for table in self._known.values() if free & set(table.symbols))
+
+    def _get(self, kind: str, tile: Any, walked: Any, strict: bool) -> tuple[Any, ...]:
+        key = (kind, tile, walked, strict)
+        if key not in self._known:
+            named = loads(walked) or loads(tile)
+            stem = named[0].name if named else "rows"
+            suffixes, base, number = self._SUFFIXES[kind], stem, 1
+            while self._taken & {f"{base}_{suffix}" for suffix in suffixes}:
+                number += 1
+                base = f"{stem}{number}"
+            names = [f"{base}_{suffix}" for suffix in suffixes]
+            self._taken.update(names)
+            self._known[key] = Table(kind, tile, walked, strict, tuple(sympy.Symbol(n, integer=True) for n in names))
+        return self._known[key].symbols
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a call: its symbol's name, its first original position (an int, or int tensor [B, 1, 1]) and its
+    length.
+    """
+
+    name: str
+    begin: Any
+    length: int
+
+    def positions(self, start: int, stop: int, device: Any) -> torch.Tensor:
+        """Original positions of rows start..stop, [B or 1, 1, stop - start]."""
+        return torch.arange(start, stop, device=device).view(1, 1, -1) + self.begin
+
+    def last(self) -> Any:
+        """One past the last original position."""
+        return self.begin + self.length
+
+
+def prepare(
+    tables: Iterable[Table], env: Mapping[str, Any], tile: Axis, walked: Axis, block: int, device: Any = "cpu"
+) -> dict[str, torch.Tensor]:
+    """Compute tables: {symbol name: int32 [B or 1, H or 1, tiles]}, walked positions being original ones.
+
+    `env` has the captures by name, and "b" [B, 1, 1] and "h" [1, H, 1] as integer tensors where expressions use them.
+    `block` is the tile's size on the tile axis. Launches a bounded number of torch operations and never waits for the
+    device.
+    """
+    values: dict[str, torch.Tensor] = {}
+    if tile.length == 0 or walked.length == 0:  # nothing to visit, whatever the bounds
+        empty = torch.zeros((1, 1, -(-tile.length // block)), dtype=torch.int32, device=device)
+        return {symbol.name: empty for table in tables for symbol in table.symbols}
+    for table in tables:
+        results = _KINDS[table.kind](table, env, tile, walked, block, device)
+        for symbol, result in zip(table.symbols, results, strict=True):
+            values[symbol.name] = result.clamp(-LIMIT, LIMIT).to(torch.int32)
+    return values
+
+
+# -- kinds ------------------------------------------------------------------------------------------------------------
+
+
+def _extent(table: Table, env: Any, tile: Axis, walked: Axis, block: int, device: Any) -> tuple[torch.Tensor, ...]:
+    return _blocks(table.tile, env, tile, block, device, torch.amin), _blocks(
+        table.tile, env, tile, block, device, torch.amax
+    )
+
+
+def _order(table: Table, env: Any, tile: Axis, walked: Axis, block: int, device: Any) -> tuple[torch.Tensor, ...]:
+    """Running maxima over granules of C find the granule, a second look inside it finds the position."""
+    threshold = -_blocks(table.tile, env, tile, block, device, torch.amax)
+    peaks = _blocks(table.walked, env, walked, GRANULE, device, torch.amax)
+    if not is_int(table.tile + table.walked):  # leave room for a kernel that sums in another order
+        finite = [torch.nan_to_num(x, posinf=0.0, neginf=0.0).abs().amax(-1, keepdim=True) for x in (threshold, peaks)]
+        threshold = threshold - 1e-6 * (finite[0] + finite[1])
+    peaks, threshold = _aligned(peaks, threshold)
+    granules = peaks.shape[-1]
+
+    def search(running: torch.Tensor) -> torch.Tensor:
+        return torch.searchsorted(running, threshold, right=table.strict)
+
+    ahead = search(peaks.cummax(-1).values)
+    behind = granules - 1 - search(peaks.flip(-1).cummax(-1).values)
+    first = _inside(table, env, walked, ahead, threshold, device).amin(-1)
+    last = _inside(table, env, walked, behind, threshold, device, missing=-1).amax(-1)
+    return first + walked.begin, last + 1 + walked.begin
+
+
+def _inside(
+    table: Table,
+    env: Any,
+    walked: Axis,
+    granule: torch.Tensor,
+    threshold: torch.Tensor,
+    device: Any,
+    missing: int | None = None,
+) -> torch.Tensor:
+    """Rows of each tile's granule that reach its threshold, [B', H', tiles, GRANULE]; `missing` for the others."""
+    missing = walked.length if missing is None else missing
+    rows = granule.unsqueeze(-1) * GRANULE + torch.arange(GRANULE, device=device)
+    inside = (rows >= 0) & (rows < walked.length)
+    flat = rows.clamp(0, walked.length - 1).flatten(-2)
+    values = _nan_holds(evaluate(table.walked, {**env, walked.name: flat + walked.begin}))
+    values = values.expand(torch.broadcast_shapes(values.shape, flat.shape)).unflatten(-1, (-1, GRANULE))
+    bound = threshold.unsqueeze(-1)
+    return torch.where(inside & ((values > bound) if table.strict else (values >= bound)), rows, missing)
+
+
+def _match(table: Table, env: Any, tile: Axis, walked: Axis, block: int, device: Any) -> tuple[torch.Tensor, ...]:
+    """Runs of equal C, sorted by value, are looked up for every run of equal A; the tile's hull is over its runs."""
+    tiles = -(-tile.length // block)
+    wanted, wanted_start, _, wanted_fits = _runs(-table.tile, env, tile, device, block)
+    value, start, stop, fits = _runs(table.walked, env, walked, device)
+    value, order = value.sort(dim=-1, stable=True)
+    start, stop = start.gather(-1, order), stop.gather(-1, order)
+    wanted, value = _aligned(wanted, value)
+    wanted_start, start, stop = (x.expand(*wanted.shape[:-1], -1) for x in (wanted_start, start, stop))
+    low, high = torch.searchsorted(value, wanted), torch.searchsorted(value, wanted, right=True)
+    found, n = high > low, walked.length
+    at_low, at_high = low.clamp(max=value.shape[-1] - 1), (high - 1).clamp(min=0)
+    first = torch.where(found, start.gather(-1, at_low), n)
+    last = torch.where(found, stop.gather(-1, at_high), 0)
+    run_stop = torch.where(found, stop.gather(-1, at_low), 0)
+    target = torch.where(
+        wanted_start < tile.length, wanted_start // block, tiles
+    ).long()  # unused slots go to an extra tile
+
+    def reduce(source: torch.Tensor, how: str, initial: Any) -> torch.Tensor:
+        shape = (*source.shape[:-1], tiles + 1)
+        return torch.full(shape, initial, dtype=source.dtype, device=device).scatter_reduce(-1, target, source, how)[
+            ..., :-1
+        ]
+
+    known = (wanted_fits & fits).expand(*wanted.shape[:-1], 1)
+    limits = torch.iinfo(wanted.dtype) if not wanted.is_floating_point() else torch.finfo(wanted.dtype)
+    constant = reduce(wanted, "amin", limits.max) == reduce(wanted, "amax", limits.min)
+    hull_first, hull_stop = reduce(first, "amin", n), reduce(last, "amax", 0)
+    run_first, run_stop = reduce(first, "amin", n), reduce(run_stop, "amax", 0)
+    full = known & constant & (run_first < run_stop)
+    return tuple(
+        rows + walked.begin
+        for rows in (
+            torch.where(known, hull_first, 0),
+            torch.where(known, hull_stop, n),
+            torch.where(full, run_first, n),
+            torch.where(full, run_stop, n),
+        )
+    )
+
+
+def _floor(table: Table, env: Any, tile: Axis, walked: Axis, block: int, device: Any) -> tuple[torch.Tensor, ...]:
+    value = _nan_holds(torch.as_tensor(evaluate(table.tile, env), dtype=torch.float64, device=device))
+    return (value.floor().expand(*value.shape[:-1] if value.ndim else (1, 1), -(-tile.length // block)),)
+
+
+_KINDS: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {
+    "extent": _extent,
+    "order": _order,
+    "match": _match,
+    "floor": _floor,
+}
+
+
+# -- steps ------------------------------------------------------------------------------------------------------------
+
+
+def _chunks(expr: Any, env: Any, axis: Axis, device: Any, multiple: int) -> Iterable[tuple[int, torch.Tensor]]:
+    """(first row, values [B', H', rows]) over the axis, in pieces whose size is a multiple of `multiple`."""
+    size = -(-max(CHUNK, axis.length // 64) // multiple) * multiple
+    for start in range(0, axis.length, size):
+        stop = min(start + size, axis.length)
+        positions = axis.positions(start, stop, device)
+        values = torch.as_tensor(evaluate(expr, {**env, axis.name: positions}), device=device)
+        yield start, values.expand(torch.broadcast_shapes(values.shape, (1, 1, stop - start)))
+
+
+def _blocks(expr: Any, env: Any, axis: Axis, block: int, device: Any, reduce: Any) -> torch.Tensor:
+    """Reduce an expression over blocks of an axis: [B', H', blocks]."""
+    parts = []
+    for _, values in _chunks(expr, env, axis, device, block):
+        values, ragged = _nan_holds(values), values.shape[-1] % block
+        whole = values[..., : values.shape[-1] - ragged]
+        if whole.shape[-1]:
+            parts.append(reduce(whole.unflatten(-1, (-1, block)), -1))
+        if ragged:
+            parts.append(reduce(values[..., -ragged:], -1, keepdim=True))
+    return torch.cat(parts, -1)
+
+
+def _nan_holds(values: torch.Tensor) -> torch.Tensor:
+    """A nan makes both an atom and its negation count as possible, so that its tile is neither skipped nor full."""
+    return (
+        torch.nan_to_num(values, nan=float("inf"), posinf=float("inf"), neginf=-float("inf"))
+        if values.is_floating_point()
+        else values
+    )
+
+
+def _runs(
+    expr: Any, env: Any, axis: Axis, device: Any, break_at: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Maximal runs of equal values, also broken at multiples of `break_at`.
+
+    Returns value, first row and stop row [B', H', runs], and whether they all fit [B', H', 1]. There are as many slots
+    as rows in short axes and a sixteenth of that in long ones; unused slots have the largest value and start at the
+    axis' end.
+    """
+    n = axis.length
+    slots = min(n, max(4096, n // 16) + (-(-n // break_at) if break_at else 0))
+    value = start = count = previous = None
+    for row, values in _chunks(expr, env, axis, device, break_at or 1):
+        rows = torch.arange(row, row + values.shape[-1], dtype=torch.int32, device=device)
+        if value is None or start is None or count is None or previous is None:
+            lead = values.shape[:-1]
+            largest = float("inf") if values.is_floating_point() else torch.iinfo(values.dtype).max
+            value = torch.full((*lead, slots + 1), largest, dtype=values.dtype, device=device)
+            start = torch.full((*lead, slots + 1), n, dtype=torch.int32, device=device)
+            count = torch.zeros((*lead, 1), dtype=torch.int64, device=device)
+            previous = values[..., :1]
+        before = torch.cat([previous, values[..., :-1]], -1)
+        breaks = values != before
+        if row == 0:
+            breaks[..., 0] = True
+        if break_at:
+            breaks = breaks | (rows % break_at == 0)
+        index = breaks.cumsum(-1) + (count - 1)
+        slot = torch.where(breaks, index.clamp(max=slots), slots)
+        value.scatter_(-1, slot, values)
+        start.scatter_(-1, slot, rows.expand_as(slot))
+        count, previous = index[..., -1:] + 1, values[..., -1:]
+    assert value is not None and start is not None and count is not None
+    value, start = value[..., :slots], start[..., :slots]
+    stop = torch.cat([start[..., 1:], start.new_full((*start.shape[:-1], 1), n)], -1)
+    return value, start, stop, count <= slots
+
+
+def _aligned(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two with equal batch and head dimensions and a common dtype."""
+    lead = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1])
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype).expand(*lead, -1).contiguous(), b.to(dtype).expand(*lead, -1).contiguous()

@@ -1,0 +1,113 @@
+"""Which schedule a call runs with, and where it came from: pinned, then the tuned record, then the model's choice."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attngen.analysis import Facts
+from attngen.errors import AttngenError
+from attngen.inputs import Call
+from attngen.schedule import Schedule, Target, complete
+
+PIECES = {"forward": "", "backward": ("dq_", "dkv_")}
+
+
+def shape_bucket(call: Call) -> tuple[int, ...]:
+    """What a tuned record is looked up by besides dtype and head dims: sizes rounded up to powers of two."""
+    from attngen.store import bucket
+
+    batch, heads_q, n_q, _ = call.q.shape
+    return tuple(bucket(int(size)) for size in (batch, heads_q, call.k.shape[1], n_q, call.k.shape[2]))
+
+
+def choose(call: Call, facts: Facts, backend: str, pins: Schedule, db: str | None) -> tuple[Schedule, str]:
+    """A complete schedule for this call on this backend, and in words where it came from."""
+    if backend == "interpret":
+        return complete_for("interpreter", call.q.shape[3], call.v.shape[3], call.q.dtype, pins), "the interpreter's small tiles"
+    tuned, origins = Schedule(), []
+    for piece, record in _records(call, backend, db).items():
+        tuned = tuned.over(Schedule(**record.record.schedule))
+        origins.append(f"{piece}: {record.record.kind} record, {record.how}")
+    if backend == "cpu":
+        from attngen.backends.cpu import default_schedule
+
+        schedule = pins.over(tuned).over(default_schedule(call, facts))
+    else:
+        target = Target.of_device(call.q.device)
+        schedule = complete(target, call.q.shape[3], call.v.shape[3], call.q.dtype, pins, tuned)
+    origins = origins or ["the model's choice: no tuned record for this spec, dtype, head dims and device"]
+    if pins.decided():
+        origins.insert(0, f"pinned: {pins}")
+    return schedule, "; ".join(origins)
+
+
+def complete_for(target: str, head_dim: int, head_dim_v: int, dtype: torch.dtype, pins: Schedule) -> Schedule:
+    """The schedule for a named target, without a database: what cross-compilation and `source` use."""
+    if target == "interpreter":
+        small = {"block_m": 16, "block_n": 16, "num_warps": 1, "num_stages": 1}
+        tiles = {prefix + name: value for prefix in ("", "dq_", "dkv_") for name, value in small.items()}
+        return pins.over(Schedule(**tiles, deterministic=True, precision="ieee"))
+    return complete(Target.named(target), head_dim, head_dim_v, dtype, pins)
+
+
+def _records(call: Call, backend: str, db: str | None) -> dict[str, Any]:
+    """What the database has for this call, by piece; empty if it can't be read (the store warns once)."""
+    from attngen.store import Key, Shape, open_store
+
+    if min(call.q.shape[:3]) == 0 or call.k.shape[2] == 0:
+        return {}
+    store = open_store(db)
+    shape = Shape(*(int(x) for x in (*call.q.shape[:2], call.k.shape[1], call.q.shape[2], call.k.shape[2], call.q.shape[3], call.v.shape[3])))
+    device, versions = _device(call.q.device), _versions(backend)
+    found = {}
+    for piece in PIECES:
+        key = Key.of(call.spec.key, piece, str(call.q.dtype), shape, device, versions)
+        record = store.lookup(key)
+        if record is not None and _legal(record.record.schedule):
+            found[piece] = record
+    return found
+
+
+def _legal(schedule: dict[str, Any]) -> bool:
+    try:
+        Schedule(**schedule)
+    except (AttngenError, TypeError):
+        return False
+    return True
+
+
+@lru_cache(maxsize=32)
+def _device(device: torch.device) -> Any:
+    from attngen.store import device_of
+
+    return device_of(device)
+
+
+@lru_cache(maxsize=4)
+def _versions(backend: str) -> Any:
+    from attngen.store import Versions
+
+    if backend == "cpu":
+        return Versions(generator=generator_hash("cpu"), torch=str(torch.__version__))
+    import triton
+
+    return Versions(generator=generator_hash("triton"), triton=triton.__version__)
+
+
+@lru_cache(maxsize=4)
+def generator_hash(backend: str) -> str:
+    """Hash of the code that decides how fast a schedule is: templates, lowering and analysis, or the CPU backend."""
+    import hashlib
+
+    root = Path(__file__).parent
+    folders = ["analysis", "backends"] if backend == "cpu" else ["analysis", "lowering", "templates"]
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in (".py", ".jinja"):
+                digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,155 @@
+"""Evaluate an expression on torch tensors by walking its tree: no code is generated or executed as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+import torch
+
+from attngen.expression.functions import (
+    Absolute,
+    FloorDiv,
+    Load,
+    Maximum,
+    Minimum,
+    PyMod,
+    Sigmoid,
+    Uniform,
+    Where,
+)
+
+Value = Any  # a torch.Tensor or a Python number
+_MASK32 = 0xFFFFFFFF
+
+
+def evaluate(
+    expr: Any, env: Mapping[str, Value], cache: dict[Any, Value] | None = None, real: torch.dtype = torch.float32
+) -> Value:
+    """The value of `expr`, broadcast over the tensors in `env` (symbol or captured-tensor name -> value).
+
+    `cache` keeps values of subexpressions between calls on one env. `real` is the dtype that integers become where they
+    meet fractions; floating tensors keep their own.
+
+    Indices of loads outside the tensor are clamped, so that pairs a mask removes are harmless; whether an attended
+    pair loads out of range is the caller's check.
+    """
+    if cache is None:
+        cache = {}
+    if expr in cache:
+        return cache[expr]
+    value = _evaluate(expr, env, cache, real)
+    cache[expr] = value
+    return value
+
+
+def uniform(seed: Value, b: Value, h: Value, i: Value, j: Value) -> Value:
+    """The counter-based random number of `Uniform` as float32; arguments broadcast, integers of any width."""
+    state = _mix(torch.as_tensor(seed))
+    for counter in (b, h, i, j):
+        state = _mix(state ^ (torch.as_tensor(counter).to(state.device, torch.int64) & _MASK32))
+    return (state >> 8).to(torch.float32) * 2.0**-24
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    x = x.to(torch.int64) & _MASK32  # 64-bit products of 32-bit words wrap, and their low 32 bits stay exact
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK32
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK32
+    return x ^ (x >> 16)
+
+
+def _evaluate(expr: Any, env: Mapping[str, Value], cache: dict[Any, Value], real: torch.dtype) -> Value:
+    if expr == sympy.true or expr == sympy.false:
+        return bool(expr)
+    if expr.is_Integer:
+        return int(expr)
+    if expr.is_Rational:
+        return torch.tensor(float(expr), dtype=real)  # zero-dimensional: takes part in dtype promotion only by kind
+    if expr.is_Symbol:
+        value = env[expr.name]
+        return torch.tensor(value, dtype=real) if isinstance(value, float) else value
+    if isinstance(expr, Load):
+        return _load(env[expr.name], [evaluate(index, env, cache, real) for index in expr.indices])
+    args = [evaluate(arg, env, cache, real) for arg in expr.args]
+    if expr.is_Pow:
+        base, exponent = args[0], float(expr.exp)
+        if expr.exp.is_Integer and expr.exp > 0:
+            return base ** int(expr.exp)
+        tensor = torch.as_tensor(base)
+        return torch.pow(tensor if tensor.is_floating_point() else tensor.to(real), exponent)
+    if expr.is_Add:
+        return _fold(args, lambda a, b: a + b)
+    if expr.is_Mul:
+        return _fold(args, lambda a, b: a * b)
+    if isinstance(expr, sympy.And):
+        return _fold(args, lambda a, b: a & b)
+    if isinstance(expr, sympy.Or):
+        return _fold(args, lambda a, b: a | b)
+    if type(expr) in _REAL_FUNCTIONS:
+        tensors = [torch.as_tensor(arg) for arg in args]
+        return _REAL_FUNCTIONS[type(expr)](*[t if t.is_floating_point() else t.to(real) for t in tensors])
+    return _FUNCTIONS[type(expr)](*args)
+
+
+def _fold(args: list[Value], combine: Any) -> Value:
+    # Scalars first, then the small operands: a row and a scalar meet before either meets a tile.
+    args = sorted(args, key=lambda a: a.numel() if isinstance(a, torch.Tensor) else 0)
+    value = args[0]
+    for arg in args[1:]:
+        value = combine(value, arg)
+    return value
+
+
+def _load(tensor: torch.Tensor, indices: list[Value]) -> torch.Tensor:
+    placed = []
+    for size, index in zip(tensor.shape, indices, strict=True):
+        if isinstance(index, torch.Tensor):
+            placed.append(index.long().clamp(0, max(size - 1, 0)))
+        else:
+            placed.append(torch.tensor(min(max(int(index), 0), max(size - 1, 0)), device=tensor.device))
+    if 0 in tensor.shape:
+        return torch.zeros(torch.broadcast_shapes(*(p.shape for p in placed)), dtype=tensor.dtype, device=tensor.device)
+    value = tensor[tuple(placed)]
+    return value.to(torch.int32) if value.dtype == torch.bool else value
+
+
+def _tensors(*args: Value) -> list[torch.Tensor]:
+    device = next((a.device for a in args if isinstance(a, torch.Tensor)), None)
+    return [a if isinstance(a, torch.Tensor) else torch.tensor(a, device=device) for a in args]
+
+
+def _lattice(function: Any) -> Any:
+    def apply(*args: Value) -> Value:
+        if not any(isinstance(arg, torch.Tensor) for arg in args):
+            return min(args) if function is torch.minimum else max(args)
+        return _fold(list(args), lambda a, b: function(*_tensors(a, b)))
+
+    return apply
+
+
+def _where(condition: Value, a: Value, b: Value) -> Value:
+    if isinstance(condition, bool):
+        return a if condition else b
+    return torch.where(condition, a, b)
+
+
+_REAL_FUNCTIONS: dict[Any, Any] = {
+    sympy.exp: torch.exp,
+    sympy.log: torch.log,
+    sympy.tanh: torch.tanh,
+    Sigmoid: torch.sigmoid,
+}
+_FUNCTIONS: dict[Any, Any] = {
+    Absolute: abs,
+    FloorDiv: lambda a, b: a // b,
+    PyMod: lambda a, b: a % b,
+    Minimum: _lattice(torch.minimum),
+    Maximum: _lattice(torch.maximum),
+    Where: _where,
+    Uniform: uniform,
+    sympy.GreaterThan: lambda a, b: a >= b,
+    sympy.StrictGreaterThan: lambda a, b: a > b,
+    sympy.Equality: lambda a, b: a == b,
+    sympy.Unequality: lambda a, b: a != b,
+}

@@ -1,0 +1,138 @@
+"""Source: the generated file of one kernel, and everything a launch needs to know about it.
+
+`render` fills a skeleton of `templates/` with printed expressions. What the kernel takes is described once, as typed
+arguments in order: the runtime builds launches from it and cross-compilation its signature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jinja2
+
+
+@dataclass(frozen=True)
+class Arg:
+    """One kernel argument.
+
+    role: "tensor" (a pointer to the tensor `of`), "stride" and "size" (of dimension `dim` of the tensor `of`), "length"
+    (the int `of`: n_q, n_k, heads, group), "scale" (the float factor on q.k), "offset" (q_offset, an int, or a pointer to
+    int32 [B]), "param" (the spec's Param `of`).
+    type: "*q" pointer in the dtype of q, "*fp32", "*i32", "*capture" pointer in the captured tensor's dtype; "i32", "fp32".
+    specialize: whether Triton may compile for a value's divisibility by 16 (or 1); no other value ever recompiles.
+    """
+
+    name: str
+    role: str
+    of: str
+    type: str
+    dim: int = 0
+    specialize: bool = True
+    comment: str = ""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One program per (batch, head, tile): cdiv(length, block) * heads * batch programs on one axis."""
+
+    length: str  # "n_q" or "n_k"
+    block: int
+    heads: str  # "q" or "kv": which head count
+
+    def programs(self, length: int, heads: int, batch: int) -> int:
+        """The number of programs to launch."""
+        return -(-length // self.block) * heads * batch
+
+
+@dataclass(frozen=True)
+class Source:
+    """A generated file: its text, the kernel's name in it, the arguments in order and the grid."""
+
+    name: str
+    text: str
+    args: tuple[Arg, ...]
+    grid: Grid
+    num_warps: int
+    num_stages: int
+
+    @property
+    def key(self) -> str:
+        """sha256 of the text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def write(self, folder: Path | str | None = None) -> Path:
+        """The file, named by its content; written atomically if it is not there yet."""
+        folder = Path(folder) if folder is not None else cache_dir() / "source"
+        path = folder / f"{self.name}_{self.key[:16]}.py"
+        if not path.exists() or path.read_text(encoding="utf-8") != self.text:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle, staged = tempfile.mkstemp(dir=folder, prefix=path.stem, suffix=".tmp")
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(self.text)
+            os.replace(staged, path)
+        return path
+
+    def load(self, folder: Path | str | None = None) -> Any:
+        """The kernel: a triton.jit function, or its interpreted form when TRITON_INTERPRET is set."""
+        return getattr(_module(str(self.write(folder)), os.environ.get("TRITON_INTERPRET", "0")), self.name)
+
+
+def cache_dir() -> Path:
+    """Where generated files go: ATTNGEN_CACHE_DIR, else the platform's cache folder."""
+    given = os.environ.get("ATTNGEN_CACHE_DIR")
+    if given:
+        return Path(given)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "attngen"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "attngen"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "attngen"
+
+
+@lru_cache(maxsize=None)
+def _module(path: str, interpret: str) -> ModuleType:
+    name = f"attngen_source_{Path(path).stem}_{interpret}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # triton looks its functions up by module
+    spec.loader.exec_module(module)
+    return module
+
+
+@lru_cache(maxsize=None)
+def environment() -> jinja2.Environment:
+    """The templates. What is not defined is an error, not empty text."""
+    folder = Path(__file__).resolve().parent.parent / "templates"
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,
+    )
+
+
+def tidy(text: str) -> str:
+    """Blank lines as a formatter leaves them: two in front of a function, else at most one, none after a colon."""
+    lines: list[str] = []
+    blank = False
+    for line in (line.rstrip() for line in text.strip().splitlines()):
+        if line and blank and not (lines and lines[-1].endswith(":")):
+            lines += ["", ""] if line.startswith("@") else [""]
+        if line:
+            lines.append(line)
+        blank = not line
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,65 @@
+"""A mask as a picture: tiles that are empty, partial or full, in the terminal and as PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+LEGEND = "█ full tile   ▒ partial tile   · empty tile"
+_GLYPHS = "·▒█"
+_COLORS = ("#f4f1ea", "#e8a33d", "#27548a")
+
+
+def shrink(tiles: torch.Tensor, most: int) -> torch.Tensor:
+    """A tile map [rows, columns] with at most `most` rows and columns: cells that mix become partial."""
+    step = -(-max(tiles.shape) // most)
+    if step <= 1:
+        return tiles
+    rows, columns = -(-tiles.shape[0] // step), -(-tiles.shape[1] // step)
+    low, high = (torch.full((rows * step, columns * step), fill, dtype=tiles.dtype) for fill in (FULL, EMPTY))
+    for padded in (low, high):
+        padded[: tiles.shape[0], : tiles.shape[1]] = tiles
+    low = low.view(rows, step, columns, step).amin((1, 3))
+    high = high.view(rows, step, columns, step).amax((1, 3))
+    return torch.where(high == EMPTY, EMPTY, torch.where(low == FULL, FULL, PARTIAL)).to(tiles.dtype)
+
+
+def text(tiles: torch.Tensor, most: int = 48) -> str:
+    """The picture in characters, query tiles down, key tiles across."""
+    cells = shrink(tiles, most)
+    return "\n".join("".join(_GLYPHS[cell] * 2 for cell in row) for row in cells.tolist())
+
+
+def summary(tiles: torch.Tensor) -> str:
+    """Counts and shares of full, partial and empty tiles."""
+    total = max(tiles.numel(), 1)
+    counts = {name: int((tiles == value).sum()) for name, value in (("full", FULL), ("partial", PARTIAL), ("empty", EMPTY))}
+    parts = ", ".join(f"{count} {name} ({count / total:.1%})" for name, count in counts.items())
+    live = counts["full"] + counts["partial"]
+    return f"{tiles.shape[0]} x {tiles.shape[1]} tiles: {parts}; visited {live / total:.1%} of the dense work"
+
+
+def png(tiles: torch.Tensor, path: str | Path, title: str, block_m: int, block_n: int) -> None:
+    """Draw the tile map into a PNG file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    cells = shrink(tiles, 512)
+    figure, axes = plt.subplots(figsize=(6.4, 6.8), dpi=150)
+    extent: Any = (0, tiles.shape[1] * block_n, tiles.shape[0] * block_m, 0)
+    axes.imshow(cells.numpy(), cmap=ListedColormap(list(_COLORS)), vmin=0, vmax=2, interpolation="nearest", extent=extent)
+    axes.set_xlabel("key position j")
+    axes.set_ylabel("query position i")
+    axes.set_title(title, fontsize=10, wrap=True)
+    names = ("empty: skipped", "partial: masked", "full: no mask code")
+    handles = [Patch(facecolor=color, edgecolor="#555555", label=name) for color, name in zip(_COLORS, names, strict=True)]
+    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=3, frameon=False, fontsize=8)
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)

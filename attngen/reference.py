@@ -1,0 +1,94 @@
+"""The reference: dense attention in float64, straight from the definition. Slow, O(Nq * Nk) memory, any device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from attngen.expression import S, evaluate, uniform
+from attngen.inputs import Call, bind
+from attngen.spec import Spec
+
+
+def oracle(
+    spec: Spec,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    q_offset: int | torch.Tensor = 0,
+    **captures: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dense float64 attention; differentiable by autograd in q, k, v and float captures.
+
+    q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] of any dtype. Returns out [B, Hq, Nq, Dv] and lse [B, Hq, Nq],
+    both float64; a row that sees no key has out 0 and lse -inf. Raises InputError for arguments that do not fit the spec.
+    """
+    return dense(bind(spec, q, k, v, q_offset=q_offset, captures=captures), torch.float64)
+
+
+def plain(
+    spec: Spec,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    q_offset: int | torch.Tensor = 0,
+    **captures: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by ordinary PyTorch operations in q's own dtype: the yardstick for the error of half types."""
+    call = bind(spec, q, k, v, q_offset=q_offset, captures=captures)
+    return dense(call, q.dtype)
+
+
+def dense(call: Call, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition, computed in `dtype`: out [B, Hq, Nq, Dv], lse [B, Hq, Nq]."""
+    spec, env = call.spec, dense_env(call, dtype)
+    keys, values = (t.to(dtype).repeat_interleave(call.group, 1) for t in (call.k, call.v))
+    logits = (call.q.to(dtype) @ keys.mT) * spec.scale_for(call.q.shape[-1])
+    if spec.score != S:
+        logits = torch.broadcast_to(_value(spec.score, {**env, "s": logits}, dtype, call), logits.shape)
+    mask = torch.broadcast_to(torch.as_tensor(evaluate(spec.mask, env, real=dtype), device=call.q.device), logits.shape)
+    logits = torch.where(mask, logits, -torch.inf)
+    columns = [logits]
+    if spec.sink is not None:  # one more key, whose value is 0
+        columns.append(torch.broadcast_to(_value(spec.sink, env, dtype, call), (*logits.shape[:-1], 1)))
+    table = torch.cat(columns, -1)
+    empty = ~table.isfinite().any(-1, keepdim=True) & ~table.isnan().any(-1, keepdim=True)
+    table = torch.where(empty, 0.0, table)  # rows that see no key: any finite numbers, replaced at the end
+    if table.shape[-1] == 0:
+        return values.new_zeros((*logits.shape[:-1], values.shape[-1])), logits.new_full(logits.shape[:-1], -torch.inf)
+    lse = torch.where(empty.squeeze(-1), -torch.inf, torch.logsumexp(table, -1))
+    weights = torch.where(empty, 0.0, torch.softmax(table, -1))[..., : logits.shape[-1]]
+    if spec.dropout is not None:
+        probability = float(evaluate(spec.dropout, env, real=dtype))
+        draws = uniform(env["seed"], env["b"], env["h"], env["i"], env["j"])
+        weights = torch.where(draws >= probability, weights / (1 - probability), 0.0)
+    broken = ~values.isfinite()
+    if not broken.any():
+        return weights @ values, lse
+    # A pair that is masked out contributes nothing, whatever the value holds: 0 * inf must not become nan.
+    reached = (mask & (weights != 0)).to(dtype) @ broken.to(dtype) > 0
+    return torch.where(reached, torch.nan, weights @ torch.where(broken, 0.0, values)), lse
+
+
+def _value(expr: Any, env: dict[str, Any], dtype: torch.dtype, call: Call) -> torch.Tensor:
+    return torch.as_tensor(evaluate(expr, env, real=dtype), device=call.q.device).to(dtype)
+
+
+def dense_env(call: Call, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """Positions, params and captures of a call as `dtype` / int64 tensors that broadcast over [B, Hq, Nq, Nk]."""
+    device = call.q.device
+    batch, heads, n_q = call.q.shape[:3]
+    offset = torch.as_tensor(call.q_offset, device=device).reshape(-1, 1, 1, 1)
+    env: dict[str, Any] = {
+        "b": torch.arange(batch, device=device).view(-1, 1, 1, 1),
+        "h": torch.arange(heads, device=device).view(1, -1, 1, 1),
+        "i": torch.arange(n_q, device=device).view(1, 1, -1, 1) + offset,
+        "j": torch.arange(call.k.shape[2], device=device).view(1, 1, 1, -1),
+        **call.params,
+    }
+    for name, tensor in call.captures.items():
+        env[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return env

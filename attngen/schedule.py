@@ -1,0 +1,173 @@
+"""Schedules: how a spec is computed, apart from what it computes. And the targets that limit them.
+
+A `Schedule` holds only what somebody decided; None means "not decided", and is filled from the tuned record or the
+model's choice. `complete()` merges these in that order of authority.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from attngen.errors import ScheduleError
+
+KERNELS = ("forward", "dq", "dkv")
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU architecture to generate code for.
+
+    name: "sm_90" or "gfx942"; shared_limit: bytes of shared memory a program may use; registers: per SM (32-bit);
+    max_warps: resident warps per SM.
+    """
+
+    name: str
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_limit: int
+    registers: int = 65536
+    max_warps: int = 64
+
+    @classmethod
+    def named(cls, name: str) -> Target:
+        """The target of that name. ScheduleError for one that is not known."""
+        if name not in TARGETS:
+            raise ScheduleError(f"target: expected one of {', '.join(TARGETS)}, got {name!r}")
+        return TARGETS[name]
+
+    @classmethod
+    def of_device(cls, device: Any) -> Target:
+        """The target of a torch CUDA or ROCm device."""
+        import torch
+
+        properties = torch.cuda.get_device_properties(device)
+        if torch.version.hip:
+            return cls.named(properties.gcnArchName.split(":")[0])
+        return cls.named(f"sm_{properties.major}{properties.minor}")
+
+
+def _nvidia(version: int, shared_kib: int, max_warps: int) -> Target:
+    return Target(f"sm_{version}", "cuda", version, 32, shared_kib * 1024, max_warps=max_warps)
+
+
+TARGETS = {
+    t.name: t
+    for t in (
+        _nvidia(80, 163, 64),
+        _nvidia(86, 99, 48),
+        _nvidia(89, 99, 48),
+        _nvidia(90, 227, 64),
+        _nvidia(100, 227, 64),
+        _nvidia(120, 99, 48),
+        Target("gfx942", "hip", "gfx942", 64, 64 * 1024, registers=131072, max_warps=32),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One kernel's part of a schedule: query tile x key tile, warps and software-pipeline stages."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Decisions about the computation; a field left at None is left to the tuner or the model.
+
+    block_m, block_n: query rows and keys a forward program holds at once; num_warps, num_stages: as in Triton.
+    dq_*, dkv_*: the same for the backward's two passes (a query tile walking keys; a key tile walking queries).
+    deterministic: gradients without atomics (default). False allows atomics for scattered captured-tensor gradients.
+    precision: of float32 products: "ieee" (default), "tf32" or "tf32x3". Half types are not affected.
+    Raises ScheduleError for values no target can have.
+    """
+
+    block_m: int | None = None
+    block_n: int | None = None
+    num_warps: int | None = None
+    num_stages: int | None = None
+    dq_block_m: int | None = None
+    dq_block_n: int | None = None
+    dq_num_warps: int | None = None
+    dq_num_stages: int | None = None
+    dkv_block_m: int | None = None
+    dkv_block_n: int | None = None
+    dkv_num_warps: int | None = None
+    dkv_num_stages: int | None = None
+    deterministic: bool | None = None
+    precision: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None:
+                continue
+            if field.name == "deterministic":
+                _expect(field.name, isinstance(value, bool), "True or False", value)
+            elif field.name == "precision":
+                _expect(field.name, value in PRECISIONS, f"one of {', '.join(PRECISIONS)}", value)
+            elif "block" in field.name:
+                _expect(field.name, _power_of_two(value, 16, 4096), "a power of two from 16 to 4096", value)
+            elif "warps" in field.name:
+                _expect(field.name, _power_of_two(value, 1, 16), "1, 2, 4, 8 or 16", value)
+            else:
+                _expect(field.name, type(value) is int and 1 <= value <= 8, "1 to 8", value)
+
+    def over(self, other: Schedule | None) -> Schedule:
+        """These decisions, and `other`'s where this one leaves them open."""
+        return self if other is None else replace(other, **self.decided())
+
+    def decided(self) -> dict[str, Any]:
+        """The decisions as a plain dict, for records and TOML."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def tile(self, kernel: str) -> Tile:
+        """The tile of "forward", "dq" or "dkv". ScheduleError if it is not decided yet."""
+        prefix = {"forward": "", "dq": "dq_", "dkv": "dkv_"}[kernel]
+        values = {f.name: getattr(self, prefix + f.name) for f in fields(Tile)}
+        open_names = [prefix + name for name, value in values.items() if value is None]
+        if open_names:
+            raise ScheduleError(f"{', '.join(open_names)} not decided: complete the schedule for a target first")
+        return Tile(**values)
+
+    def with_tile(self, kernel: str, tile: Tile) -> Schedule:
+        """This schedule with that kernel's tile decided."""
+        prefix = {"forward": "", "dq": "dq_", "dkv": "dkv_"}[kernel]
+        return replace(self, **{prefix + name: value for name, value in asdict(tile).items()})
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.decided().items()) or "undecided"
+
+
+def complete(target: Target, head_dim: int, head_dim_v: int, dtype: Any, *choices: Schedule | None) -> Schedule:
+    """The full schedule: the first of `choices` that decides a field wins, then the model's choice for the target."""
+    from attngen.defaults import default_tile
+
+    schedule = Schedule()
+    for choice in choices:
+        schedule = schedule.over(choice)
+    for kernel in KERNELS:
+        chosen = Schedule().with_tile(kernel, default_tile(target, kernel, max(head_dim, head_dim_v), dtype))
+        schedule = schedule.over(chosen)
+    schedule = schedule.over(Schedule(deterministic=True, precision="ieee"))
+    for kernel in KERNELS:
+        tile = schedule.tile(kernel)
+        for name in ("block_m", "block_n"):
+            if getattr(tile, name) > 256:
+                raise ScheduleError(f"{kernel} {name}: at most 256 on a GPU, got {getattr(tile, name)}")
+    return schedule
+
+
+def _power_of_two(value: Any, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most and value & (value - 1) == 0
+
+
+def _expect(name: str, holds: bool, expected: str, got: Any) -> None:
+    if not holds:
+        raise ScheduleError(f"{name}: expected {expected}, got {got!r}")

@@ -1,0 +1,36 @@
+"""Tuned records: one SQLite file of the user's own over text records shipped per GPU.
+
+    key = Key.of(spec.key, "forward", "bfloat16", shape, device, versions)
+    found = open_store().lookup(key)          # Found(record, how) or None, never an exception
+    open_store("my.db").put(record)           # keeps the better of old and new
+
+Imports neither Optuna nor SQLAlchemy, and torch only to ask for a device's name.
+"""
+
+from attngen.store.database import Store, cache_folder, default_path, open_store
+from attngen.store.device import Device, device_of
+from attngen.store.lookup import Found, choose
+from attngen.store.record import Key, Record, Shape, StoreWarning, Versions, better, bucket, utc_now
+from attngen.store.text import parse_records, read_records, write_records
+
+__all__ = [
+    "Device",
+    "Found",
+    "Key",
+    "Record",
+    "Shape",
+    "Store",
+    "StoreWarning",
+    "Versions",
+    "better",
+    "bucket",
+    "cache_folder",
+    "choose",
+    "default_path",
+    "device_of",
+    "open_store",
+    "parse_records",
+    "read_records",
+    "utc_now",
+    "write_records",
+]

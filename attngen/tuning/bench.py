@@ -1,0 +1,340 @@
+"""Inside the worker: inputs, the check against the oracle, and timing. One Bench per spec, shape, dtype and piece."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from attngen.inputs import bind
+from attngen.reference import dense_env, oracle
+from attngen.schedule import Schedule
+from attngen.spec import Spec
+from attngen.store import Shape
+from attngen.tuning.captures import make_captures
+from attngen.tuning.space import Point
+
+CHECK_LENGTH = 1000  # the dense check's longest sequence; no multiple of a tile, so that tails are checked too
+CHECK_PAIRS = 32e6  # the dense check's largest matrix, in elements over all heads
+CHECK_ROWS = 16  # rows in each sample at full length
+FLUSH_BYTES = 256 * 2**20  # written between GPU runs, more than any L2 holds
+ROUNDS = (5, 200)
+HOPELESS = 3.0  # times slower than the fastest after two rounds: not worth more of them
+
+Attention = Callable[..., torch.Tensor]
+Build = Callable[[Schedule], Attention]
+
+
+class WrongResult(Exception):
+    """The candidate ran but does not match the oracle. `error` is its error over what the rule allows."""
+
+    def __init__(self, what: str, error: float):
+        super().__init__(f"{what}: {error:.3g} times the error that is allowed")
+        self.error = error
+
+
+class Bench:
+    """Builds, checks and times schedules.
+
+    build: schedule -> attention; given only in tests, otherwise `attngen.compile` for the device.
+    point values override `base`, the complete schedule that pins and the model's choice make.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        shape: Shape,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        piece: str,
+        *,
+        base: Schedule | None = None,
+        captures: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        build: Build | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.spec, self.shape, self.dtype, self.piece = spec, shape, dtype, piece
+        self.device, self.base, self.clock = torch.device(device), base or Schedule(), clock
+        self.build = build or self._compile
+        self.backward = piece == "backward"
+        self.inputs = Inputs.make(spec, shape, dtype, self.device, captures, seed, self.backward)
+        small = small_shape(shape)
+        self._checks = [Check.dense(spec, small, dtype, self.device, captures, seed, self.backward)]
+        if small != shape:
+            self._checks.append(Check.rows(spec, self.inputs))
+        self._ready: dict[str, Callable[[], Any]] = {}
+        self._flush: torch.Tensor | None = None
+
+    def prepare(self, point: Point) -> float:
+        """Compile, check, keep ready for races. Returns the check's error over the allowed; raises WrongResult."""
+        attention = self.build(Schedule(**point).over(self.base))
+        error = max(check.error(attention) for check in self._checks)
+        self._ready[_name(point)] = self._runner(attention)
+        return error
+
+    def race(self, points: Sequence[Point], patience: float) -> list[list[float]]:
+        """Times of the prepared points, run in turns until `patience` seconds are used; the hopeless drop out early."""
+        runners = [self._ready[_name(point)] for point in points]
+        for run in runners:
+            self._time(run)
+        times: list[list[float]] = [[] for _ in runners]
+        end = self.clock() + patience
+        gc.disable()
+        try:
+            racing = list(range(len(runners)))
+            for number in range(ROUNDS[1]):
+                if number >= ROUNDS[0] and self.clock() >= end:
+                    break
+                turn = number % len(racing)  # nobody always runs after the same one
+                for place in [*racing[turn:], *racing[:turn]]:
+                    times[place].append(self._time(runners[place]))
+                if number == 1:
+                    fastest = min(min(found) for found in times)
+                    racing = [place for place in racing if min(times[place]) < HOPELESS * fastest]
+        finally:
+            gc.enable()
+        return times
+
+    def _compile(self, schedule: Schedule) -> Attention:
+        from attngen.runtime import compile as compile_spec
+
+        return compile_spec(self.spec, schedule=schedule, backend="cpu" if self.device.type == "cpu" else "triton")
+
+    def _runner(self, attention: Attention) -> Callable[[], Any]:
+        given = self.inputs
+        if not self.backward:
+
+            def forward() -> Any:
+                with torch.no_grad():
+                    return given.run(attention)
+
+            return forward
+        leaves = given.leaves()
+        out = given.run(attention)
+        return lambda: torch.autograd.grad(out, leaves, given.d_out, retain_graph=True)
+
+    def _time(self, run: Callable[[], Any]) -> float:
+        """Seconds of one run; on a GPU with a cold L2."""
+        if self.device.type != "cuda":
+            start = self.clock()
+            run()
+            return self.clock() - start
+        if self._flush is None:
+            self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.device)
+        self._flush.zero_()
+        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start_event.record()
+        run()
+        end_event.record()
+        end_event.synchronize()
+        return float(start_event.elapsed_time(end_event)) / 1e3
+
+
+class Inputs:
+    """q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv], d_out [B, Hq, Nq, Dv], captures by name."""
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        d_out: torch.Tensor,
+        captures: dict[str, Any],
+        q_offset: int = 0,
+    ):
+        self.q, self.k, self.v, self.d_out = q, k, v, d_out
+        self.captures, self.q_offset = captures, q_offset
+
+    @classmethod
+    def make(
+        cls,
+        spec: Spec,
+        shape: Shape,
+        dtype: torch.dtype,
+        device: torch.device,
+        captures: Mapping[str, Any] | None,
+        seed: int,
+        grads: bool,
+    ) -> Inputs:
+        generator = torch.Generator(device=device).manual_seed(seed)
+
+        def random(heads: int, length: int, dim: int) -> torch.Tensor:
+            size = (shape.batch, heads, length, dim)
+            return torch.randn(size, generator=generator, device=device).to(dtype).requires_grad_(grads)
+
+        q, k = random(shape.heads_q, shape.n_q, shape.head_dim), random(shape.heads_kv, shape.n_k, shape.head_dim)
+        v, d_out = (
+            random(h, n, shape.head_dim_v) for h, n in ((shape.heads_kv, shape.n_k), (shape.heads_q, shape.n_q))
+        )
+        return cls(q, k, v, d_out.detach(), make_captures(spec, shape, device, captures, seed), offset_of(shape))
+
+    def double(self) -> Inputs:
+        """The same values in float64, as leaves of their own."""
+        q, k, v = (t.detach().double().requires_grad_(t.requires_grad) for t in (self.q, self.k, self.v))
+        return Inputs(q, k, v, self.d_out.double(), self.captures, self.q_offset)
+
+    def leaves(self) -> list[torch.Tensor]:
+        """What gradients are asked for: a float capture that has none is a constant while tuning."""
+        return [self.q, self.k, self.v]
+
+    def run(self, attention: Attention) -> torch.Tensor:
+        extra = {"q_offset": self.q_offset} if self.q_offset else {}
+        return attention(self.q, self.k, self.v, **extra, **self.captures)
+
+
+class Check:
+    """Reference results, made once; `error` compares a candidate with them by the design's rule.
+
+    float32: relative Frobenius error, at most 1e-5 for out and 1e-4 for gradients. Half types: largest error at most
+    twice (gradients three times) that of plain PyTorch in the same dtype on the same inputs.
+    """
+
+    def __init__(self, inputs: Inputs, backward: bool, window: tuple[slice, slice, list[slice]] | None = None):
+        self.inputs, self.backward, self.window = inputs, backward, window
+        self.names = ["out", "q gradient", "k gradient", "v gradient"] if backward else ["out"]
+        self.expected: list[torch.Tensor] = []
+        self.allowed: list[float] = []
+
+    @classmethod
+    def dense(
+        cls,
+        spec: Spec,
+        shape: Shape,
+        dtype: torch.dtype,
+        device: torch.device,
+        captures: Mapping[str, Any] | None,
+        seed: int,
+        backward: bool,
+    ) -> Check:
+        """Everything, at a small size."""
+        check = cls(Inputs.make(spec, shape, dtype, device, captures, seed + 1, backward), backward)
+        exact = cls(check.inputs.double(), backward)  # so that the expected gradients are not rounded
+        check.expected = exact._results(lambda *a, **c: oracle(spec, *a, **c)[0])
+        plain_results = check._results(lambda *a, **c: plain(spec, *a, **c)) if _is_half(dtype) else check.expected
+        check._allow(plain_results, dtype)
+        return check
+
+    @classmethod
+    def rows(cls, spec: Spec, inputs: Inputs) -> Check:
+        """A few rows of the first heads at the size that is timed, each against all its keys; forward only."""
+        group, n_q = inputs.q.shape[1] // inputs.k.shape[1], inputs.q.shape[2]
+        starts = sorted({0, max(0, n_q // 2 - 5), max(0, n_q - CHECK_ROWS)})
+        spans = [slice(start, min(n_q, start + CHECK_ROWS)) for start in starts]
+        check = cls(inputs, False, (slice(0, 1), slice(0, group), spans))
+        dtype, expected, plains = inputs.q.dtype, [], []
+        with torch.no_grad():
+            for span in spans:
+                args = inputs.q[:1, :group, span], inputs.k[:1, :1], inputs.v[:1, :1]
+                first = inputs.q_offset + span.start
+                expected.append(oracle(spec, *args, q_offset=first, **inputs.captures)[0])
+                if _is_half(dtype):
+                    plains.append(plain(spec, *args, q_offset=first, **inputs.captures))
+        check.expected = [torch.cat(expected, dim=2)]
+        check._allow([torch.cat(plains, dim=2)] if plains else check.expected, dtype)
+        return check
+
+    def error(self, attention: Attention) -> float:
+        """The largest error over its allowance; at most 1. Raises WrongResult beyond that."""
+        worst = 0.0
+        for name, got, expected, allowed in zip(
+            self.names, self._results(attention), self.expected, self.allowed, strict=True
+        ):
+            if got.shape != expected.shape:
+                raise WrongResult(f"{name} of shape {list(got.shape)}", float("inf"))
+            relative = _difference(got, expected, got.dtype) / allowed
+            if not relative <= 1.0:  # nan too
+                raise WrongResult(name, relative)
+            worst = max(worst, relative)
+        return worst
+
+    def _results(self, attention: Attention) -> list[torch.Tensor]:
+        with torch.set_grad_enabled(self.backward):
+            out = self.inputs.run(attention)
+            if not self.backward:
+                if self.window is None or out.shape[2] != self.inputs.q.shape[2]:
+                    return [out]
+                batch, heads, spans = self.window
+                return [torch.cat([out[batch, heads, span] for span in spans], dim=2)]
+            grads = torch.autograd.grad(out, self.inputs.leaves(), self.inputs.d_out.to(out.dtype))
+            return [out.detach(), *grads]
+
+    def _allow(self, plains: list[torch.Tensor], dtype: torch.dtype) -> None:
+        for name, expected, plain_result in zip(self.names, self.expected, plains, strict=True):
+            if not _is_half(dtype):
+                self.allowed.append(1e-5 if name == "out" else 1e-4)
+                continue
+            factor = 2.0 if name == "out" else 3.0
+            self.allowed.append(max(factor * _difference(plain_result, expected, dtype), torch.finfo(dtype).tiny))
+
+
+def _difference(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:
+    difference = got.double() - expected.double()
+    if _is_half(dtype):
+        return float(difference.abs().max()) if difference.numel() else 0.0
+    norm = float(torch.linalg.vector_norm(expected.double()))
+    return float(torch.linalg.vector_norm(difference)) / norm if norm else float(difference.abs().sum())
+
+
+def _is_half(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float16, torch.bfloat16)
+
+
+def plain(
+    spec: Spec,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    q_offset: int | torch.Tensor = 0,
+    **captures: Any,
+) -> torch.Tensor:
+    """Dense attention by PyTorch operations in q's dtype, the yardstick for half types. Returns out [B, Hq, Nq, Dv]."""
+    from attngen.expression import S, evaluate
+
+    call = bind(spec, q, k, v, q_offset=q_offset, captures=captures)
+    env = {
+        name: value.to(q.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in dense_env(call).items()
+    }
+    logits = (call.q @ call.k.repeat_interleave(call.group, 1).mT) * spec.scale_for(q.shape[-1])
+    if spec.score != S:
+        logits = torch.broadcast_to(torch.as_tensor(evaluate(spec.score, {**env, "s": logits})), logits.shape)
+    mask = torch.broadcast_to(torch.as_tensor(evaluate(spec.mask, env), device=q.device), logits.shape)
+    logits = torch.where(mask, logits.to(q.dtype), -torch.inf)
+    if spec.sink is not None:  # one more key, whose value is 0
+        sink = torch.as_tensor(evaluate(spec.sink, env), dtype=q.dtype, device=q.device)
+        logits = torch.cat([logits, torch.broadcast_to(sink, (*logits.shape[:-1], 1))], dim=-1)
+    weights = torch.softmax(logits, dim=-1).nan_to_num(0.0)[..., : k.shape[2]]
+    if spec.dropout is not None:
+        from attngen.expression import uniform
+
+        probability = float(evaluate(spec.dropout, env))
+        draws = uniform(env["seed"], env["b"], env["h"], env["i"], env["j"])
+        weights = torch.where(draws >= probability, weights / (1 - probability), 0.0)
+    values = torch.where(mask.any(-2)[..., None], call.v.repeat_interleave(call.group, 1), 0.0)
+    return weights @ values
+
+
+def small_shape(shape: Shape) -> Shape:
+    """The same attention at a size whose dense matrix fits anywhere: heads keep their ratio."""
+    group = shape.heads_q // shape.heads_kv
+    batch, kv = min(shape.batch, 2), min(shape.heads_kv, 2)
+    longest = min(CHECK_LENGTH, int(math.sqrt(CHECK_PAIRS / (batch * kv * group))))
+    n_q, n_k = min(shape.n_q, longest), min(shape.n_k, longest)
+    return replace(shape, batch=batch, heads_q=kv * group, heads_kv=kv, n_q=n_q, n_k=n_k)
+
+
+def offset_of(shape: Shape) -> int:
+    """Where the queries of a tuned shape stand: fewer queries than keys are the last ones, as in decoding."""
+    return max(0, shape.n_k - shape.n_q)
+
+
+def _name(point: Point) -> str:
+    return json.dumps(point, sort_keys=True)

@@ -1,0 +1,237 @@
+"""What is known of a schedule without running it: compiled resources, a bound, and a rough time.
+
+The bound is the speed-of-light time of the pairs rounded out to tiles, which no schedule with these tiles beats.
+The estimate adds what portable Triton pays on top: softmax that does not overlap the products, latency that too few
+resident warps do not hide, and the last wave of programs. It ranks schedules; it does not predict a clock.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from attngen.schedule import Target
+from attngen.store import Shape
+from attngen.tuning.measure import Outcome
+from attngen.tuning.space import PIECES, Point
+
+LAUNCH = 5e-6  # seconds, the least a kernel takes
+SAFETY = 0.9  # of the bound: rates are partly measured, and a cache may help
+SPILLS = 64  # bytes of spills a thread that a schedule may have; more costs in every tile
+TILE_OVERHEAD = 400  # cycles of one step that do not shrink with the tile: barriers, the row maximum's exchange
+LATENCY = 1e-6  # seconds from asking memory to having it, under load
+CLOCK = 1.7e9  # Hz, only to turn those cycles into time
+
+# Products over pairs of a tile, in units of 2 * m * n * d operations: forward 2, dq pass 3, dkv pass 4.
+PRODUCTS = {"": 2, "dq_": 3, "dkv_": 4}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """A GPU's speeds: matrix operations, bytes and exponentials a second, and its multiprocessors."""
+
+    matrix: float
+    bandwidth: float
+    exps: float
+    units: int
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the compiler used for a kernel: registers a thread, bytes of spills a thread, bytes of shared memory."""
+
+    registers: int
+    spills: int
+    shared: int
+    num_warps: int
+
+    def resident(self, target: Target) -> int:
+        """Programs that fit one multiprocessor at once."""
+        by_warps = target.max_warps // self.num_warps
+        granted = -(-max(self.registers, 1) // 8) * 8
+        by_registers = target.registers // (granted * self.num_warps * target.warp_size)
+        by_shared = target.shared_limit // self.shared if self.shared else by_warps
+        return max(0, min(by_warps, by_registers, by_shared))
+
+    def problem(self, target: Target) -> str | None:
+        """Why the target cannot run it, or should not."""
+        if self.shared > target.shared_limit:
+            return f"needs {self.shared} bytes of shared memory, {target.name} has {target.shared_limit}"
+        if self.spills > SPILLS:
+            return f"spills {self.spills} bytes a thread"
+        if self.resident(target) < 1:
+            return f"{self.registers} registers a thread: not one program of {self.num_warps} warps fits"
+        return None
+
+
+class GpuModel:
+    """Implements `search.Modeller` for a GPU, present or not.
+
+    pairs: (block_m, block_n) -> attended pairs per batch and head, rounded out to tiles.
+    compiled: point -> {prefix: Resources}, by cross-compiling; None leaves resources unknown (only arithmetic).
+    bounded: whether the rates are this very GPU's, so that a bound by them may refuse a schedule.
+    """
+
+    def __init__(
+        self,
+        piece: str,
+        shape: Shape,
+        element: int,
+        target: Target,
+        rates: Rates,
+        pairs: Callable[[int, int], float],
+        compiled: Callable[[Point], Mapping[str, Resources]] | None = None,
+        bounded: bool = True,
+    ):
+        self.prefixes, self.shape, self.element = PIECES[piece], shape, element
+        self.target, self.rates, self.compiled, self.bounded = target, rates, compiled, bounded
+        self._pairs_of, self._pairs = pairs, dict[tuple[int, int], float]()
+        self._resources: dict[str, Mapping[str, Resources]] = {}
+
+    def guess(self, point: Point) -> float:
+        """Seconds, without compiling: resources as far as arithmetic knows them."""
+        return sum(self._seconds(prefix, point, None) for prefix in self.prefixes)
+
+    def bound(self, point: Point) -> float:
+        return SAFETY * sum(self._bound(prefix, point) for prefix in self.prefixes) if self.bounded else 0.0
+
+    def refuse(self, point: Point) -> str | None:
+        if self.compiled is None:
+            return None
+        try:
+            resources = self.resources(point)
+        except Uncompilable as problem:
+            return str(problem)
+        for prefix, used in resources.items():
+            if reason := used.problem(self.target):
+                return f"{prefix.rstrip('_') or 'forward'} {reason}"
+        return None
+
+    def estimate(self, point: Point) -> float:
+        """Seconds, with the compiled resources where there is a compiler."""
+        resources = self.resources(point) if self.compiled is not None else {}
+        return sum(self._seconds(prefix, point, resources.get(prefix)) for prefix in self.prefixes)
+
+    def resources(self, point: Point) -> Mapping[str, Resources]:
+        """Compiled once per point. Raises Uncompilable."""
+        assert self.compiled is not None
+        name = json.dumps(point, sort_keys=True)
+        if name not in self._resources:
+            self._resources[name] = self.compiled(point)
+        return self._resources[name]
+
+    def pairs(self, m: int, n: int) -> float:
+        """Pairs per batch and head of the tiles that are visited."""
+        if (m, n) not in self._pairs:
+            self._pairs[m, n] = self._pairs_of(m, n)
+        return self._pairs[m, n]
+
+    def _work(self, prefix: str, point: Point) -> tuple[float, float, float]:
+        """Operations, exponentials and least bytes of a kernel with these tiles."""
+        shape, m, n = self.shape, point[prefix + "block_m"], point[prefix + "block_n"]
+        pairs = shape.batch * shape.heads_q * self.pairs(m, n)
+        dims = {"": (shape.head_dim + shape.head_dim_v) / 2}.get(prefix, max(shape.head_dim, shape.head_dim_v))
+        q_side = shape.batch * shape.heads_q * shape.n_q * (shape.head_dim + shape.head_dim_v)
+        k_side = shape.batch * shape.heads_kv * shape.n_k * (shape.head_dim + shape.head_dim_v)
+        return PRODUCTS[prefix] * 2 * pairs * dims, pairs, self.element * (q_side + k_side)
+
+    def _bound(self, prefix: str, point: Point) -> float:
+        operations, exps, size = self._work(prefix, point)
+        return max(operations / self.rates.matrix, exps / self.rates.exps, size / self.rates.bandwidth)
+
+    def _seconds(self, prefix: str, point: Point, used: Resources | None) -> float:
+        shape, rates = self.shape, self.rates
+        m, n, warps, stages = (point[prefix + x] for x in ("block_m", "block_n", "num_warps", "num_stages"))
+        operations, exps, size = self._work(prefix, point)
+        padding = (m / min(m, shape.n_q)) * (n / min(n, shape.n_k))  # a tile beyond the whole length
+        operations, exps = operations * padding, exps * padding
+        if prefix == "dkv_":
+            programs = shape.batch * shape.heads_kv * math.ceil(shape.n_k / n)
+        else:
+            programs = shape.batch * shape.heads_q * math.ceil(shape.n_q / m)
+        # Small tiles feed the matrix units badly: an operand is read again for each of them.
+        feed = (m / (m + 16)) * (n / (n + 16)) * (1.0 if m >= 16 * warps or warps <= 4 else 0.8)
+        busy = operations / (rates.matrix * feed) + exps / rates.exps
+        resident = used.resident(self.target) if used is not None else self._resident(prefix, m, n, warps, stages)
+        hidden = min(1.0, (0.4 + 0.15 * min(stages, 4)) * (0.85 + 0.15 * min(resident, 3)))
+        steps = exps / (m * n) / rates.units
+        waiting = steps * TILE_OVERHEAD / CLOCK / max(1, resident)
+        slots = rates.units * max(1, resident)
+        waves = math.ceil(programs / slots) * slots / programs if programs > slots else max(1.0, rates.units / programs)
+        spilled = 1.0 + (used.spills / 256 if used is not None else 0.0)
+        return LAUNCH + max(
+            (busy / hidden + waiting) * waves * spilled,
+            size / rates.bandwidth,
+            self._streaming(prefix, m, n, stages, exps, programs, resident),
+        )
+
+    def _streaming(self, prefix: str, m: int, n: int, stages: int, exps: float, programs: int, resident: int) -> float:
+        """Seconds to read the walked tiles, by Little's law: what is under way at once over the latency.
+
+        Sets the time of decoding, where few programs read much.
+        """
+        walked, still = (m, n) if prefix == "dkv_" else (n, m)
+        tile = walked * (self.shape.head_dim + self.shape.head_dim_v) * self.element
+        units = min(self.rates.units, programs)
+        together = min(max(1, resident), math.ceil(programs / self.rates.units))
+        underway = units * together * max(1, stages - 1) * tile
+        return exps / (walked * still) * tile * LATENCY / underway
+
+    def _resident(self, prefix: str, m: int, n: int, warps: int, stages: int) -> int:
+        held = m * self.shape.head_dim_v + m * n if prefix == "" else 2 * m * n + m * self.shape.head_dim
+        registers = min(255, 40 + held // (warps * self.target.warp_size))
+        walked = (m if prefix == "dkv_" else n) * (self.shape.head_dim + self.shape.head_dim_v)
+        still = (n if prefix == "dkv_" else m) * (self.shape.head_dim + self.shape.head_dim_v * (prefix != ""))
+        shared = self.element * (walked * max(1, stages - 1) + still)
+        return Resources(registers, 0, shared, warps).resident(self.target)
+
+
+class Uncompilable(Exception):
+    """The compiler refused a schedule, crashed or took too long."""
+
+
+class ModelMeasurer:
+    """ "Measures" by the model, for a GPU that is not here. Its records say modelled."""
+
+    kind = "modelled"
+
+    def __init__(self, model: GpuModel, close: Callable[[], None] = lambda: None):
+        self.model, self.close = model, close
+
+    def measure(self, points: Sequence[Point], patience: float = 1.0) -> list[Outcome]:
+        return [self._one(point) for point in points]
+
+    def _one(self, point: Point) -> Outcome:
+        try:
+            if reason := self.model.refuse(point):
+                return Outcome("failed", reason=reason)
+            return Outcome("ok", self.model.estimate(point))
+        except Uncompilable as problem:
+            return Outcome("failed", reason=str(problem))
+
+
+def compiled_by(worker: Any, prefixes: Sequence[str]) -> Callable[[Point], dict[str, Resources]]:
+    """Cross-compile in a worker process: a compiler may crash or hang as well as a kernel."""
+    from attngen.tuning.measure import WorkerDied
+
+    kernels = {"forward": "", "dq": "dq_", "dkv": "dkv_"}
+
+    def compiled(point: Point) -> dict[str, Resources]:
+        try:
+            answer = worker.ask({"op": "resources", "point": point})
+        except WorkerDied as death:
+            raise Uncompilable(f"cross-compiling {death.status}: {death.reason}") from death
+        if answer["status"] != "ok":
+            raise Uncompilable(f"does not compile: {answer['reason']}")
+        found: dict[str, Resources] = {}
+        for kernel in answer["kernels"]:
+            prefix = kernels.get(kernel["name"], "none")
+            if prefix in prefixes:
+                warps = point[prefix + "num_warps"]
+                found[prefix] = Resources(kernel["registers"], kernel["spills"], kernel["shared"], warps)
+        return found
+
+    return compiled

@@ -1,0 +1,136 @@
+"""Where to tune: on this machine's GPU or CPU by measuring, or for a named GPU by the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attngen.analysis import GPUS, Gpu, facts
+from attngen.analysis.cost import visited_pairs
+from attngen.choice import _device as device_key
+from attngen.choice import _versions as versions_key
+from attngen.errors import InputError
+from attngen.inputs import bind
+from attngen.schedule import Schedule, Target, complete
+from attngen.store import Device, Shape, Versions
+from attngen.tuning.model import GpuModel, Rates, compiled_by
+from attngen.tuning.space import PIECES, Space, cpu_space, gpu_space
+
+if TYPE_CHECKING:
+    from attngen.spec import Spec
+    from attngen.tuning.measure import Worker
+    from attngen.tuning.tuner import Job
+
+# How the GPUs of `GPUS` call themselves: a modelled record must be found on the real one. Driver unknown.
+IDENTITIES = {
+    "H200": Device("NVIDIA H200", 132, 140),
+    "H100": Device("NVIDIA H100 80GB HBM3", 132, 79),
+    "A100": Device("NVIDIA A100-SXM4-80GB", 108, 79),
+    "B200": Device("NVIDIA B200", 148, 178),
+    "MI300X": Device("AMD Instinct MI300X", 304, 192),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """device, versions: part of every record's key; kind: what its records are; torch_device: where candidates run,
+    None for a GPU that is not here; target: None for a CPU; gpu: known rates, exact if it is this very GPU."""
+
+    device: Device
+    versions: Versions
+    kind: str
+    torch_device: torch.device | None
+    target: Target | None
+    gpu: Gpu | None
+    exact: bool = True
+
+    def space(self, job: Job) -> tuple[Space, Schedule]:
+        """What may be chosen, and the complete schedule that a point changes."""
+        shape, pins = job.shape, job.spec.schedule or Schedule()
+        if self.target is not None:
+            start = complete(self.target, shape.head_dim, shape.head_dim_v, job.dtype, pins)
+            return gpu_space(job.piece, shape, job.dtype.itemsize, self.target, start, pins), start
+        from attngen.backends.cpu import default_schedule
+
+        start = pins.over(default_schedule(_empty_call(job.spec, shape, job.dtype, job.values), facts(job.spec)))
+        return cpu_space(job.piece, shape, start, pins), start
+
+    def model(self, job: Job, worker: Worker) -> GpuModel | None:
+        """What is known about schedules beforehand; nothing on a CPU, where measuring costs less than a model."""
+        if self.target is None or self.gpu is None:
+            return None
+        rate = self.gpu.matrix_half if job.dtype.itemsize <= 2 else self.gpu.matrix_float
+        return GpuModel(
+            job.piece,
+            job.shape,
+            job.dtype.itemsize,
+            self.target,
+            Rates(rate, self.gpu.bandwidth, self.gpu.exp, self.device.units),
+            partial(_pairs, job.spec, job.shape, job.values),
+            compiled_by(worker, PIECES[job.piece]),
+            bounded=self.exact,
+        )
+
+
+def find_place(target: str | None, device: torch.device | str | None) -> Place:
+    """target: a GPU or an architecture to model, unless it is the one in this machine; None: measure on `device`, by
+    default the GPU if there is one. Raises InputError for a target or device that is not known."""
+    here = _here(device)
+    if target is None:
+        return here
+    gpu = _named(target)
+    if here.gpu is not None and here.exact and here.gpu.name == gpu.name:
+        return here
+    versions = versions_key("triton")
+    return Place(IDENTITIES[gpu.name], versions, "modelled", None, Target.named(gpu.target), gpu)
+
+
+def _here(device: torch.device | str | None) -> Place:
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as problem:
+        raise InputError("device", "cpu or cuda", repr(device)) from problem
+    if found.type == "cpu":
+        return Place(device_key(found), versions_key("cpu"), "measured", found, None, None)
+    if found.type != "cuda" or not torch.cuda.is_available():
+        raise InputError("device", "a device of this machine", str(found), "name a GPU with target= to model it")
+    identity, target = device_key(found), Target.of_device(found)
+    gpu = next((gpu for gpu in GPUS.values() if IDENTITIES[gpu.name].name == identity.name), None)
+    like = gpu or next((gpu for gpu in GPUS.values() if gpu.target == target.name), None)
+    return Place(identity, versions_key("triton"), "measured", found, target, like, exact=gpu is not None)
+
+
+def _named(target: str) -> Gpu:
+    wanted = target.strip().lower()
+    for gpu in GPUS.values():
+        if wanted in (gpu.name.lower(), IDENTITIES[gpu.name].name.lower(), gpu.target):
+            return gpu
+    names = ", ".join([*GPUS, *dict.fromkeys(gpu.target for gpu in GPUS.values())])
+    raise InputError("target", f"one of {names}", repr(target), "or measure on the device itself, without target=")
+
+
+def _pairs(spec: Spec, shape: Shape, captures: Mapping[str, Any], m: int, n: int) -> float:
+    """Pairs of the visited tiles, on average over batch and heads."""
+    heads = shape.heads_q if _varies(spec) else 1
+    batch = shape.batch if _varies(spec) else 1
+    offset = max(0, shape.n_k - shape.n_q)  # fewer queries than keys are the last ones
+    pairs = visited_pairs(facts(spec), batch, heads, shape.n_q, shape.n_k, m, n, offset, captures)
+    return shape.n_q * shape.n_k if pairs is None else pairs / (batch * heads)
+
+
+def _varies(spec: Spec) -> bool:
+    """Whether the mask may differ between batches or heads."""
+    return bool({symbol.name for symbol in spec.mask.free_symbols} & {"b", "h"})
+
+
+def _empty_call(spec: Spec, shape: Shape, dtype: torch.dtype, captures: Mapping[str, Any]) -> Any:
+    """A call with the right sizes and no values: enough to choose a schedule for."""
+    q = torch.empty(shape.batch, shape.heads_q, shape.n_q, shape.head_dim, dtype=dtype)
+    k, v = (
+        torch.empty(shape.batch, shape.heads_kv, shape.n_k, d, dtype=dtype) for d in (shape.head_dim, shape.head_dim_v)
+    )
+    return bind(spec, q, k, v, captures=captures)

@@ -1,0 +1,306 @@
+"""The search itself: suggest, refuse by the model, measure against the best so far, keep. Knows no device."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from attngen.tuning.measure import Measurer, Outcome
+from attngen.tuning.space import MAX_ENUMERATED, Point, Space
+from attngen.tuning.trials import PRUNED, Asked, Trials, Tried
+
+FINALISTS = 3  # measured again at the end
+TIGHTEN_AFTER = 30  # trials before the ranges may be tightened
+TIGHTEN_KEEP = 10  # best trials that are kept then
+FIRST_GUESSES = 5  # of the model, tried before the sampler takes over
+
+
+class Modeller(Protocol):
+    """What is known about a schedule without running it."""
+
+    def guess(self, point: Point) -> float:
+        """Estimated seconds, cheaply: decides which points come first."""
+        ...
+
+    def bound(self, point: Point) -> float:
+        """Seconds that the point cannot beat."""
+        ...
+
+    def refuse(self, point: Point) -> str | None:
+        """Why the point is not worth measuring (spills, too much shared memory); may compile for it."""
+        ...
+
+
+class NoModel:
+    """Refuses nothing."""
+
+    def guess(self, point: Point) -> float:
+        return 0.0
+
+    def bound(self, point: Point) -> float:
+        return 0.0
+
+    def refuse(self, point: Point) -> str | None:
+        return None
+
+
+@dataclass
+class Progress:
+    """Where a search stands; given to `watch` after every change."""
+
+    trials: int = 0  # asked for
+    done: int = 0
+    failed: int = 0
+    pruned: int = 0
+    resumed: int = 0  # of `done`, from earlier calls
+    best: Tried | None = None
+    now: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """best: what won the final race, or None; final: all outcomes of that race, best first; why it ended."""
+
+    best: Tried | None
+    final: tuple[Tried, ...]
+    progress: Progress
+    ended: str  # "trials", "exhausted", "timeout", "interrupted"
+    failures: tuple[Tried, ...] = field(default=())
+
+
+class Interrupts:
+    """Ctrl-C ends a search between steps: inside a database's or a journal's write it would leave half a step behind.
+
+    While `waiting` for a measurement, it takes effect at once; and at the second time, anywhere.
+    """
+
+    def __init__(self) -> None:
+        self.pending = self._waiting = False
+        self._previous: Any = None
+
+    def __enter__(self) -> Interrupts:
+        main = threading.current_thread() is threading.main_thread()
+        if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self._waiting or self.pending:
+            raise KeyboardInterrupt
+        self.pending = True
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if Ctrl-C came."""
+        if self.pending:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, Ctrl-C is raised at once."""
+        self._waiting = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._waiting = False
+
+
+@dataclass
+class Search:
+    """One search over a space. `first`: points to try before any other, the incumbent foremost."""
+
+    space: Space
+    measurer: Measurer
+    trials: Trials
+    count: int
+    model: Modeller = field(default_factory=NoModel)
+    first: Sequence[Point] = ()
+    deadline: float = float("inf")
+    tighten: bool = True
+    patience: float = 0.5
+    watch: Callable[[Progress], None] = lambda progress: None
+    keep: Callable[[Tried], None] = lambda tried: None  # called with each new best
+    clock: Callable[[], float] = time.monotonic
+    seed: int = 0
+
+    def run(self) -> Result:
+        """Until `count` trials are finished, nothing legal is left, the deadline, or Ctrl-C."""
+        self._random = random.Random(self.seed)
+        self._progress = Progress(self.count)
+        self._narrow = self.space
+        self._measuring = 0.0
+        queue = self._opening()
+        self._count(self.trials.history())
+        self._progress.resumed = self._progress.done
+        ended = "interrupted"
+        final: tuple[Tried, ...] = ()
+        with Interrupts() as self._interrupts:
+            try:
+                ended = self._loop(queue)
+                self._progress.now = "final race"
+                self.watch(self._progress)
+                final = self._final()
+            except KeyboardInterrupt:
+                ended = "interrupted"
+        failures = tuple(t for t in self.trials.history() if not t.outcome.ok and t.outcome.status != PRUNED)
+        best = next((tried for tried in final if tried.outcome.ok), self._progress.best)
+        return Result(best, final, self._progress, ended, failures)
+
+    def _loop(self, queue: list[Point]) -> str:
+        while True:
+            self._interrupts.check()
+            history = self.trials.history()
+            self._count(history)
+            self.watch(self._progress)
+            if self._progress.done >= self.count:
+                return "trials"
+            if self.clock() >= self.deadline:
+                return "timeout"
+            self._maybe_tighten(history)
+            seen = {_name(tried.point) for tried in history}
+            wanted = next((p for p in queue if _name(p) not in seen and self._narrow.holds(p)), None)
+            asked = self._next(seen, wanted)
+            if asked is None:
+                return "exhausted"
+            try:
+                self._try(asked)
+            except BaseException:
+                self.trials.forget(asked)
+                raise
+
+    def _next(self, seen: set[str], wanted: Point | None) -> Asked | None:
+        """A point that is legal and new: the wanted one, else the sampler's, else one near the best, else any."""
+        for _ in range(4):
+            asked = self.trials.ask(self._narrow, wanted)
+            if _name(asked.point) not in seen and self._narrow.illegal(asked.point) is None:
+                return asked
+            self.trials.forget(asked)
+            wanted = None
+        best = self._progress.best
+        near = [] if best is None else [p for p in _neighbours(self._narrow, best.point) if _name(p) not in seen]
+        point = min(near, key=self.model.guess) if near else self._any_new(seen)
+        return None if point is None else self.trials.ask(self._narrow, point)
+
+    def _any_new(self, seen: set[str]) -> Point | None:
+        for space in (self._narrow, self.space):
+            if space.size <= MAX_ENUMERATED:
+                fresh = [point for point in space.points() if _name(point) not in seen]
+                if fresh:
+                    if space is not self._narrow:  # the tightened part is used up
+                        self._widen()
+                    return self._random.choice(fresh)
+                continue
+            for _ in range(2000):
+                point = {name: self._random.choice(values) for name, values in space.choices.items()}
+                if _name(point) not in seen and space.illegal(point) is None:
+                    return point
+        return None
+
+    def _try(self, asked: Asked) -> None:
+        point, best = asked.point, self._progress.best
+        if best is not None and self.model.bound(point) >= best.outcome.seconds:
+            self.trials.tell(asked, Outcome(PRUNED, reason="its speed-of-light bound is above the best time"))
+            return
+        with self._interrupts.waiting():
+            reason = self.model.refuse(point)
+        if reason is not None:
+            self.trials.tell(asked, Outcome(PRUNED, reason=reason))
+            return
+        self._progress.now = ", ".join(f"{name}={value}" for name, value in point.items())
+        self.watch(self._progress)
+        start = self.clock()
+        with self._interrupts.waiting():
+            outcome = self._measure(point, best)
+        self._measuring += self.clock() - start
+        self.trials.tell(asked, outcome)
+        if outcome.ok and (best is None or outcome.seconds < best.outcome.seconds):
+            self._progress.best = Tried(point, outcome)
+            self.keep(self._progress.best)
+
+    def _measure(self, point: Point, best: Tried | None) -> Outcome:
+        """The newcomer's time, in a race with the best so far: a drifting clock or a warm machine favours neither."""
+        if best is None:
+            (outcome,) = self.measurer.measure([point], self.patience)
+            return outcome
+        outcome, again = self.measurer.measure([point, best.point], self.patience)
+        if outcome.ok and again.ok and again.seconds > 0:
+            return replace(outcome, seconds=outcome.seconds * best.outcome.seconds / again.seconds)
+        return outcome
+
+    def _final(self) -> tuple[Tried, ...]:
+        """The best few and the first of the queue once more, side by side and for longer."""
+        points = [tried.point for tried in self._good(self.trials.history(), FINALISTS)]
+        points += [p for p in self.first[:1] if self.space.holds(p) and p not in points]
+        if not points:
+            return ()
+        with self._interrupts.waiting():
+            outcomes = self.measurer.measure(points, 4 * self.patience)
+        final = [Tried(point, outcome) for point, outcome in zip(points, outcomes, strict=True)]
+        return tuple(sorted(final, key=lambda tried: (not tried.outcome.ok, tried.outcome.seconds)))
+
+    def _opening(self) -> list[Point]:
+        """What is tried first: the incumbent, the model's choice, and the model's best guesses."""
+        queue = [*self.first, self.space.start]
+        if self.space.size <= MAX_ENUMERATED and not isinstance(self.model, NoModel):
+            queue += sorted(self.space.points(), key=self.model.guess)[:FIRST_GUESSES]
+        return [point for point in queue if self.space.holds(point)]
+
+    def _count(self, history: Iterable[Tried]) -> None:
+        """Recount from the study: with a fleet, others add to it."""
+        progress = self._progress
+        progress.done = progress.failed = progress.pruned = 0
+        best = progress.best
+        for tried in history:
+            if tried.outcome.status == PRUNED:
+                progress.pruned += 1
+                continue
+            progress.done += 1
+            progress.failed += not tried.outcome.ok
+            if tried.outcome.ok and (best is None or tried.outcome.seconds < best.outcome.seconds):
+                best = tried
+        progress.best = best
+
+    def _maybe_tighten(self, history: list[Tried]) -> None:
+        if not self.tighten or self._narrow is not self.space or self._progress.done < TIGHTEN_AFTER:
+            return
+        if self.trials.asking > self._measuring:
+            best = self._good(history, TIGHTEN_KEEP)
+            if best:
+                self._narrow = self.space.around([tried.point for tried in best])
+                self.trials.tighten(self._narrow, best)
+
+    def _widen(self) -> None:
+        self._narrow, self.tighten = self.space, False
+        self.trials.tighten(self.space, self._good(self.trials.history(), TIGHTEN_KEEP))
+
+    def _good(self, history: Iterable[Tried], count: int) -> list[Tried]:
+        good = [tried for tried in history if tried.outcome.ok and self.space.holds(tried.point)]
+        return sorted(good, key=lambda tried: tried.outcome.seconds)[:count]
+
+
+def _neighbours(space: Space, point: Point) -> Iterable[Point]:
+    """Legal points that differ in one choice, by one step."""
+    for name, values in space.choices.items():
+        if point.get(name) not in values:
+            continue
+        place = values.index(point[name])
+        for other in (place - 1, place + 1):
+            if 0 <= other < len(values):
+                near = point | {name: values[other]}
+                if space.illegal(near) is None:
+                    yield near
+
+
+def _name(point: Point) -> str:
+    return json.dumps(point, sort_keys=True)

@@ -1,0 +1,132 @@
+"""What the tuner may choose from: named values, and which combinations are legal before anything is compiled."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from attngen.errors import ScheduleError
+from attngen.schedule import Schedule, Target
+from attngen.store import Shape, bucket
+
+Point = dict[str, Any]  # a choice of one value per name; plain JSON
+PIECES = {"forward": ("",), "backward": ("dq_", "dkv_")}  # record piece -> prefixes of the schedule's fields
+MAX_ENUMERATED = 50_000
+
+
+@dataclass(frozen=True)
+class Space:
+    """`choices`: the values of each name, in order. `fixed`: what is not searched. `illegal`: a reason, or None."""
+
+    choices: Mapping[str, tuple[Any, ...]]
+    start: Point
+    illegal: Callable[[Point], str | None] = lambda point: None
+
+    @property
+    def size(self) -> int:
+        """Combinations, legal or not."""
+        return math.prod(len(values) for values in self.choices.values())
+
+    def points(self) -> Iterable[Point]:
+        """Every legal point, in order."""
+        for values in itertools.product(*self.choices.values()):
+            point = dict(zip(self.choices, values, strict=True))
+            if self.illegal(point) is None:
+                yield point
+
+    def holds(self, point: Point) -> bool:
+        """Whether the point is one of this space's, and legal."""
+        inside = point.keys() == self.choices.keys() and all(point[n] in v for n, v in self.choices.items())
+        return inside and self.illegal(point) is None
+
+    def around(self, best: Iterable[Point]) -> Space:
+        """The part of this space that the best points span, and one value further on either side.
+
+        Keeping the best trials and tightening the ranges keeps the search cheap when suggesting a trial has become
+        as slow as measuring one (arXiv 2309.04510).
+        """
+        best = list(best)
+        choices = {}
+        for name, values in self.choices.items():
+            places = [values.index(point[name]) for point in best]
+            choices[name] = values[max(0, min(places) - 1) : max(places) + 2] if places else values
+        start = self.start if all(self.start[n] in v for n, v in choices.items()) else dict(best[0])
+        return replace(self, choices=choices, start=start)
+
+
+def gpu_space(
+    piece: str, shape: Shape, element: int, target: Target, start: Schedule, pins: Schedule | None = None
+) -> Space:
+    """Tiles, warps and stages of a piece's kernels on a GPU.
+
+    element: bytes of q's dtype; start: a complete schedule, the model's choice; pins: what the spec has decided, which
+    is not searched. Legality here is arithmetic: registers for the accumulators, shared memory for the stages; what the
+    compiler really uses decides later. Raises ScheduleError when the pins leave nothing legal.
+    """
+    pinned = pins.decided() if pins is not None else {}
+    begin = pins.over(start).decided() if pins is not None else start.decided()
+    stages = (1, 2) if target.backend == "hip" else (1, 2, 3, 4)
+    rows, keys = _blocks(shape.n_q), _blocks(shape.n_k)
+    every = {"block_m": rows, "block_n": keys, "num_warps": (2, 4, 8), "num_stages": stages}
+    choices: dict[str, tuple[Any, ...]] = {}
+    for prefix in PIECES[piece]:
+        for name, values in every.items():
+            full = prefix + name
+            choices[full] = (pinned[full],) if full in pinned else tuple(sorted({*values, begin[full]}))
+
+    def illegal(point: Point) -> str | None:
+        for prefix in PIECES[piece]:
+            m, n, warps, depth = (point[prefix + name] for name in every)
+            if reason := _tile_reason(prefix, m, n, warps, depth, shape, element, target):
+                return reason
+        return None
+
+    return _checked(Space(choices, {name: begin[name] for name in choices}, illegal), piece)
+
+
+def cpu_space(piece: str, shape: Shape, start: Schedule, pins: Schedule | None = None) -> Space:
+    """The CPU backend's query and key blocks. `start`: the backend's own choice, with the piece's blocks decided."""
+    pinned = pins.decided() if pins is not None else {}
+    begin = pins.over(start).decided() if pins is not None else start.decided()
+    every = {"block_m": _blocks(shape.n_q, 32, 2048), "block_n": _blocks(shape.n_k, 64, 4096)}
+    choices = {}
+    for prefix in PIECES[piece]:
+        for name, values in every.items():
+            full = prefix + name
+            if full in begin:
+                choices[full] = (pinned[full],) if full in pinned else tuple(sorted({*values, begin[full]}))
+    return _checked(Space(choices, {name: begin[name] for name in choices}), piece)
+
+
+def _blocks(length: int, least: int = 16, most: int = 256) -> tuple[int, ...]:
+    """Powers of two; a block beyond the whole length only wastes work."""
+    top = max(least, min(most, bucket(length)))
+    return tuple(size for size in (2**e for e in range(4, 13)) if least <= size <= top)
+
+
+def _tile_reason(
+    prefix: str, m: int, n: int, warps: int, stages: int, shape: Shape, element: int, target: Target
+) -> str | None:
+    d, dv = shape.head_dim, shape.head_dim_v
+    threads = warps * target.warp_size
+    # Float32 values that live across the loop, and the two products of one step.
+    held = {"": m * dv + m * n, "dq_": m * d + 2 * m * n, "dkv_": n * (d + dv) + 2 * m * n}[prefix]
+    if held > 224 * threads:
+        return f"{prefix}tile {m} x {n} needs {held // threads} registers a thread for its sums"
+    if m * n < 4 * threads:
+        return f"{prefix}tile {m} x {n} leaves {warps} warps without work"
+    # The walked side is staged; one stage is the least that any pipeline holds.
+    walked = (m if prefix == "dkv_" else n) * (d + dv) * element
+    shared = walked * max(1, stages - 1)
+    if shared > target.shared_limit:
+        return f"{prefix}stages need {shared} bytes of shared memory, {target.name} has {target.shared_limit}"
+    return None
+
+
+def _checked(space: Space, piece: str) -> Space:
+    if space.size <= MAX_ENUMERATED and next(iter(space.points()), None) is None:
+        raise ScheduleError(f"{piece}: the schedule's pins leave no legal choice")
+    return space

@@ -1,0 +1,346 @@
+"""`tune`: for each shape and each piece of the plan a search, its result in the database, and a report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attngen.errors import AttngenWarning, InputError, StoreError
+from attngen.schedule import Schedule
+from attngen.spec import Spec
+from attngen.store import Found, Key, Record, Shape, Store, cache_folder, open_store, utc_now
+from attngen.tuning.captures import make_captures
+from attngen.tuning.measure import Measurer, Worker, WorkerMeasurer
+from attngen.tuning.model import ModelMeasurer
+from attngen.tuning.place import Place, find_place
+from attngen.tuning.progress import Watch, shown, time_text
+from attngen.tuning.search import NoModel, Result, Search
+from attngen.tuning.space import PIECES, Point, Space
+from attngen.tuning.trials import Trials, Tried
+from attngen.tuning.worker import save_captures
+
+Shapes = Iterable[Shape | str | Mapping[str, int] | Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What became of one shape and piece. record: the best schedule, now in the database, or None if nothing worked;
+    start: the untuned schedule's time in the same final race, if it ran."""
+
+    piece: str
+    shape: Shape
+    record: Record | None
+    start: float | None
+    result: Result
+    seconds: float  # that the search took
+
+    def __str__(self) -> str:
+        progress = self.result.progress
+        counts = f"{progress.done} trials, {progress.failed} failed, {progress.pruned} pruned by the model"
+        if progress.resumed:
+            counts = f"resumed at {progress.resumed}; " + counts
+        lines = [f"{self.piece} {self.shape}: {counts}; {self.seconds:.1f} s, ended by {_ENDED[self.result.ended]}"]
+        if self.record is None:
+            reasons = {tried.outcome.reason for tried in self.result.failures}
+            lines.append("  no schedule worked" + "".join(f"\n  - {reason}" for reason in sorted(reasons)[:5]))
+            return "\n".join(lines)
+        record = self.record
+        schedule = ", ".join(f"{name}={value}" for name, value in record.schedule.items())
+        gain = f", {self.start / record.seconds:.2f}x the untuned schedule's speed" if self.start else ""
+        spread = f" (spread {record.spread:.0%})" if record.kind == "measured" else ""
+        lines.append(f"  {record.kind} {time_text(record.seconds)}{spread}{gain}")
+        lines.append(f"  {schedule}")
+        return "\n".join(lines)
+
+
+_ENDED = {
+    "trials": "the number of trials",
+    "exhausted": "running out of schedules",
+    "timeout": "the time limit",
+    "interrupted": "Ctrl-C; what was learned is kept",
+}
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """The results in the order of the shapes; `str()` is for people."""
+
+    results: tuple[Tuned, ...]
+    device: str
+    kind: str
+    database: Path
+    interrupted: bool
+    made_up: tuple[str, ...]  # captures that the caller did not give
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        return tuple(tuned.record for tuned in self.results if tuned.record is not None)
+
+    def __str__(self) -> str:
+        lines = [f"{self.kind} on {self.device}" if self.kind == "measured" else f"modelled for {self.device}"]
+        if self.made_up:
+            lines.append(f"made-up values for {', '.join(self.made_up)}; give real ones with captures=")
+        lines += [str(tuned) for tuned in self.results]
+        lines.append(f"{len(self.records)} records in {self.database}")
+        return "\n".join(lines)
+
+
+def tune(
+    spec: Spec | str,
+    shapes: Shapes,
+    *,
+    dtype: torch.dtype | None = None,
+    trials: int = 40,
+    db: str | Path | None = None,
+    target: str | None = None,
+    device: torch.device | str | None = None,
+    timeout: float | None = None,
+    candidate_timeout: float = 60.0,
+    storage: str | Path | None = None,
+    progress: bool = True,
+    captures: Mapping[str, Any] | None = None,
+    pieces: Sequence[str] = ("forward", "backward"),
+    tighten: bool = True,
+    patience: float = 0.5,
+    seed: int = 0,
+) -> TuneReport:
+    """Search for the fastest schedules and remember them.
+
+    shapes: each a text "B1 Hq8 Hkv2 N4096 D64", (B, H, N, D), the shapes of q, k and v, or a `Shape`.
+    dtype: of q, k, v; by default bfloat16 on a GPU and float32 on a CPU.
+    trials: measured or failed candidates that each shape and piece shall have in all: a second call resumes the study
+        and does what is missing. Candidates that the model refuses do not count.
+    db: the record database, None for the user's. storage: the trials, a file or an Optuna URL such as
+        postgresql://...; with one URL, the same command on many machines is one search.
+    target: a GPU to model when it is not here ("H200", "sm_90"); records then say modelled. device: where to measure.
+    timeout: seconds for the whole call. candidate_timeout: seconds for one candidate, then it counts as failed.
+    captures: values for the spec's tensors and params; others are made up (see `make_captures`).
+    tighten: search near the best when suggesting takes longer than measuring. patience: seconds of each race.
+
+    Ctrl-C ends the call early: what was learned is kept and reported. Raises InputError, ScheduleError, StoreError.
+    """
+    spec = Spec.from_text(spec) if isinstance(spec, str) else spec
+    sizes = [Shape.of(shapes)] if isinstance(shapes, (Shape, str)) else [Shape.of(shape) for shape in shapes]
+    _check_arguments(spec, sizes, trials, pieces, captures)
+    place = find_place(target, device)
+    dtype = dtype or (torch.float32 if place.target is None else torch.bfloat16)
+    store = open_store(db)
+    deadline = time.monotonic() + timeout if timeout is not None else float("inf")
+    results: list[Tuned] = []
+    interrupted = False
+    for shape in sizes:
+        for piece in pieces:
+            if interrupted or (results and time.monotonic() >= deadline):
+                break
+            job = Job(spec, piece, shape, dtype, place, captures or {}, seed, candidate_timeout)
+            if not job.has_choices():
+                continue
+            with shown(f"{piece} {shape}", progress) as watch:
+                tuned = _tune_one(
+                    job,
+                    store,
+                    storage,
+                    trials=trials,
+                    deadline=deadline,
+                    tighten=tighten,
+                    patience=patience,
+                    watch=watch,
+                )
+            results.append(tuned)
+            interrupted = tuned.result.ended == "interrupted"
+    made_up = tuple(name for name in (*spec.params, *spec.tensors) if name not in (captures or {}))
+    return TuneReport(tuple(results), place.device.name, place.kind, store.path, interrupted, made_up)
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One search: what, at which shape, where."""
+
+    spec: Spec
+    piece: str
+    shape: Shape
+    dtype: torch.dtype
+    place: Place
+    captures: Mapping[str, Any]
+    seed: int
+    limit: float
+
+    @property
+    def key(self) -> Key:
+        place = self.place
+        return Key.of(self.spec.key, self.piece, str(self.dtype), self.shape, place.device, place.versions)
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """The captures, made up where not given, on the CPU."""
+        return make_captures(self.spec, self.shape, "cpu", self.captures, self.seed)
+
+    @cached_property
+    def space(self) -> tuple[Space, Schedule]:
+        """What may be chosen, and the complete schedule that a point changes."""
+        return self.place.space(self)
+
+    def has_choices(self) -> bool:
+        """The CPU backend has nothing to choose for some pieces."""
+        return bool(self.space[0].choices)
+
+    def study(self, space: Space) -> str:
+        """The study's name: the record's key, the exact shape, what may be chosen, and whether it is measured."""
+        identity = [repr(self.key), repr(self.shape), self.place.kind, {n: list(v) for n, v in space.choices.items()}]
+        return "attngen " + hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+
+    def request(self, base: Schedule, folder: Path) -> dict[str, Any]:
+        """The worker's first request."""
+        place = self.place
+        return {
+            "op": "job",
+            "spec": self.spec.text,
+            "shape": str(self.shape),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(place.torch_device) if place.torch_device is not None else None,
+            "target": place.target.name if place.target is not None else None,
+            "piece": self.piece,
+            "base": base.decided(),
+            "seed": self.seed,
+            "threads": torch.get_num_threads(),
+            "captures": str(save_captures(dict(self.captures), folder)) if self.captures else None,
+        }
+
+
+def _tune_one(
+    job: Job,
+    store: Store,
+    storage: str | Path | None,
+    *,
+    trials: int,
+    deadline: float,
+    tighten: bool,
+    patience: float,
+    watch: Watch,
+) -> Tuned:
+    started = time.monotonic()
+    space, base = job.space
+    name = job.study(space)
+    study = Trials(_storage(storage, name), name, job.seed)
+    incumbent = _incumbent(store, job.key, space)
+    folder = Path(tempfile.mkdtemp(prefix="attngen-tune-"))
+    worker = Worker(job.request(base, folder), job.limit)
+    measurer: Measurer | None = None
+    saved: list[Record] = []
+    try:
+        model = job.place.model(job, worker)
+        measurer = WorkerMeasurer(worker) if model is None or job.place.kind == "measured" else ModelMeasurer(model)
+        search = Search(
+            space,
+            measurer,
+            study,
+            trials,
+            first=[incumbent] if incumbent is not None else [],
+            deadline=deadline,
+            watch=watch,
+            keep=partial(_keep, store, job, saved),
+            seed=job.seed,
+            model=model or NoModel(),
+            tighten=tighten,
+            patience=patience,
+        )
+        result = search.run()
+    finally:
+        worker.close()
+        if measurer is not None:
+            measurer.close()
+        shutil.rmtree(folder, ignore_errors=True)
+    record = _settle(store, job, result, saved)
+    untuned = next((t.outcome.seconds for t in result.final if t.point == space.start and t.outcome.ok), None)
+    return Tuned(job.piece, job.shape, record, untuned, result, time.monotonic() - started)
+
+
+def _keep(store: Store, job: Job, saved: list[Record], best: Tried) -> None:
+    """Write each new best at once: even a killed tuner has taught something."""
+    record = _record(job, best)
+    try:
+        store.put(record)
+        saved.append(record)
+    except StoreError as problem:
+        warnings.warn(AttngenWarning(f"not saved: {problem}"), stacklevel=2)
+
+
+def _settle(store: Store, job: Job, result: Result, saved: list[Record]) -> Record | None:
+    """The final race's word replaces what was written on the way, and the time of a record that lost it."""
+    if result.best is None:
+        return None
+    record = _record(job, result.best)
+    if not result.final:  # interrupted: the best so far is written already, unless it is from an earlier call
+        _keep(store, job, saved, result.best)
+        return record
+    raced = {json.dumps(tried.point, sort_keys=True) for tried in result.final}
+    try:
+        for old in store.records():
+            if old.key == record.key and json.dumps(old.schedule, sort_keys=True) in raced:
+                store.put(record, supersede=old)
+                return record
+        store.put(record)
+    except StoreError as problem:
+        warnings.warn(AttngenWarning(f"not saved: {problem}"), stacklevel=2)
+    return record
+
+
+def _record(job: Job, tried: Tried) -> Record:
+    outcome = tried.outcome
+    return Record(
+        key=job.key,
+        schedule=tried.point,
+        seconds=outcome.seconds,
+        spread=outcome.spread,
+        kind=job.place.kind,
+        error=outcome.error,
+        made_at=utc_now(),
+        source=f"attngen tune, {job.shape}",
+    )
+
+
+def _incumbent(store: Store, key: Key, space: Space) -> Point | None:
+    """The schedule that a call would use today, as a point of the space."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tuning makes the database that may be missing; a bad one is said when writing
+        found: Found | None = store.lookup(key)
+    if found is None:
+        return None
+    point = {name: found.record.schedule.get(name) for name in space.choices}
+    return point if space.holds(point) else None
+
+
+def _storage(storage: str | Path | None, name: str) -> str | Path:
+    """By default a journal file for each study, in the cache folder."""
+    if storage is not None:
+        return storage if isinstance(storage, str) and "://" in storage else Path(storage)
+    return cache_folder() / "trials" / f"{name.split()[-1]}.journal"
+
+
+def _check_arguments(
+    spec: Any, shapes: list[Shape], trials: Any, pieces: Sequence[str], captures: Mapping[str, Any] | None
+) -> None:
+    if not isinstance(spec, Spec):
+        raise InputError("spec", "a Spec or its text", type(spec).__name__)
+    if not shapes:
+        raise InputError("shapes", "at least one shape", "none", "e.g. shapes=['B1 H8 N4096 D64']")
+    if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
+        raise InputError("trials", "a positive int", repr(trials))
+    for piece in pieces:
+        if piece not in PIECES:
+            raise InputError("pieces", f"some of {', '.join(PIECES)}", repr(piece))
+    for name in captures or {}:
+        if name not in spec.params and name not in spec.tensors:
+            known = ", ".join([*spec.params, *spec.tensors]) or "it has none"
+            raise InputError(name, f"one of this spec's captures ({known})", "an unknown name")

@@ -1,0 +1,181 @@
+"""The process that runs candidates: `python -m attngen.tuning.worker`, JSON requests in, JSON answers out.
+
+{"op": "job", ...}        the spec, shape, dtype, device: makes inputs and reference results
+{"op": "prepare", point}  compile and check -> {"status", "error", "reason"}
+{"op": "race", points}    time in turns -> {"status", "times"}
+{"op": "resources", point} cross-compile for the job's target -> {"status", "kernels"}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Request = dict[str, Any]
+
+
+def serve(handlers: Callable[[Request], dict[str, Any]], lines: Any, answer: Callable[[str], None]) -> None:
+    """Answer each line; an exception becomes an answer too, with its kind."""
+    for line in lines:
+        try:
+            result = {"status": "ok"} | handlers(json.loads(line))
+        except MemoryError as problem:
+            result = {"status": "memory", "reason": f"out of memory: {problem}"[:500]}
+        except Exception as problem:  # a candidate may fail in any way it likes
+            result = {"status": _status(problem), "reason": f"{type(problem).__name__}: {problem}"[:500]}
+            error = getattr(problem, "error", 0.0)
+            result["error"] = error if isinstance(error, float) and error < 1e300 else 1e300
+            _recover(problem)
+        answer(json.dumps(result))
+
+
+def _status(problem: Exception) -> str:
+    name = type(problem).__name__
+    if name == "WrongResult":
+        return "wrong"
+    return "memory" if "OutOfMemory" in name or "out of memory" in str(problem).lower() else "failed"
+
+
+def _recover(problem: Exception) -> None:
+    """After a fault on the GPU the process's context is lost: end, so that a new worker starts clean."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except Exception:  # the fault itself, reported again
+        print(f"{type(problem).__name__}: {problem}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+class Handlers:
+    """The worker's state: one job."""
+
+    def __init__(self) -> None:
+        self.bench: Any = None
+        self.job: Request = {}
+
+    def __call__(self, request: Request) -> dict[str, Any]:
+        match request["op"]:
+            case "job":
+                return self.start(request)
+            case "prepare":
+                return {"error": self._bench().prepare(request["point"])}
+            case "race":
+                return {"times": self._bench().race(request["points"], request["patience"])}
+            case "resources":
+                return {"kernels": self.resources(request["point"])}
+        raise ValueError(f"unknown request {request['op']!r}")
+
+    def start(self, request: Request) -> dict[str, Any]:
+        import torch
+
+        if request.get("threads"):
+            torch.set_num_threads(request["threads"])
+        self.job, self.bench = request, None
+        if request["device"] is not None:
+            self._bench()
+        return {}
+
+    def _bench(self) -> Any:
+        if self.bench is None:
+            import torch
+
+            from attngen.schedule import Schedule
+            from attngen.spec import Spec
+            from attngen.store import Shape
+            from attngen.tuning.bench import Bench
+
+            job = self.job
+            self.bench = Bench(
+                Spec.from_text(job["spec"]),
+                Shape.of(job["shape"]),
+                getattr(torch, job["dtype"]),
+                job["device"],
+                job["piece"],
+                base=Schedule(**job["base"]),
+                captures=load_captures(Path(job["captures"])) if job.get("captures") else None,
+                seed=job.get("seed", 0),
+            )
+        return self.bench
+
+    def resources(self, point: dict[str, Any]) -> list[dict[str, Any]]:
+        import torch
+
+        from attngen.cross import cross_compile
+        from attngen.schedule import Schedule
+        from attngen.spec import Spec
+        from attngen.store import Shape
+
+        job, shape = self.job, Shape.of(self.job["shape"])
+        kernels = cross_compile(
+            Spec.from_text(job["spec"]),
+            target=job["target"],
+            dtype=getattr(torch, job["dtype"]),
+            head_dim=shape.head_dim,
+            head_dim_v=shape.head_dim_v,
+            schedule=Schedule(**point).over(Schedule(**job["base"])),
+        )
+        fields = ("name", "registers", "spills", "shared")
+        return [{field: getattr(kernel, field) for field in fields} for kernel in kernels]
+
+
+def save_captures(values: dict[str, Any], folder: Path) -> Path:
+    """Captures as a JSON index and raw bytes, nothing that would run code when read."""
+    import torch
+
+    index: dict[str, Any] = {}
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor):
+            index[name] = value
+            continue
+        data = value.detach().cpu().contiguous()
+        (folder / f"{name}.bin").write_bytes(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+        index[name] = {"dtype": str(data.dtype).removeprefix("torch."), "shape": list(data.shape)}
+    path = folder / "captures.json"
+    path.write_text(json.dumps(index))
+    return path
+
+
+def load_captures(path: Path) -> dict[str, Any]:
+    """What `save_captures` wrote."""
+    import torch
+
+    values: dict[str, Any] = {}
+    for name, value in json.loads(path.read_text()).items():
+        if isinstance(value, dict):
+            data = bytearray((path.parent / f"{name}.bin").read_bytes())
+            flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+            values[name] = flat.view(getattr(torch, value["dtype"])).reshape(value["shape"])
+        else:
+            values[name] = value
+    return values
+
+
+def main() -> None:
+    """Read requests in a thread, so that the worker ends at once when the tuner is gone, even from within a hang."""
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print must not be taken for answers
+    with contextlib.suppress(OSError):  # Linux: when memory runs out, the candidate goes, not the tuner
+        Path("/proc/self/oom_score_adj").write_text("800")
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    serve(Handlers(), iter(lines.get, None), lambda text: print(text, file=out, flush=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""attngen under torch's own machinery: opcheck, torch.compile, autocast, no_grad, copies."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+import attngen as ag
+
+SPEC = ag.Spec(mask=ag.causal() & ag.window(ag.Param("width")), score=ag.alibi(), sink=ag.sink())
+
+
+def inputs(grad: bool = False, n: int = 40):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, n, 16), torch.randn(2, 2, n, 16), torch.randn(2, 2, n, 16)
+    captures = {"slope": torch.randn(4) * 0.1, "sink": torch.randn(4)}
+    for t in (q, k, v, *captures.values()):
+        t.requires_grad_(grad)
+    return (q, k, v), {**captures, "width": 9}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "interpret"])
+def test_opcheck(backend: str):
+    attn = ag.compile(SPEC, backend=backend)
+    (q, k, v), captures = inputs(grad=True, n=17)
+    arguments = (q, k, v, [captures["sink"], captures["slope"]], [9], [], 0, None, attn.handle)
+    torch.library.opcheck(torch.ops.attngen.forward, arguments)
+
+
+def test_no_graph_break_and_equal_results():
+    attn = ag.compile(SPEC)
+    (q, k, v), captures = inputs(grad=True)
+    compiled = torch.compile(lambda *a, **c: attn(*a, **c) * 2, fullgraph=True, backend="aot_eager")
+    out = compiled(q, k, v, **captures)
+    expected = attn(q, k, v, **captures) * 2
+    torch.testing.assert_close(out, expected)
+    leaves = [q, k, v, captures["slope"], captures["sink"]]
+    grads = torch.autograd.grad(out.square().sum(), leaves)
+    for got, want in zip(grads, torch.autograd.grad(expected.square().sum(), leaves), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_changed_param_is_no_new_graph():
+    attn = ag.compile(SPEC)
+    (q, k, v), captures = inputs()
+    graphs = []
+
+    def count(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda width: attn(q, k, v, **{**captures, "width": width}), fullgraph=True, backend=count, dynamic=True)
+    for width in (3, 5, 9, 11):
+        torch.testing.assert_close(compiled(width), attn(q, k, v, **{**captures, "width": width}))
+    assert len(graphs) <= 2
+
+
+def test_gradcheck():
+    attn = ag.compile(SPEC)
+    (q, k, v), captures = inputs()
+    q, k, v = (t[:, :, :6, :3].double().requires_grad_() for t in (q, k, v))
+    slope, sink = (captures[n].double().requires_grad_() for n in ("slope", "sink"))
+
+    def both(q, k, v, slope, sink):
+        return attn(q, k, v, slope=slope, sink=sink, width=4, return_lse=True)
+
+    assert torch.autograd.gradcheck(both, (q, k, v, slope, sink))
+
+
+def test_autocast_and_no_grad():
+    attn = ag.compile(SPEC)
+    (q, k, v), captures = inputs(grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attn(q, k, v, **captures)
+    assert out.dtype == torch.bfloat16 and out.requires_grad
+    out.float().sum().backward()
+    assert q.grad is not None and q.grad.dtype == torch.float32
+    with torch.no_grad():
+        assert not attn(q, k, v, **captures).requires_grad
+    with torch.inference_mode():
+        torch.testing.assert_close(attn(q, k, v, **captures), attn(q, k, v, **captures))
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = ag.compile(SPEC)
+        self.slope = torch.nn.Parameter(torch.randn(4))
+        self.sink = torch.nn.Parameter(torch.randn(4))
+
+    def forward(self, q, k, v):
+        return self.attn(q, k, v, slope=self.slope, sink=self.sink, width=9)
+
+
+def test_modules_copy_pickle_and_save():
+    layer = Layer()
+    (q, k, v), _ = inputs()
+    expected = layer(q, k, v)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(buffer, weights_only=False)):
+        torch.testing.assert_close(other(q, k, v), expected)
+
+
+def test_second_derivatives_are_refused():
+    attn = ag.compile(SPEC)
+    (q, k, v), captures = inputs(grad=True)
+    (dq,) = torch.autograd.grad(attn(q, k, v, **captures).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError):
+        dq.sum().backward()
+
+
+def test_lse_takes_a_gradient_and_out_may_be_unused():
+    attn = ag.compile(SPEC)
+    (q, k, v), captures = inputs(grad=True)
+    _, lse = attn(q, k, v, **captures, return_lse=True)
+    (dq,) = torch.autograd.grad(lse.sum(), q)
+    _, expected = ag.oracle(SPEC, q, k, v, **captures)
+    (want,) = torch.autograd.grad(expected.sum(), q)
+    torch.testing.assert_close(dq, want.float(), rtol=1e-4, atol=1e-5)
