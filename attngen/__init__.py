@@ -1,8 +1,8 @@
 """attngen: describe an attention, get a fused, differentiable, tuned kernel for it.
 
-    import attngen as ag
-    attn = ag.compile(ag.Spec(mask=ag.causal() & ag.window(1024)))
-    out = attn(q, k, v)
+import attngen as ag
+attn = ag.compile(ag.Spec(mask=ag.causal() & ag.window(1024)))
+out = attn(q, k, v)
 """
 
 from __future__ import annotations
@@ -64,7 +64,17 @@ _LAZY = {
     "facts": "attngen.analysis",
     "cross_compile": "attngen.cross",
     "tune": "attngen.tuning",
-    "merge": "attngen.state",
+    "merge": "attngen.merging",
+    "KeyPlan": "attngen.keys",
+    "KeySet": "attngen.keys",
+    "codebook": "attngen.keys.listed",
+    "gather": "attngen.keys.listed",
+    "hash_sparse": "attngen.keys.permuted",
+    "hyper": "attngen.keys.hyper",
+    "lsh_buckets": "attngen.keys.permuted",
+    "qk_sparse": "attngen.keys.permuted",
+    "sparse_k": "attngen.keys.sparse_k",
+    "union": "attngen.keys.union",
 }
 
 

@@ -27,7 +27,9 @@ def shape_bucket(call: Call) -> tuple[int, ...]:
 def choose(call: Call, facts: Facts, backend: str, pins: Schedule, db: str | None) -> tuple[Schedule, str]:
     """A complete schedule for this call on this backend, and in words where it came from."""
     if backend == "interpret":
-        return complete_for("interpreter", call.q.shape[3], call.v.shape[3], call.q.dtype, pins), "the interpreter's small tiles"
+        return complete_for(
+            "interpreter", call.q.shape[3], call.v.shape[3], call.q.dtype, pins
+        ), "the interpreter's small tiles"
     tuned, origins = Schedule(), []
     for piece, record in _records(call, backend, db).items():
         tuned = tuned.over(Schedule(**record.record.schedule))
@@ -61,8 +63,20 @@ def _records(call: Call, backend: str, db: str | None) -> dict[str, Any]:
     if min(call.q.shape[:3]) == 0 or call.k.shape[2] == 0:
         return {}
     store = open_store(db)
-    shape = Shape(*(int(x) for x in (*call.q.shape[:2], call.k.shape[1], call.q.shape[2], call.k.shape[2], call.q.shape[3], call.v.shape[3])))
-    device, versions = _device(call.q.device), _versions(backend)
+    shape = Shape(
+        *(
+            int(x)
+            for x in (
+                *call.q.shape[:2],
+                call.k.shape[1],
+                call.q.shape[2],
+                call.k.shape[2],
+                call.q.shape[3],
+                call.v.shape[3],
+            )
+        )
+    )
+    device, versions = device_identity(call.q.device), generator_versions(backend)
     found = {}
     for piece in PIECES:
         key = Key.of(call.spec.key, piece, str(call.q.dtype), shape, device, versions)
@@ -80,15 +94,21 @@ def _legal(schedule: dict[str, Any]) -> bool:
     return True
 
 
+def device_identity(device: torch.device) -> Any:
+    """The device as records name it; on a CPU the number of threads is part of it."""
+    return _identity(device, torch.get_num_threads() if device.type == "cpu" else 0)
+
+
 @lru_cache(maxsize=32)
-def _device(device: torch.device) -> Any:
+def _identity(device: torch.device, threads: int) -> Any:
     from attngen.store import device_of
 
     return device_of(device)
 
 
 @lru_cache(maxsize=4)
-def _versions(backend: str) -> Any:
+def generator_versions(backend: str) -> Any:
+    """What besides the device decides a schedule's speed, as records name it."""
     from attngen.store import Versions
 
     if backend == "cpu":

@@ -16,6 +16,7 @@ from rich.table import Table
 from attngen.errors import AttngenError, InputError
 
 app = typer.Typer(
+    add_completion=False,
     name="attngen",
     help="Describe an attention; look at it, compile it, tune it.",
     no_args_is_help=True,
@@ -32,7 +33,9 @@ SpecArg = Annotated[
 Shape = Annotated[str, typer.Option(help="Sizes, as 'B1 H8 N4096 D64' or 'B2 Hq32 Hkv8 Nq1 Nk8192 D128'.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="A param's value, or a 1-D int tensor as 0,0,1,1. Others are made up."),
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="A param's value, or a 1-D int tensor as 0,0,1,1. Others are made up."
+    ),
 ]
 Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
 Database = Annotated[str | None, typer.Option("--db", help="The record database; default: the user's own.")]
@@ -103,9 +106,9 @@ def compile_(
     value, element = read_spec(spec), _dtype(dtype)
     if source:
         attention = compile_spec(value)
-        for kernel in ("forward", "delta", "dq", "dkv"):
+        for part in ("forward", "delta", "dq", "dkv"):
             text = attention.source(
-                kernel, head_dim=head_dim, head_dim_v=head_dim_v, dtype=element, target=(target or ["sm_90"])[0]
+                part, head_dim=head_dim, head_dim_v=head_dim_v, dtype=element, target=(target or ["sm_90"])[0]
             )
             console.print(text, markup=False)
     table = Table("target", "kernel", "registers", "spills", "shared memory", title=f"{dtype}, head dim {head_dim}")
@@ -125,9 +128,13 @@ def tune(
     shape: Annotated[list[str] | None, typer.Option(help="Sizes as 'B1 H8 N4096 D64'; give it several times.")] = None,
     dtype: Dtype = "float32",
     trials: Annotated[int, typer.Option(help="Candidates to try for each shape.")] = 20,
-    target: Annotated[str | None, typer.Option(help="Model this GPU (H200, sm_90, ...) instead of measuring here.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Model this GPU (H200, sm_90, ...) instead of measuring here.")
+    ] = None,
     timeout: Annotated[float | None, typer.Option(help="Stop after this many seconds.")] = None,
-    storage: Annotated[str | None, typer.Option(help="Optuna storage URL for a fleet, such as postgresql://...")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Optuna storage URL for a fleet, such as postgresql://...")
+    ] = None,
     db: Database = None,
 ) -> None:
     """Search for the fastest schedule and remember it. Ctrl-C keeps what was learned."""
@@ -152,22 +159,19 @@ def ls(db: Database = None) -> None:
     """List the records: the user's own and the shipped ones."""
     from attngen.store import open_store
 
-    table = Table("device", "spec", "kernel", "dtype", "head dim", "shape", "time", "how", "schedule")
-    for record in open_store(db).records():
+    records = sorted(
+        open_store(db).records(shipped=True), key=lambda r: (r.key.device, r.key.spec_key, r.key.piece, r.key.buckets)
+    )
+    for record in records:
         key = record.key
+        head_dim = str(key.head_dim) if key.head_dim == key.head_dim_v else f"{key.head_dim}/{key.head_dim_v}"
         schedule = " ".join(f"{name}={value}" for name, value in record.schedule.items())
-        table.add_row(
-            key.device,
-            key.spec_key[:12],
-            key.piece,
-            key.dtype,
-            str(key.head_dim) if key.head_dim == key.head_dim_v else f"{key.head_dim}/{key.head_dim_v}",
-            key.shape_text(),
-            f"{record.seconds * 1e3:.3f} ms",
-            record.kind,
-            schedule,
+        console.print(
+            f"{key.device} ({key.units} units)  spec {key.spec_key[:12]}  {key.piece}  {key.dtype}  {key.shape_text()} D{head_dim}\n"
+            f"    {record.kind} {record.seconds * 1e3:.3f} ms, spread {record.spread:.0%}: {schedule}",
+            markup=False,
         )
-    console.print(table)
+    console.print(f"{len(records)} records")
 
 
 @db_app.command(epilog="Example: [b]attngen db export records.jsonl[/b]")
@@ -191,7 +195,7 @@ def verify(db: Database = None) -> None:
     """Check the database: readable, known schema, every record's values in range."""
     from attngen.store import open_store
 
-    problems = open_store(db).verify()
+    problems = open_store(db).verify(legal=_illegal)
     for problem in problems:
         console.print(problem, markup=False)
     console.print("the database is sound" if not problems else f"{len(problems)} problems")
@@ -229,7 +233,9 @@ def doctor() -> None:
             checks.add_row(name, check())
         except Exception as error:  # the doctor reports whatever is broken, and goes on
             failed = True
-            checks.add_row(name, f"[red]{type(error).__name__}[/red]: {str(error).splitlines()[0] if str(error) else ''}")
+            checks.add_row(
+                name, f"[red]{type(error).__name__}[/red]: {str(error).splitlines()[0] if str(error) else ''}"
+            )
     console.print(checks)
     raise typer.Exit(1 if failed else 0)
 
@@ -318,6 +324,16 @@ def _folders() -> dict[str, str]:
     return {"cache folder": str(cache_folder()), "database": str(default_path())}
 
 
+def _illegal(record: Any) -> str | None:
+    from attngen.schedule import Schedule
+
+    try:
+        Schedule(**record.schedule)
+    except (AttngenError, TypeError) as error:
+        return str(error)
+    return None
+
+
 def _check_gpu() -> str:
     import torch
 
@@ -330,8 +346,8 @@ def _check_gpu() -> str:
 def _check_backend(backend: str) -> str:
     import torch
 
-    from attngen.reference import oracle
     from attngen.patterns import causal
+    from attngen.reference import oracle
     from attngen.runtime import compile as compile_spec
     from attngen.spec import Spec
 

@@ -100,7 +100,9 @@ class Compiled:
         return tuple(loop for loop in _loops(self.sass()) if loop.count("mma") or "v_mfma" in str(loop.opcodes))
 
     def __str__(self) -> str:
-        return f"{self.name} {self.target}: {self.registers} registers, {self.spills} spilled, {self.shared} bytes shared"
+        return (
+            f"{self.name} {self.target}: {self.registers} registers, {self.spills} spilled, {self.shared} bytes shared"
+        )
 
 
 def cross_compile(
@@ -137,7 +139,9 @@ def compile_source(source: Source, target: Target, dtype: torch.dtype, captured:
 
     pointers = {"*q": _POINTERS[dtype]}
     signature = {
-        arg.name: _CAPTURED[captured.get(arg.of, "float")] if arg.type == "*capture" else pointers.get(arg.type, arg.type)
+        arg.name: _CAPTURED[captured.get(arg.of, "float")]
+        if arg.type == "*capture"
+        else pointers.get(arg.type, arg.type)
         for arg in source.args
     }
     attrs = {
@@ -150,7 +154,9 @@ def compile_source(source: Source, target: Target, dtype: torch.dtype, captured:
     try:
         kernel = triton.compile(ASTSource(source.load(), signature, {}, attrs), target=gpu, options=options)
     except triton.runtime.errors.OutOfResources as error:
-        raise ScheduleError(f"{source.name} on {target.name}: {error}; choose smaller blocks or fewer stages") from error
+        raise ScheduleError(
+            f"{source.name} on {target.name}: {error}; choose smaller blocks or fewer stages"
+        ) from error
     shared = int(kernel.metadata.shared)
     if shared > target.shared_limit:
         raise ScheduleError(
@@ -160,7 +166,15 @@ def compile_source(source: Source, target: Target, dtype: torch.dtype, captured:
     if "cubin" in kernel.asm:
         registers, stack = _nvidia_resources(kernel.asm["cubin"])
         return Compiled(
-            source.name, target.name, source, registers, stack // 4, shared, stack, kernel.asm["ptx"], kernel.asm["cubin"]
+            source.name,
+            target.name,
+            source,
+            registers,
+            stack // 4,
+            shared,
+            stack,
+            kernel.asm["ptx"],
+            kernel.asm["cubin"],
         )
     assembly = kernel.asm["amdgcn"]
     registers, spills, stack = (

@@ -1,29 +1,60 @@
-"""The model's choice of tiles: what compiles without spills and fits, before anything was tuned."""
+"""The model's choice of tiles before anything was tuned: tables of tiles that compile without spills and fit."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from attngen.schedule import Target, Tile
 
-# (target family, kernel, largest head dim) -> tile, for float16 and bfloat16. Cross-compiled for a causal mask; no spills.
-HALF = MappingProxyType(
+# float16 and bfloat16: (family, kernel, largest head dim of the class) -> tile, as cross-compiled by triton 3.6 and 3.9
+# for full and causal masks. The deeper key blocks of sm_90 and sm_100 don't fit the registers of the older ones.
+HALF: Mapping[tuple[str, str, int], Tile] = MappingProxyType(
     {
+        ("sm_80", "forward", 64): Tile(128, 64, 8, 3),
+        ("sm_80", "forward", 128): Tile(128, 32, 8, 3),
+        ("sm_80", "forward", 192): Tile(128, 16, 8, 2),
+        ("sm_80", "forward", 256): Tile(64, 32, 8, 2),
+        ("sm_80", "dq", 64): Tile(64, 64, 8, 2),
+        ("sm_80", "dq", 128): Tile(64, 64, 8, 2),
+        ("sm_80", "dq", 256): Tile(64, 16, 8, 1),
+        ("sm_80", "dkv", 64): Tile(32, 128, 8, 2),
+        ("sm_80", "dkv", 128): Tile(32, 64, 8, 2),
+        ("sm_80", "dkv", 256): Tile(16, 64, 8, 1),
         ("sm_90", "forward", 64): Tile(128, 64, 8, 3),
         ("sm_90", "forward", 128): Tile(128, 64, 8, 3),
-        ("sm_90", "forward", 192): Tile(64, 64, 8, 2),
+        ("sm_90", "forward", 192): Tile(128, 32, 8, 3),
         ("sm_90", "forward", 256): Tile(64, 32, 8, 3),
-        ("sm_90", "dq", 64): Tile(64, 64, 8, 2),
-        ("sm_90", "dq", 128): Tile(64, 64, 8, 2),
+        ("sm_90", "dq", 64): Tile(128, 64, 8, 2),
+        ("sm_90", "dq", 128): Tile(128, 64, 8, 2),
         ("sm_90", "dq", 256): Tile(64, 32, 8, 2),
-        ("sm_90", "dkv", 64): Tile(64, 64, 8, 2),
-        ("sm_90", "dkv", 128): Tile(64, 64, 8, 2),
-        ("sm_90", "dkv", 256): Tile(32, 64, 8, 2),
+        ("sm_90", "dkv", 64): Tile(32, 128, 8, 2),
+        ("sm_90", "dkv", 128): Tile(16, 128, 8, 2),
+        ("sm_90", "dkv", 256): Tile(16, 64, 8, 1),
+        ("sm_100", "forward", 64): Tile(128, 64, 8, 3),
+        ("sm_100", "forward", 128): Tile(128, 64, 8, 3),
+        ("sm_100", "forward", 192): Tile(64, 64, 8, 2),
+        ("sm_100", "forward", 256): Tile(64, 32, 8, 2),
+        ("sm_100", "dq", 64): Tile(128, 64, 8, 2),
+        ("sm_100", "dq", 128): Tile(64, 64, 8, 2),
+        ("sm_100", "dq", 256): Tile(64, 32, 8, 2),
+        ("sm_100", "dkv", 64): Tile(32, 128, 8, 2),
+        ("sm_100", "dkv", 128): Tile(32, 128, 8, 1),
+        ("sm_100", "dkv", 256): Tile(16, 64, 8, 1),
+        ("gfx942", "forward", 64): Tile(128, 64, 4, 2),
+        ("gfx942", "forward", 128): Tile(64, 32, 4, 2),
+        ("gfx942", "forward", 256): Tile(64, 32, 4, 2),
+        ("gfx942", "dq", 64): Tile(64, 64, 4, 2),
+        ("gfx942", "dq", 128): Tile(128, 32, 8, 2),
+        ("gfx942", "dq", 256): Tile(64, 16, 4, 1),
+        ("gfx942", "dkv", 64): Tile(32, 64, 4, 2),
+        ("gfx942", "dkv", 128): Tile(32, 32, 4, 2),
+        ("gfx942", "dkv", 256): Tile(16, 32, 4, 1),
     }
 )
 # float32 with exact ("ieee") products runs on the ordinary cores: small tiles.
-SINGLE = MappingProxyType(
+SINGLE: Mapping[tuple[str, int], Tile] = MappingProxyType(
     {
         ("forward", 64): Tile(32, 32, 4, 2),
         ("forward", 128): Tile(32, 32, 4, 2),
@@ -41,11 +72,16 @@ SINGLE = MappingProxyType(
 def default_tile(target: Target, kernel: str, head_dim: int, dtype: Any) -> Tile:
     """The tile of "forward", "dq" or "dkv" for the larger of the two head dims."""
     if str(dtype) in ("torch.float32", "torch.float64"):
-        return _smallest(SINGLE, (kernel,), head_dim)
-    return _smallest(HALF, ("sm_90", kernel), head_dim)
+        return _of_class(SINGLE, (kernel,), head_dim)
+    return _of_class(HALF, (_family(target), kernel), head_dim)
 
 
-def _smallest(table: Any, prefix: tuple[str, ...], head_dim: int) -> Tile:
+def _family(target: Target) -> str:
+    """Targets that compile to the same kind of matrix instructions: sm_86, sm_89 and sm_120 are like sm_80."""
+    return target.name if target.name in ("sm_90", "sm_100", "gfx942") else "sm_80"
+
+
+def _of_class(table: Mapping[Any, Tile], prefix: tuple[str, ...], head_dim: int) -> Tile:
     """The entry of the smallest class of head dims that holds this one."""
     classes = sorted(key[-1] for key in table if key[:-1] == prefix)
     return table[(*prefix, next((c for c in classes if head_dim <= c), classes[-1]))]

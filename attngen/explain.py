@@ -29,20 +29,25 @@ def explain(attention: CompiledAttention, call: Call) -> str:
     spec = attention.spec
     stages = attention.specialise(call)
     schedule, known = stages.schedule, stages.facts
-    batch, heads, n_q, head_dim = call.q.shape
-    n_k = call.k.shape[2]
+    batch, n_q, n_k = call.q.shape[0], call.q.shape[2], call.k.shape[2]
+    backend = pick(attention.backend, call.q.device)
+    tile = _tile(call, schedule, backend)
     parts = [("spec", f"{spec}\nkey {spec.key[:16]}")]
     if n_q and n_k and batch:
-        parts.append((f"mask of batch 0, head 0, {n_q} queries x {n_k} keys", _map(call, schedule)))
+        parts.append((f"mask of batch 0, head 0, {n_q} queries x {n_k} keys", _map(call, tile)))
     parts.append(("facts", str(known)))
     wanted = [name for name, t in call.captures.items() if t.is_floating_point() and t.requires_grad]
     plans = f"forward\n{_indent(str(forward_plan(spec, known)))}\nbackward\n{_indent(str(backward_plan(spec, known, wanted)))}"
     parts.append(("plan", plans))
-    parts.append(("cost bound (modelled)", _cost(call, stages, schedule)))
-    backend = pick(attention.backend, call.q.device)
+    parts.append(("cost bound (modelled)", _cost(call, stages, tile)))
     parts.append((f"schedule on backend {backend!r}", f"{schedule}\nfrom {stages.origin}"))
     if n_q and n_k and batch:
-        parts.append(("alternatives: pairs visited by other forward tiles, against the attended pairs", _alternatives(call, stages, schedule)))
+        parts.append(
+            (
+                "alternatives: pairs visited by other forward tiles, against the attended pairs",
+                _alternatives(call, stages, tile),
+            )
+        )
     return "\n\n".join(f"{title}\n{_indent(body)}" for title, body in parts)
 
 
@@ -56,15 +61,20 @@ def _mask_captures(call: Call) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in read}
 
 
-def _tile(call: Call, schedule: Schedule) -> tuple[int, int]:
+def _tile(call: Call, schedule: Schedule, backend: str) -> tuple[int, int]:
+    """The forward's tile; on the CPU a chunk of keys is cut at a finer grain than its size."""
     block_m, block_n = schedule.block_m or 128, schedule.block_n or 64
+    if backend == "cpu":
+        from attngen.backends.cpu_tiles import GRAIN
+
+        block_n = GRAIN
     while (call.q.shape[2] // block_m + 1) * (call.k.shape[2] // block_n + 1) > MOST_TILES:
         block_m, block_n = 2 * block_m, 2 * block_n
     return block_m, block_n
 
 
-def _map(call: Call, schedule: Schedule) -> str:
-    block_m, block_n = _tile(call, schedule)
+def _map(call: Call, tile: tuple[int, int]) -> str:
+    block_m, block_n = tile
     tiles = tile_map(
         call.spec, call.q.shape[2], call.k.shape[2], block_m, block_n, q_offset=call.q_offset, **_mask_captures(call)
     )
@@ -95,19 +105,19 @@ def _gpu(device: torch.device) -> str:
     return "H200"
 
 
-def _cost(call: Call, stages: Any, schedule: Schedule) -> str:
-    block_m, block_n = _tile(call, schedule)
+def _cost(call: Call, stages: Any, tile: tuple[int, int]) -> str:
+    block_m, block_n = tile
     return str(stages.facts.cost(**_sizes(call), block_m=block_m, block_n=block_n, gpu=_gpu(call.q.device)))
 
 
-def _alternatives(call: Call, stages: Any, schedule: Schedule) -> str:
+def _alternatives(call: Call, stages: Any, tile: tuple[int, int]) -> str:
     sizes = _sizes(call)
     key = (sizes["batch"], sizes["heads_q"], sizes["n_q"], sizes["n_k"])
     captures = _mask_captures(call)
     exact = visited_pairs(stages.facts, *key, 1, 1, call.q_offset, captures) or 1
     lines = []
-    for block_m, block_n in sorted({*ALTERNATIVES, _tile(call, schedule)}):
+    for block_m, block_n in sorted({*ALTERNATIVES, tile}):
         visited = visited_pairs(stages.facts, *key, block_m, block_n, call.q_offset, captures) or 0
-        mark = "   <- this schedule" if (block_m, block_n) == _tile(call, schedule) else ""
+        mark = "   <- this schedule" if (block_m, block_n) == tile else ""
         lines.append(f"{block_m:4} x {block_n:<4} {visited / exact:6.3f} x{mark}")
     return "\n".join(lines)

@@ -51,7 +51,9 @@ def bind(
     known = {**spec.tensors, **spec.params}
     unknown = [name for name in captures if name not in known]
     if unknown:
-        raise InputError(unknown[0], f"one of this spec's captures ({', '.join(known) or 'it has none'})", "an unknown name")
+        raise InputError(
+            unknown[0], f"one of this spec's captures ({', '.join(known) or 'it has none'})", "an unknown name"
+        )
     missing = [name for name in known if captures.get(name) is None]
     if missing:
         wanted = known[missing[0]]
@@ -61,7 +63,9 @@ def bind(
     # Positions i reach q_offset + n_q; with an offset per batch that is on the device, and loads by i check themselves.
     positions = q.shape[2] + (q_offset if not isinstance(q_offset, torch.Tensor) else 0)
     shape = (*q.shape[:2], positions, k.shape[2])
-    tensors = {name: _check_capture(spec, d, captures[name], shape, q_offset, q.device) for name, d in spec.tensors.items()}
+    tensors = {
+        name: _check_capture(spec, d, captures[name], shape, q_offset, q.device) for name, d in spec.tensors.items()
+    }
     params = {name: _check_param(name, p.number_kind, captures[name]) for name, p in spec.params.items()}
     if spec.dropout is not None and spec.dropout.is_Symbol and not 0 <= params[spec.dropout.name] < 1:
         raise InputError(spec.dropout.name, "a probability in [0, 1)", params[spec.dropout.name])
@@ -125,7 +129,7 @@ def _check_capture(
     return value if sizes == list(value.shape) else value.expand(sizes)
 
 
-def _check_param(name: str, kind: str, value: Any) -> int | float:
+def _check_param(name: str, kind: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise InputError(name, f"a Python {kind}", f"{type(value).__name__} {value!r}"[:120])
     if kind == "float":
@@ -137,9 +141,13 @@ def _check_param(name: str, kind: str, value: Any) -> int | float:
     return value
 
 
-def _check_offset(q_offset: Any, q: torch.Tensor) -> int | torch.Tensor:
+def _check_offset(q_offset: Any, q: torch.Tensor) -> Any:
     if isinstance(q_offset, torch.Tensor):
-        if q_offset.dtype not in (torch.int32, torch.int64) or q_offset.shape != q.shape[:1] or q_offset.device != q.device:
+        if (
+            q_offset.dtype not in (torch.int32, torch.int64)
+            or q_offset.shape != q.shape[:1]
+            or q_offset.device != q.device
+        ):
             raise InputError(
                 "q_offset",
                 f"an int, or an int32/int64 tensor [{q.shape[0]}] on {q.device}",

@@ -44,7 +44,20 @@ def _call(
     return bind(spec, q, k, v, q_offset=q_offset if q_offsets is None else q_offsets, captures=captures)
 
 
-@torch.library.custom_op("attngen::forward", mutates_args=())
+# Defined on the library, not with custom_op: that imports all of torch._dynamo at the first call (0.6 s) and costs twice
+# as much at every other one.
+_library = torch.library.Library("attngen", "DEF")
+_COMMON = (
+    "Tensor q, Tensor k, Tensor v, Tensor[] tensors, SymInt[] ints, float[] floats, SymInt q_offset, Tensor? q_offsets, "
+    "str handle"
+)
+_library.define(f"forward({_COMMON}) -> (Tensor, Tensor)")
+_library.define(
+    f"backward({_COMMON}, Tensor out, Tensor lse, Tensor grad_out, Tensor grad_lse, int[] wanted) -> Tensor[]"
+)
+
+
+@torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -61,14 +74,14 @@ def forward(
     return attention.run_forward(call)
 
 
-@forward.register_fake
+@torch.library.register_fake("attngen::forward", lib=_library)
 def _(q, k, v, tensors, ints, floats, q_offset, q_offsets, handle):  # type: ignore[no-untyped-def]
     call = _call(_registry[handle], q, k, v, tensors, ints, floats, q_offset, q_offsets)
     out = call.q.new_empty((*call.q.shape[:3], call.v.shape[3]))
     return out, call.q.new_empty(call.q.shape[:3], dtype=lse_dtype(call.q.dtype))
 
 
-@torch.library.custom_op("attngen::backward", mutates_args=())
+@torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
 def backward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -95,7 +108,7 @@ def backward(
     return [dq, dk, dv, *(g.clone() if g._is_view() else g for g in grads)]
 
 
-@backward.register_fake
+@torch.library.register_fake("attngen::backward", lib=_library)
 def _(q, k, v, tensors, ints, floats, q_offset, q_offsets, handle, out, lse, grad_out, grad_lse, wanted):  # type: ignore[no-untyped-def]
     like = [q, k, v, *(tensors[place] for place in wanted)]
     return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like]
@@ -118,17 +131,37 @@ def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | 
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
     wanted = [place for place, t in enumerate(tensors) if ctx.needs_input_grad[3][place] and t.is_floating_point()]
     dq, dk, dv, *captured = torch.ops.attngen.backward(
-        q, k, v, tensors, ctx.ints, ctx.floats, ctx.q_offset, q_offsets, ctx.handle, out, lse, grad_out, grad_lse, wanted
+        q,
+        k,
+        v,
+        tensors,
+        ctx.ints,
+        ctx.floats,
+        ctx.q_offset,
+        q_offsets,
+        ctx.handle,
+        out,
+        lse,
+        grad_out,
+        grad_lse,
+        wanted,
     )
     grads: list[torch.Tensor | None] = [None] * len(tensors)
     for place, grad in zip(wanted, captured, strict=True):
         grads[place] = grad
     # torch takes an empty list for a list of tensors, and wants one back.
-    none_for_ints, none_for_floats = ([] if not numbers else None for numbers in (ctx.ints, ctx.floats))
-    return dq, dk, dv, grads, none_for_ints, none_for_floats, None, None, None
+    ints, floats = (None if numbers else list[None]() for numbers in (ctx.ints, ctx.floats))
+    return dq, dk, dv, grads, ints, floats, None, None, None
 
 
-forward.register_autograd(_backward, setup_context=_setup_context)
+def _no_second_derivative(ctx: Any, grads: Any) -> Any:
+    raise NotImplementedError(
+        "attngen has first derivatives only: do not differentiate through a gradient (create_graph)"
+    )
+
+
+torch.library.register_autograd("attngen::backward", _no_second_derivative, lib=_library)
+torch.library.register_autograd("attngen::forward", _backward, setup_context=_setup_context, lib=_library)
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -137,7 +137,9 @@ def t5_bias(buckets: int = 32, max_distance: int = 128, bidirectional: bool = Tr
     half = buckets // 2 if bidirectional else buckets
     exact = half // 2
     if exact < 1 or max_distance <= exact:
-        raise SpecError(f"t5_bias: buckets={buckets} and max_distance={max_distance} leave no room for log-spaced buckets")
+        raise SpecError(
+            f"t5_bias: buckets={buckets} and max_distance={max_distance} leave no room for log-spaced buckets"
+        )
     distance = absolute(i - j) if bidirectional else maximum(i - j, 0)
     # The bucket counts the thresholds passed; they are found with T5's own float32 formula, so no rounding differs.
     n = torch.arange(exact, max_distance + 1, dtype=torch.float32)
@@ -166,4 +168,6 @@ def _positive(place: str, size: Size) -> Size:
 
 def _is_tensor(place: str, value: Any, ndims: tuple[int, ...], kind: str) -> None:
     if not isinstance(value, Tensor) or value.ndim not in ndims or value.kind != kind:
-        raise SpecError(f"{place}: expected a {kind} ag.Tensor with {' or '.join(map(str, ndims))} dimensions, got {value!r}")
+        raise SpecError(
+            f"{place}: expected a {kind} ag.Tensor with {' or '.join(map(str, ndims))} dimensions, got {value!r}"
+        )

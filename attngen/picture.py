@@ -15,15 +15,13 @@ _COLORS = ("#f4f1ea", "#e8a33d", "#27548a")
 
 def shrink(tiles: torch.Tensor, most: int) -> torch.Tensor:
     """A tile map [rows, columns] with at most `most` rows and columns: cells that mix become partial."""
-    step = -(-max(tiles.shape) // most)
-    if step <= 1:
-        return tiles
-    rows, columns = -(-tiles.shape[0] // step), -(-tiles.shape[1] // step)
-    low, high = (torch.full((rows * step, columns * step), fill, dtype=tiles.dtype) for fill in (FULL, EMPTY))
+    down, across = (max(1, -(-size // most)) for size in tiles.shape)
+    rows, columns = -(-tiles.shape[0] // down), -(-tiles.shape[1] // across)
+    low, high = (torch.full((rows * down, columns * across), fill, dtype=tiles.dtype) for fill in (FULL, EMPTY))
     for padded in (low, high):
         padded[: tiles.shape[0], : tiles.shape[1]] = tiles
-    low = low.view(rows, step, columns, step).amin((1, 3))
-    high = high.view(rows, step, columns, step).amax((1, 3))
+    low = low.view(rows, down, columns, across).amin((1, 3))
+    high = high.view(rows, down, columns, across).amax((1, 3))
     return torch.where(high == EMPTY, EMPTY, torch.where(low == FULL, FULL, PARTIAL)).to(tiles.dtype)
 
 
@@ -36,7 +34,9 @@ def text(tiles: torch.Tensor, most: int = 48) -> str:
 def summary(tiles: torch.Tensor) -> str:
     """Counts and shares of full, partial and empty tiles."""
     total = max(tiles.numel(), 1)
-    counts = {name: int((tiles == value).sum()) for name, value in (("full", FULL), ("partial", PARTIAL), ("empty", EMPTY))}
+    counts = {
+        name: int((tiles == value).sum()) for name, value in (("full", FULL), ("partial", PARTIAL), ("empty", EMPTY))
+    }
     parts = ", ".join(f"{count} {name} ({count / total:.1%})" for name, count in counts.items())
     live = counts["full"] + counts["partial"]
     return f"{tiles.shape[0]} x {tiles.shape[1]} tiles: {parts}; visited {live / total:.1%} of the dense work"
@@ -54,12 +54,16 @@ def png(tiles: torch.Tensor, path: str | Path, title: str, block_m: int, block_n
     cells = shrink(tiles, 512)
     figure, axes = plt.subplots(figsize=(6.4, 6.8), dpi=150)
     extent: Any = (0, tiles.shape[1] * block_n, tiles.shape[0] * block_m, 0)
-    axes.imshow(cells.numpy(), cmap=ListedColormap(list(_COLORS)), vmin=0, vmax=2, interpolation="nearest", extent=extent)
+    axes.imshow(
+        cells.numpy(), cmap=ListedColormap(list(_COLORS)), vmin=0, vmax=2, interpolation="nearest", extent=extent
+    )
     axes.set_xlabel("key position j")
     axes.set_ylabel("query position i")
     axes.set_title(title, fontsize=10, wrap=True)
     names = ("empty: skipped", "partial: masked", "full: no mask code")
-    handles = [Patch(facecolor=color, edgecolor="#555555", label=name) for color, name in zip(_COLORS, names, strict=True)]
+    handles = [
+        Patch(facecolor=color, edgecolor="#555555", label=name) for color, name in zip(_COLORS, names, strict=True)
+    ]
     axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=3, frameon=False, fontsize=8)
     figure.savefig(path, bbox_inches="tight")
     plt.close(figure)

@@ -18,8 +18,8 @@ from attngen.spec import Spec
 
 @dataclass(frozen=True)
 class Step:
-    """One launch. kind: "tables" (torch operations that summarise captured data), "kernel" (a generated one), "sink" or
-    "reduce" (torch operations on a kernel's results).
+    """One launch. kind: "tables" (torch operations that summarise captured data), "kernel" (a generated one), or "capture"
+    (a generated kernel for each load of a captured tensor, and torch operations that add up what they leave).
     """
 
     name: str
@@ -59,9 +59,7 @@ class Plan:
         made = {buffer for step in self.steps for buffer in step.writes}
         last = {buffer: step.name for step in self.steps for buffer in (*step.reads, *step.writes)}
         keep = set(self.results)
-        return {
-            step.name: tuple(b for b in sorted(made - keep) if last[b] == step.name) for step in self.steps
-        }
+        return {step.name: tuple(b for b in sorted(made - keep) if last[b] == step.name) for step in self.steps}
 
     def __str__(self) -> str:
         return "\n".join(str(step) for step in self.steps)
@@ -93,8 +91,8 @@ def backward_plan(spec: Spec, facts: Facts, wanted: Iterable[str]) -> Plan:
             tables = (f"tables of {kernel}",)
             steps.append(Step(tables[0], "tables", captures, tables))
         steps.append(Step(kernel, "kernel", (*shared, *tables), results))
-    for name in wanted:
-        steps.append(Step(f"gradient of {name}", "capture", shared, (f"d {name}",)))
+    made = tuple(buffer for step in steps if step.kind == "tables" for buffer in step.writes)
+    steps.extend(Step(f"gradient of {name}", "capture", (*shared, *made), (f"d {name}",)) for name in wanted)
     return Plan.ordered(steps, ("dq", "dk", "dv", *(f"d {name}" for name in wanted)))
 
 

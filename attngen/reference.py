@@ -25,6 +25,10 @@ def oracle(
     q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] of any dtype. Returns out [B, Hq, Nq, Dv] and lse [B, Hq, Nq],
     both float64; a row that sees no key has out 0 and lse -inf. Raises InputError for arguments that do not fit the spec.
     """
+    if spec.keys is not None:
+        from attngen.keys.dense import oracle_of_keys
+
+        return oracle_of_keys(spec, q, k, v, q_offset, captures)
     return dense(bind(spec, q, k, v, q_offset=q_offset, captures=captures), torch.float64)
 
 
@@ -42,14 +46,25 @@ def plain(
     return dense(call, q.dtype)
 
 
-def dense(call: Call, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, computed in `dtype`: out [B, Hq, Nq, Dv], lse [B, Hq, Nq]."""
+def dense(
+    call: Call, dtype: torch.dtype, log_weight: torch.Tensor | None = None, gain: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition, computed in `dtype`: out [B, Hq, Nq, Dv], lse [B, Hq, Nq].
+
+    Of a key set: `log_weight` is added to the logits (-inf: not attended) and `gain` multiplies keys and values, both
+    broadcasting to [B, Hq, Nq, Nk].
+    """
     spec, env = call.spec, dense_env(call, dtype)
     keys, values = (t.to(dtype).repeat_interleave(call.group, 1) for t in (call.k, call.v))
     logits = (call.q.to(dtype) @ keys.mT) * spec.scale_for(call.q.shape[-1])
+    if gain is not None:
+        logits = logits * gain
     if spec.score != S:
         logits = torch.broadcast_to(_value(spec.score, {**env, "s": logits}, dtype, call), logits.shape)
     mask = torch.broadcast_to(torch.as_tensor(evaluate(spec.mask, env, real=dtype), device=call.q.device), logits.shape)
+    if log_weight is not None:
+        mask = mask & ~log_weight.isneginf()
+        logits = logits + torch.where(log_weight.isneginf(), 0.0, log_weight)
     logits = torch.where(mask, logits, -torch.inf)
     columns = [logits]
     if spec.sink is not None:  # one more key, whose value is 0
@@ -65,6 +80,8 @@ def dense(call: Call, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         probability = float(evaluate(spec.dropout, env, real=dtype))
         draws = uniform(env["seed"], env["b"], env["h"], env["i"], env["j"])
         weights = torch.where(draws >= probability, weights / (1 - probability), 0.0)
+    if gain is not None:
+        weights = weights * gain
     broken = ~values.isfinite()
     if not broken.any():
         return weights @ values, lse
@@ -77,7 +94,7 @@ def _value(expr: Any, env: dict[str, Any], dtype: torch.dtype, call: Call) -> to
     return torch.as_tensor(evaluate(expr, env, real=dtype), device=call.q.device).to(dtype)
 
 
-def dense_env(call: Call, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+def dense_env(call: Call, dtype: torch.dtype) -> dict[str, Any]:
     """Positions, params and captures of a call as `dtype` / int64 tensors that broadcast over [B, Hq, Nq, Nk]."""
     device = call.q.device
     batch, heads, n_q = call.q.shape[:3]

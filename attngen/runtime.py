@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ from attngen.errors import InputError, SpecError
 from attngen.inputs import Call
 from attngen.schedule import Schedule
 from attngen.spec import Spec
+
+if TYPE_CHECKING:
+    from attngen.keys import KeyPlan
 
 BACKENDS = ("auto", "triton", "interpret", "cpu")
 
@@ -54,12 +57,12 @@ def compile(
 
 
 class CompiledAttention:
-    """attn(q, k, v, *, return_lse=False, q_offset=0, **captures) -> out, or (out, lse).
+    """attn(q, k, v, *, return_lse=False, q_offset=0, plan=None, **captures) -> out, or (out, lse).
 
     q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] of one dtype and device, Hkv dividing Hq; any strides. out
     [B, Hq, Nq, Dv] in that dtype; lse [B, Hq, Nq] float32, natural log, -inf for a row that sees no key (whose out is 0).
     q_offset: what is added to a query's row to get its position, an int or an int tensor [B]. captures: the spec's tensors
-    and params by name. Differentiable in q, k, v and float captured tensors. Raises InputError.
+    and params by name, and those of its key set; plan: see `plan`. Differentiable in q, k, v and float captured tensors. Raises InputError.
     """
 
     def __init__(self, spec: Spec, pins: Schedule, backend: str, db: str | None):
@@ -67,6 +70,7 @@ class CompiledAttention:
         identity = json.dumps([spec.key, pins.decided(), backend, db], sort_keys=True)
         self.handle = hashlib.sha256(identity.encode()).hexdigest()[:32]
         self._specialised: dict[Any, Specialised] = {}
+        self.pieces: dict[Any, CompiledAttention] = {}  # of a key set, by their role in it
         operators.register(self.handle, self)
 
     def __call__(
@@ -77,10 +81,28 @@ class CompiledAttention:
         *,
         return_lse: bool = False,
         q_offset: int | torch.Tensor = 0,
+        plan: KeyPlan | None = None,
         **captures: Any,
     ) -> Any:
-        out, lse = operators.apply(self, q, k, v, captures, q_offset)
+        if self.spec.keys is not None:
+            from attngen.keys import call
+
+            out, lse = call.run(self, q, k, v, q_offset, plan, captures)
+        elif plan is not None:
+            raise InputError("plan", "nothing, for a spec without keys=", "a plan")
+        else:
+            out, lse = operators.apply(self, q, k, v, captures, q_offset)
         return (out, lse) if return_lse else out
+
+    def plan(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, q_offset: int | torch.Tensor = 0, **captures: Any
+    ) -> KeyPlan:
+        """What the spec's key set prepares (sorting, hashing, sampling) for such a call: pass it as `plan=` to calls of the
+        same sizes, in other layers and steps, and leave out the captures that only the preparation reads.
+        """
+        from attngen.keys import call
+
+        return call.plan(self, q, k, v, q_offset, captures)
 
     def __reduce__(self) -> Any:
         return CompiledAttention, (self.spec, self.pins, self.backend, self.db)
@@ -136,6 +158,10 @@ class CompiledAttention:
         from attngen.explain import explain
         from attngen.inputs import bind
 
+        if self.spec.keys is not None:
+            from attngen.keys import call
+
+            return call.explain(self, q, k, v, q_offset, captures)
         return explain(self, bind(self.spec, q, k, v, q_offset=q_offset, captures=captures))
 
     def source(

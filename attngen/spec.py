@@ -23,6 +23,7 @@ from attngen.expression.builder import Declaration, Expr, Param, Tensor, wrap
 from attngen.expression.parse import parse
 
 if TYPE_CHECKING:
+    from attngen.keys import KeySet
     from attngen.schedule import Schedule
 
 LANGUAGE = 1  # goes into every key: raise it when the meaning of an expression changes
@@ -42,6 +43,8 @@ class Spec:
     sink: a logit per (b, h, i) that joins the softmax's denominator with value 0 (attention sinks), e.g. `sink[h]`.
     dropout: probability in [0, 1) that a weight is zeroed after the softmax, a number or a float Param; the call then
         takes `seed=`.
+    keys: which keys a query sees where that is found at run time (`ag.qk_sparse()`, `ag.hyper()`, ...), before the mask
+        takes some away; its own captures are given at the call.
     schedule: a `Schedule` that pins what the tuner may not change; no part of the key.
     params, tensors: declarations for the names in textual expressions.
 
@@ -57,6 +60,7 @@ class Spec:
         scale: float | None = None,
         sink: Expr | str | Callable[..., Any] | None = None,
         dropout: float | Expr | str | None = None,
+        keys: KeySet | str | None = None,
         schedule: Schedule | None = None,
         name: str = "",
         params: Iterable[Param] = (),
@@ -90,16 +94,23 @@ class Spec:
         self.name = name
         parts = [e for e in (mask_expr, score_expr, sink_expr, dropout_expr) if e is not None]
         used = {d.name: d for part in parts for d in part.declared.values() if _mentions(part.sym, d)}
+        self.keys = _read_keys(keys)
+        if self.keys is not None:
+            used |= self.keys.declared()
         for part in parts:
             for known in part.declared.values():
                 if known.name in used and used[known.name].text() != known.text():
-                    raise SpecError(f"{known.name!r} is declared twice: `{used[known.name].text()}` and `{known.text()}`")
+                    raise SpecError(
+                        f"{known.name!r} is declared twice: `{used[known.name].text()}` and `{known.text()}`"
+                    )
         if sum(len(list(sympy.preorder_traversal(part.sym))) for part in parts) > MAX_NODES:
             raise SpecError(f"the spec has more than {MAX_NODES} nodes", fix="put what varies into a captured tensor")
         self.tensors = {n: d for n, d in sorted(used.items()) if isinstance(d, Tensor)}
         self.params = {n: d for n, d in sorted(used.items()) if isinstance(d, Param)}
         if self.dropout is not None:
             self.params["seed"] = _SEED
+        if self.keys is not None:
+            self.keys.check_spec(self)
 
     @cached_property
     def text(self) -> str:
@@ -114,6 +125,8 @@ class Spec:
             lines.append(f"sink: {to_text(self.sink)}")
         if self.dropout is not None:
             lines.append(f"dropout: {to_text(self.dropout)}")
+        if self.keys is not None:
+            lines.append(f"keys: {self.keys.text}")
         return "\n".join(lines)
 
     @cached_property
@@ -140,7 +153,8 @@ class Spec:
         return self.text
 
     def __repr__(self) -> str:
-        return f"<Spec {self.name or self.key[:12]}: {to_text(self.mask)}>"
+        keys = "" if self.keys is None else f", keys: {self.keys.text}"
+        return f"<Spec {self.name or self.key[:12]}: {to_text(self.mask)}{keys}>"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Spec) and self.key == other.key
@@ -161,7 +175,7 @@ class Spec:
 
             param NAME: int|float
             tensor NAME: float|int|bool[NDIM]
-            mask|score|scale|sink|dropout: VALUE
+            mask|score|scale|sink|dropout|keys: VALUE
 
         Raises SpecError.
         """
@@ -169,7 +183,7 @@ class Spec:
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Spec:
-        """Read a named spec from a TOML file: keys name, mask, score, scale, sink, dropout; tables [params] (name = "int"
+        """Read a named spec from a TOML file: keys name, mask, score, scale, sink, dropout, keys; tables [params] (name = "int"
         or "float"), [tensors] (name = "float[1]"), [schedule]. Raises SpecError.
         """
         from attngen.schedule import Schedule
@@ -181,7 +195,10 @@ class Spec:
             raise SpecError(f"{path}: not a readable TOML file: {error}") from None
         unknown = set(data) - {"name", "params", "tensors", "schedule", *_FIELDS}
         if unknown:
-            raise SpecError(f"{path}: unknown keys {sorted(unknown)}", fix=f"the keys are name, params, tensors, schedule, {', '.join(_FIELDS)}")
+            raise SpecError(
+                f"{path}: unknown keys {sorted(unknown)}",
+                fix=f"the keys are name, params, tensors, schedule, {', '.join(_FIELDS)}",
+            )
         params, tensors, schedule = (_table(path, data, name) for name in ("params", "tensors", "schedule"))
         return cls(
             **{name: data[name] for name in _FIELDS if name in data},
@@ -192,7 +209,7 @@ class Spec:
         )
 
 
-_FIELDS = ("mask", "score", "scale", "sink", "dropout")
+_FIELDS = ("mask", "score", "scale", "sink", "dropout", "keys")
 _SEED = object.__new__(Param)  # "seed" is a reserved name: only dropout declares it
 _SEED.name, _SEED.number_kind = "seed", "int"
 Expr.__init__(_SEED, sympy.Symbol("seed", integer=True))
@@ -220,6 +237,18 @@ def _read(place: str, value: Any, symbols: str, declared: dict[str, Declaration]
         raise SpecError(f"{place}: {error.problem}", fix=error.fix) from None
 
 
+def _read_keys(keys: KeySet | str | None) -> KeySet | None:
+    if keys is None:
+        return None
+    from attngen.keys import KeySet, parse
+
+    if isinstance(keys, str):
+        return parse(keys)
+    if not isinstance(keys, KeySet):
+        raise SpecError(f"keys: expected a key set such as ag.qk_sparse(), got {type(keys).__name__}")
+    return keys
+
+
 def _read_score(score: Score, declared: dict[str, Declaration]) -> Expr:
     steps = [score] if score is None or isinstance(score, (str, Expr)) or callable(score) else list(score)
     total = Expr(S)
@@ -243,7 +272,9 @@ def _check_symbols(place: str, expr: Expr, allowed: tuple[Any, ...], why: str) -
         if symbol in expr.sym.free_symbols and symbol not in allowed:
             text = to_text(expr.sym)
             match = re.search(rf"\b{symbol.name}\b", text)
-            raise SpecError(f"{place}: `{symbol.name}` may not stand here: {why}", text=text, column=match.start() if match else 0)
+            raise SpecError(
+                f"{place}: `{symbol.name}` may not stand here: {why}", text=text, column=match.start() if match else 0
+            )
 
 
 def _mentions(expr: Any, declaration: Declaration) -> bool:
@@ -276,7 +307,7 @@ def _read_lines(text: str) -> dict[str, Any]:
                 "not a line of a spec",
                 text=line,
                 width=max(1, len(head)),
-                fix="a line is `param NAME: int`, `tensor NAME: float[1]`, or one each of `mask:`, `score:`, `scale:`, `sink:`, `dropout:`",
+                fix="a line is `param NAME: int`, `tensor NAME: float[1]`, or one each of `mask:`, `score:`, `scale:`, `sink:`, `dropout:`, `keys:`",
             )
     if "scale" in fields:
         try:

@@ -29,5 +29,7 @@ def read_spec(source: str) -> Spec:
     value = getattr(module, name, None)
     value = value() if callable(value) and not isinstance(value, Spec) else value
     if not isinstance(value, Spec):
-        raise SpecError(f"{path}: {name!r} is not an ag.Spec", fix="give the name of a Spec, or of a function that returns one")
+        raise SpecError(
+            f"{path}: {name!r} is not an ag.Spec", fix="give the name of a Spec, or of a function that returns one"
+        )
     return value

@@ -1,6 +1,6 @@
 """The whole of attngen in one sitting, on any machine: about a minute on two CPU cores.
 
-    python examples/tour.py [--out DIR]
+python examples/tour.py [--out DIR]
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def main(out: Path) -> None:
 
     heading("cross-compiled for an H200 (sm_90), bfloat16, head dim 64")
     for kernel in ag.cross_compile(spec, target="sm_90", dtype=torch.bfloat16, head_dim=64):
-        print(f"{kernel.name:10} {kernel.registers:4} registers, {kernel.spills} spills, {kernel.shared:,} bytes of shared memory")
+        print(
+            f"{kernel.name:10} {kernel.registers:4} registers, {kernel.spills} spills, {kernel.shared:,} bytes of shared memory"
+        )
 
     heading(f"tuned on this {device} and remembered")
     report = ag.tune(spec, shapes=["B1 H8 N2048 D64"], dtype=torch.float32, trials=6, captures=captures)

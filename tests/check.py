@@ -39,7 +39,9 @@ def check(
     weights: list[torch.Tensor] = []
     for name, function in functions.items():
         given = {n: t for n, t in leaves.items() if n not in ("q", "k", "v")}
-        out, lse = function(leaves["q"], leaves["k"], leaves["v"], return_lse=True, q_offset=q_offset, **given, **others)
+        out, lse = function(
+            leaves["q"], leaves["k"], leaves["v"], return_lse=True, q_offset=q_offset, **given, **others
+        )
         if not weights:
             assert out.dtype == q.dtype and lse.dtype in (torch.float32, torch.float64)
             weights = [torch.randn(t.shape, generator=generator) for t in (out, lse)]

@@ -114,7 +114,9 @@ _terms = st.sampled_from(
         "0.01 * abs(i - j)",
     ]
 )
-_shapes = st.sampled_from(["s", "3 * tanh(s / 3)", "s * sigmoid(s)", "min(s, 2.0)", "s * gain", "where(s > 0, s, s / 2)"])
+_shapes = st.sampled_from(
+    ["s", "3 * tanh(s / 3)", "s * sigmoid(s)", "min(s, 2.0)", "s * gain", "where(s > 0, s, s / 2)"]
+)
 scores = st.builds(lambda shape, terms: " + ".join([shape, *terms]), _shapes, st.lists(_terms, max_size=2, unique=True))
 
 
@@ -159,7 +161,10 @@ def by_torch(text: str, env: dict[str, Any]) -> Any:
         "where": lambda c, a, b: torch.where(c, tensor(a), tensor(b)),
         "tanh": torch.tanh,
         "sigmoid": torch.sigmoid,
-        **{name: Plain(value) if isinstance(value, torch.Tensor) and name in _CAPTURED else value for name, value in env.items()},
+        **{
+            name: Plain(value) if isinstance(value, torch.Tensor) and name in _CAPTURED else value
+            for name, value in env.items()
+        },
     }
     return eval(text, {"__builtins__": {"abs": abs}}, names)  # tests only: the text is made above
 

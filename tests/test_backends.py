@@ -23,12 +23,18 @@ MASKS: dict[str, tuple[Any, dict[str, Any]]] = {
     "causal window param": (ag.causal() & ag.window(ag.Param("width")), dict(width=33)),
     "window left right": (ag.window(left=20, right=40), {}),
     "prefix": (ag.prefix_lm(21), {}),
-    "prefix per batch": (ag.prefix_lm(ag.Tensor("prefix", 1, dtype=torch.int32)), dict(prefix=torch.tensor([0, 40]).int())),
+    "prefix per batch": (
+        ag.prefix_lm(ag.Tensor("prefix", 1, dtype=torch.int32)),
+        dict(prefix=torch.tensor([0, 40]).int()),
+    ),
     "global and window": ((ag.window(9) | ag.global_tokens(3)) & ag.causal(), {}),
     "dilated": (ag.dilated_window(6, 3), {}),
     "documents": (ag.documents(), dict(doc=doc2)),
     "causal documents": (ag.documents() & ag.causal(), dict(doc=doc2)),
-    "unsorted documents": (ag.documents(), dict(doc=torch.randint(0, 3, (2, 90), generator=torch.Generator().manual_seed(0)).int())),
+    "unsorted documents": (
+        ag.documents(),
+        dict(doc=torch.randint(0, 3, (2, 90), generator=torch.Generator().manual_seed(0)).int()),
+    ),
     "block causal": (ag.block_causal(24), {}),
     "neighborhood": (ag.neighborhood_2d(10, 2), {}),
     "tree": (ag.tree(), dict(ancestor=torch.rand(60, 60, generator=torch.Generator().manual_seed(1)) < 0.4, start=30)),
@@ -48,12 +54,17 @@ SCORES: dict[str, tuple[Any, dict[str, Any]]] = {
     "bias bi": (ag.bias("bi"), dict(bias=torch.randn(2, N_Q))),
     "t5": (ag.t5_bias(max_distance=40), dict(rel_bias=table)),
     "t5 causal": (ag.t5_bias(max_distance=40, bidirectional=False), dict(rel_bias=table)),
-    "several": ([ag.soft_cap(3.0), ag.alibi(), ag.bias("hij")], dict(slope=torch.full((HEADS,), 0.1), bias=torch.randn(HEADS, N_Q, N_K))),
+    "several": (
+        [ag.soft_cap(3.0), ag.alibi(), ag.bias("hij")],
+        dict(slope=torch.full((HEADS,), 0.1), bias=torch.randn(HEADS, N_Q, N_K)),
+    ),
     "cosine": (lambda s, b, h, i, j: s * ag.sigmoid(s) + ag.where(i > j, s / 2, -s), {}),
 }
 
 
-def qkv(dtype: torch.dtype, d: int = D, dv: int = D, n_q: int = N_Q, n_k: int = N_K, heads: int = HEADS, kv: int = KV_HEADS):
+def qkv(
+    dtype: torch.dtype, d: int = D, dv: int = D, n_q: int = N_Q, n_k: int = N_K, heads: int = HEADS, kv: int = KV_HEADS
+):
     generator = torch.Generator().manual_seed(7)
     shapes = [(2, heads, n_q, d), (2, kv, n_k, d), (2, kv, n_k, dv)]
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
@@ -93,7 +104,13 @@ def test_sink_and_dropout(backend: str):
 @pytest.mark.parametrize("offset", [13, torch.tensor([0, 40], dtype=torch.int32)], ids=["int", "tensor"])
 def test_query_offset(backend: str, offset: Any):
     spec = ag.Spec(mask=ag.causal() & ag.window(25), score=ag.alibi())
-    check(spec, attention(spec, backend), *qkv(torch.float32, n_q=20), dict(slope=torch.full((HEADS,), 0.1)), q_offset=offset)
+    check(
+        spec,
+        attention(spec, backend),
+        *qkv(torch.float32, n_q=20),
+        dict(slope=torch.full((HEADS,), 0.1)),
+        q_offset=offset,
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -44,12 +44,12 @@ def test_a_mask_means_what_python_says(case: Case):
 @settings(max_examples=200)
 @given(case=cases([1, 2, 15]))
 def test_a_score_means_what_python_says(case: Case):
-    env = grid(case) | {"s": torch.randn(case.batch, case.heads_kv * case.group, case.n_q, case.n_k, dtype=torch.float64)}
+    env = grid(case) | {
+        "s": torch.randn(case.batch, case.heads_kv * case.group, case.n_q, case.n_k, dtype=torch.float64)
+    }
     env = {n: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in env.items()}
     expr = parse(case.score, DECLARED).sym
-    torch.testing.assert_close(
-        evaluate(expr, env, real=torch.float64), by_torch(case.score, env), rtol=1e-6, atol=1e-7
-    )
+    torch.testing.assert_close(evaluate(expr, env, real=torch.float64), by_torch(case.score, env), rtol=1e-6, atol=1e-7)
     assert parse(to_text(expr), DECLARED).sym == expr
 
 

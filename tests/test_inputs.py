@@ -8,7 +8,9 @@ import torch
 import attngen as ag
 
 SPEC = ag.Spec(
-    mask=ag.documents() & (lambda w: ag.window(w))(ag.Param("width")), score=[ag.alibi(), ag.bias("hij")], dropout=ag.Param("p", float)
+    mask=ag.documents() & (lambda w: ag.window(w))(ag.Param("width")),
+    score=[ag.alibi(), ag.bias("hij")],
+    dropout=ag.Param("p", float),
 )
 
 
@@ -91,7 +93,11 @@ def test_good_input_passes_and_size_one_broadcasts():
         (lambda: ag.Schedule(num_stages=99), ag.ScheduleError, "num_stages"),
         (lambda: ag.Schedule(precision="fp8"), ag.ScheduleError, "tf32"),
         (lambda: ag.tile_map(ag.Spec(), 64, 64, -16, 16), ag.InputError, "block_m"),
-        (lambda: ag.cross_compile(ag.Spec(), target="sm_1", dtype=torch.float16, head_dim=64), ag.ScheduleError, "sm_90"),
+        (
+            lambda: ag.cross_compile(ag.Spec(), target="sm_1", dtype=torch.float16, head_dim=64),
+            ag.ScheduleError,
+            "sm_90",
+        ),
         (
             lambda: ag.cross_compile(
                 ag.Spec(),

@@ -53,7 +53,9 @@ def test_a_changed_param_is_no_new_graph():
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(lambda width: attn(q, k, v, **{**captures, "width": width}), fullgraph=True, backend=count, dynamic=True)
+    compiled = torch.compile(
+        lambda width: attn(q, k, v, **{**captures, "width": width}), fullgraph=True, backend=count, dynamic=True
+    )
     for width in (3, 5, 9, 11):
         torch.testing.assert_close(compiled(width), attn(q, k, v, **{**captures, "width": width}))
     assert len(graphs) <= 2

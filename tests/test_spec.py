@@ -125,9 +125,10 @@ def test_t5_buckets_are_those_of_the_paper_code():
         else:
             relative = -torch.minimum(relative, torch.zeros_like(relative))
         exact = buckets // 2
-        large = exact + (
-            torch.log(relative.float() / exact) / torch.log(torch.tensor(most / exact)) * (buckets - exact)
-        ).long()
+        large = (
+            exact
+            + (torch.log(relative.float() / exact) / torch.log(torch.tensor(most / exact)) * (buckets - exact)).long()
+        )
         return result + torch.where(relative < exact, relative, large.clamp(max=buckets - 1))
 
     i, j = torch.arange(300).view(-1, 1), torch.arange(300).view(1, -1)

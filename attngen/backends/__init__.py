@@ -1,7 +1,7 @@
 """Where a plan runs. A backend is a module with
 
-    forward(call, facts, schedule) -> (out, lse)
-    backward(call, facts, schedule, out, lse, grad_out, grad_lse, wanted) -> (dq, dk, dv, {capture name: gradient})
+forward(call, facts, schedule) -> (out, lse)
+backward(call, facts, schedule, out, lse, grad_out, grad_lse, wanted) -> (dq, dk, dv, {capture name: gradient})
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ def pick(backend: str, device: torch.device) -> str:
         if not backend:
             raise InputError("q", "a tensor on a GPU or a CPU", f"device {device}", "move the inputs to cuda or cpu")
     if backend == "triton" and kind != "cuda":
-        raise InputError("q", "a CUDA or ROCm tensor for backend='triton'", f"device {device}", "use backend='auto', 'cpu' or 'interpret'")
+        raise InputError(
+            "q",
+            "a CUDA or ROCm tensor for backend='triton'",
+            f"device {device}",
+            "use backend='auto', 'cpu' or 'interpret'",
+        )
     if backend == "cpu" and kind != "cpu":
         raise InputError("q", "a CPU tensor for backend='cpu'", f"device {device}", "use backend='auto'")
     return backend

@@ -1,11 +1,13 @@
 """The embedded backend: forward and backward on any CPU with PyTorch's operators, over the live key intervals only.
 
 A query tile of all heads that share keys walks its chunks of keys. Each chunk gives a partial softmax state, and the states
-are merged (`attngen.state`); ranges that the analysis calls full never see the mask. Logits are kept in base 2, which costs
-nothing where the scale is folded into q: torch's exp2 is several times faster than its exp.
+are merged (`attngen.state`); ranges that the analysis calls full never see the mask.
 
 The backward goes over the same chunks once: given lse and delta, P = exp(S - lse), dS = P (dP - delta), and the chunks'
 gradients add up (Dao 2023). Memory is O(N) in both directions.
+
+A plain score runs in `cpu_kernels`, a call per unit. Scores, dropout and inputs with inf or nan take the same steps here,
+a chunk at a time.
 """
 
 from __future__ import annotations
@@ -13,49 +15,35 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from attngen import state
 from attngen.analysis import Facts
-from attngen.backends.cpu_parallel import product, run_jobs, split_jobs
-from attngen.backends.cpu_tiles import Blocked, Chunk, Keys, Masks, check_loads, checked_loads, is_identity, positions
-from attngen.expression import Load, evaluate, uniform
+from attngen.backends.cpu_kernels import add_products, kernels, product, rows_of, state_of, write
+from attngen.backends.cpu_parallel import run_jobs, split_jobs
+from attngen.backends.cpu_tiles import Blocked, Chunks, Keys, Masks, check_loads, checked_loads, positions
+from attngen.expression import Load, S, evaluate, uniform
 from attngen.inputs import Call
 from attngen.schedule import Schedule
 
 LOG2E = 1 / math.log(2)
-ROWS, CHUNK = 256, 1024  # default tile: its logits stay in a core's second-level cache
+ROWS, CHUNK = 128, 1024  # default tile: its logits stay in a core's second-level cache
+LARGEST_MASK = 2**24  # elements of a tile's masks up to which all are held at once
 
 
 def default_schedule(call: Call, facts: Facts) -> Schedule:
     """Query rows per head and keys per chunk of the forward (block_m, block_n) and the backward (dq_block_m, dq_block_n)."""
     rows = min(max(32, ROWS // _power_of_two(call.group)), max(32, _power_of_two(call.q.shape[2])))
-    return Schedule(block_m=rows, block_n=CHUNK, dq_block_m=rows, dq_block_n=CHUNK // 2)
+    return Schedule(block_m=rows, block_n=CHUNK, dq_block_m=rows, dq_block_n=CHUNK)
 
 
 def forward(call: Call, facts: Facts, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse, see `attngen.backends`. InputError if an attended pair loads outside a captured tensor."""
     work = Work(call, facts, schedule.block_m or ROWS, schedule.block_n or CHUNK)
-    batch, heads, n_q, _ = call.q.shape
-    out = call.q.new_empty((batch, heads, n_q, call.v.shape[3]))
-    top = torch.full((batch, heads, n_q, 1), -math.inf, dtype=work.real)
-    total = torch.zeros((batch, heads, n_q, 1), dtype=work.real)
-
-    def job(_: int, part: tuple[range, range]) -> None:
-        masks = work.masks()
-        for unit in work.units(*part):
-            m, l, o = _attend(work, unit, masks)
-            shape, at = (len(unit.heads), unit.rows, -1), unit.index
-            top[at], total[at] = m.view(shape), l.view(shape)
-            # The largest logit adds 1 to l: it is 0 for a row without a key and at least 1 for any other.
-            torch.div(o.view(shape), l.view(shape).clamp_(min=1), out=out[at])
-
-    run_jobs(work.jobs, job)
-    lse = total.log2_().add_(top).mul_(1 / LOG2E).squeeze(-1)
-    return out, lse
+    out, lse = _forward(work)
+    return (out, lse) if work.finite else _forward(work)
 
 
 def backward(
@@ -69,30 +57,28 @@ def backward(
     wanted: list[str],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """dq, dk, dv and the gradients of the wanted captures, see `attngen.backends`; sums are made in a fixed order."""
-    work = Work(call, facts, schedule.dq_block_m or ROWS, schedule.dq_block_n or CHUNK // 2, grad_out)
-    real, pairs = work.real, work.k.shape[0] * work.k.shape[1]
+    work = Work(call, facts, schedule.dq_block_m or ROWS, schedule.dq_block_n or CHUNK)
+    work.finite = all(bool(t.sum(dtype=work.real).isfinite()) for t in (work.q, work.k, work.v, grad_out))
+    real, pairs, jobs = work.real, work.k.shape[0] * work.k.shape[1], work.jobs()
     delta = (grad_out.to(real) * out.to(real)).sum(-1).sub_(grad_lse.to(real)).unsqueeze(-1)
-    # A row without a key: exp2(-inf - inf) is 0.
-    lse = lse.to(real).masked_fill(lse == -math.inf, math.inf)
-    lse2 = (lse * LOG2E).unsqueeze(-1)
+    lse = lse.to(real).masked_fill(lse == -math.inf, math.inf)  # a row without a key: exp(-inf - inf) is 0
+    given = _Given(grad_out, delta, (lse * LOG2E).unsqueeze(-1))
     dq = torch.empty(call.q.shape, dtype=call.q.dtype)
-    jobs, sharing = work.jobs, 1
-    if pairs:
-        sharing = sum(1 for own, _ in jobs if 0 in own)  # how many jobs share a pair: each sums on its own
-    dk = torch.zeros((sharing, pairs, call.k.shape[3], call.k.shape[2]), dtype=real)  # transposed: products add whole rows
+    # Jobs that share a pair sum on their own. Transposed, because products then add to whole rows.
+    sharing = sum(1 for own, _ in jobs if 0 in own) if pairs else 1
+    dk = torch.zeros((sharing, pairs, call.k.shape[3], call.k.shape[2]), dtype=real)
     dv = torch.zeros((sharing, pairs, call.v.shape[3], call.v.shape[2]), dtype=real)
-    scatters = [name for name in wanted if name in facts.load_grads]
-    captured = [{name: torch.zeros(call.captures[name].shape, dtype=real) for name in scatters} for _ in jobs]
+    scattered = [name for name in wanted if name in facts.load_grads]
+    captured = [{name: torch.zeros(call.captures[name].shape, dtype=real) for name in scattered} for _ in jobs]
 
     def job(number: int, part: tuple[range, range]) -> None:
-        masks, slot = work.masks(), number % sharing
-        for unit in work.units(*part):
-            at = unit.index
-            sums = _Sums(dk[slot, unit.pair], dv[slot, unit.pair], captured[number])
-            dq[at] = _differentiate(work, unit, masks, delta[at], lse2[at], sums).view(len(unit.heads), unit.rows, -1)
+        slot = number * sharing // len(jobs)
+        sums = _Sums(dq, dk[slot], dv[slot], captured[number])
+        for units in work.units(*part):
+            _differentiate(work, units, given, sums)
 
     run_jobs(jobs, job)
-    gradients = {name: torch.stack([own[name] for own in captured]).sum(0) for name in scatters}
+    gradients = {name: torch.stack([own[name] for own in captured]).sum(0) for name in scattered}
     for name in wanted:
         gradients.setdefault(name, torch.zeros(call.captures[name].shape, dtype=real))
     if call.spec.sink is not None:
@@ -105,139 +91,191 @@ def backward(
 # -- what a call looks like to the loops ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(NamedTuple):
     """A tile of `rows` queries of the heads that share one (batch, kv head) `pair`, and the keys it visits."""
 
     pair: int
     b: int
+    head_kv: int
     heads: range
-    start: int  # its first query's row
     rows: int
-    first: int  # and position
-    chunks: tuple[Chunk, ...]
+    first: int  # its first query's position
+    start: int  # and row
+    chunks: Chunks
+    masks: Masks
+    caps: list[torch.Tensor] | None  # the masks of all chunks, for `cpu_kernels`; None: taken chunk by chunk
 
     @property
-    def index(self) -> tuple[int, slice, slice]:
+    def at(self) -> tuple[int, slice, slice]:
         """Where its rows are in [B, Hq, Nq, ...]."""
         return self.b, slice(self.heads.start, self.heads.stop), slice(self.start, self.start + self.rows)
+
+    @property
+    def place(self) -> list[int]:
+        """The same for `cpu_kernels`."""
+        return [self.b, self.head_kv, self.heads.start, len(self.heads), self.start, self.rows]
+
+    @property
+    def tile(self) -> tuple[int, int, int]:
+        """Shape of [heads x rows, ...] with its rows apart."""
+        return len(self.heads), self.rows, -1
 
 
 class Work:
     """A call made ready: k and v as contiguous rows of the computing dtype, key chunks of every tile, jobs for the cores."""
 
-    def __init__(self, call: Call, facts: Facts, block_m: int, chunk: int, grad_out: torch.Tensor | None = None):
+    def __init__(self, call: Call, facts: Facts, block_m: int, chunk: int):
         self.call, self.facts, self.spec = call, facts, call.spec
         self.real = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+        self.q = call.q.detach()
         self.k, self.v = (t.detach().to(self.real).contiguous() for t in (call.k, call.v))
-        self.q, self.grad_out = call.q.detach(), grad_out
         captures = {n: t.detach().to(self.real) if t.is_floating_point() else t for n, t in call.captures.items()}
         self.env: dict[str, Any] = {**captures, **call.params}
-        self.identity = is_identity(self.spec.score)
+        self.identity = bool(self.spec.score == S)
         self.base = LOG2E if self.identity else 1.0  # with the identity score, q's factor brings logits to base 2
         self.scale = self.spec.scale_for(call.q.shape[3])
-        # inf and nan spoil a sum where they are multiplied by 0: with any of them around, masked pairs are left out by hand.
-        self.finite = all(bool(t.sum().isfinite()) for t in (self.q, self.k, self.v, *([] if grad_out is None else [grad_out])))
+        # inf and nan spoil a sum where they meet a weight of 0. While none has been seen, masked pairs take part in products;
+        # else they are left out by hand.
+        self.finite = True
         self.block_m = block_m
         self.keys = Keys(call, facts, block_m, chunk)
-        by_offset = isinstance(call.q_offset, torch.Tensor)
-        self.checks = checked_loads(self.spec.score, by_offset)
-        self.offsets = call.q_offset.tolist() if isinstance(call.q_offset, torch.Tensor) else [call.q_offset] * call.q.shape[0]
-        self.keep_probability = 1.0
+        self.by_offset = isinstance(call.q_offset, torch.Tensor)
+        self.offsets = call.q_offset.tolist() if self.by_offset else [call.q_offset] * call.q.shape[0]
+        self.masks = Masks(call, self.env, self.real)
+        self.checks = checked_loads(self.spec.score, self.by_offset)
+        self.kept = 1.0  # probability that dropout keeps a weight
         if self.spec.dropout is not None:
-            self.keep_probability = 1.0 - float(evaluate(self.spec.dropout, self.env, real=torch.float64))
+            self.kept = 1.0 - float(evaluate(self.spec.dropout, self.env, real=torch.float64))
 
-    @cached_property
-    def jobs(self) -> list[tuple[range, range]]:
-        """(pairs, tiles) for each thread."""
+    @property
+    def plain(self) -> bool:
+        """Whether units run in `cpu_kernels`."""
+        return self.identity and self.finite and self.kept == 1.0
+
+    def jobs(self, finer: int = 1) -> list[tuple[range, range]]:
+        """(pairs, tiles) of each job."""
         batch, heads, n_q, head_dim = self.q.shape
         tiles = -(-n_q // self.block_m)
-        work = self.keys.visited * min(self.block_m, max(n_q, 1)) * (head_dim + self.v.shape[3]) * batch * heads
-        return split_jobs(batch * self.k.shape[1], tiles, work)
+        work = self.keys.visited * min(self.block_m, n_q) * (head_dim + self.v.shape[3]) * heads
+        return split_jobs(batch * self.k.shape[1], tiles, work, finer)
 
-    def masks(self) -> Masks:
-        """Masks for one job; threads share none."""
-        return Masks(self.call, self.env, self.real)
-
-    def units(self, pairs: range, tiles: range) -> Iterator[Unit]:
-        """Tile by tile, so that what the mask gives for a tile serves all heads."""
+    def units(self, pairs: range, tiles: range) -> Iterator[list[Unit]]:
+        """Tile by tile, so that what the mask gives for a tile serves all heads: lists of units with the same chunks and masks."""
+        masks = self.masks if self.masks.by_distance else Masks(self.call, self.env, self.real)
         n_q, group, heads_kv = self.q.shape[2], self.call.group, self.k.shape[1]
+        each = 1 if self.keys.by_head else group
         for tile in tiles:
-            start = tile * self.block_m
-            rows = min(self.block_m, n_q - start)
+            start, stop = tile * self.block_m, min((tile + 1) * self.block_m, n_q)
+            units: list[Unit] = []
             for pair in pairs:
-                b, head = pair // heads_kv, pair % heads_kv * group
-                several = range(head, head + group)
-                for heads in (several[n : n + 1] for n in range(group)) if self.keys.by_head else [several]:
-                    yield Unit(pair, b, heads, start, rows, start + self.offsets[b], self.keys.chunks(b, heads[0], tile))
+                b, head_kv = divmod(pair, heads_kv)
+                first = start + self.offsets[b]
+                for head in range(head_kv * group, (head_kv + 1) * group, each):
+                    heads = range(head, head + each)
+                    shared = not (self.keys.by_head or masks.by_head) and units and units[-1].b == b
+                    if units and not shared:
+                        yield units
+                        units = []
+                    if not shared:
+                        chunks = self.keys.chunks(b, head, tile)
+                        caps = self._caps(masks, chunks, b, heads, first, stop - start)
+                    units.append(Unit(pair, b, head_kv, heads, stop - start, first, start, chunks, masks, caps))
+            if units:
+                yield units
 
-    def rows(self, tensor: torch.Tensor, unit: Unit, factor: float = 1.0) -> torch.Tensor:
-        """The unit's rows of [B, Hq, Nq, ...] times a factor: [heads x rows, ...] contiguous, in the computing dtype."""
-        found = tensor[unit.index].to(self.real)
-        found = found * factor if factor != 1.0 else found
-        return found.reshape(len(unit.heads) * unit.rows, -1).contiguous()
+    def _caps(self, masks: Masks, chunks: Chunks, b: int, heads: range, first: int, rows: int) -> list[torch.Tensor] | None:
+        if not self.plain or (sum(chunks.high) - sum(chunks.low)) * rows > LARGEST_MASK:
+            return None
+        return [masks.of(chunks, x, b, heads, first, rows).cap for x in range(len(chunks.owner))]
 
-    def operands(self, unit: Unit, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
-        """The chunk's k [keys, D] and v [keys, Dv]."""
-        b, head = unit.b, unit.pair % self.k.shape[1]
-        return self.k[b, head, chunk.start : chunk.stop], self.v[b, head, chunk.start : chunk.stop]
+    def operands(self, unit: Unit, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Chunk n's k [keys, D] and v [keys, Dv]."""
+        at = unit.b, unit.head_kv, slice(unit.chunks.start[n], unit.chunks.stop[n])
+        return self.k[at], self.v[at]
 
-    def scope(self, unit: Unit, chunk: Chunk) -> dict[str, Any]:
-        """What expressions on the chunk's pairs read: captures, params, b, h, i, j. Empty if nothing but the mask does."""
-        if self.identity and self.keep_probability == 1.0:
-            return {}
-        return {**self.env, **positions(unit.b, unit.heads, unit.first, unit.rows, chunk.start, chunk.stop)}
+    def scope(self, unit: Unit, n: int) -> dict[str, Any]:
+        """What expressions on chunk n's pairs read: captures, params, b, h, i, j."""
+        chunks = unit.chunks
+        return {**self.env, **positions(unit.b, unit.heads, unit.first, unit.rows, chunks.start[n], chunks.stop[n])}
 
-    def blocked(self, unit: Unit, chunk: Chunk, masks: Masks) -> list[tuple[int, int, Blocked]]:
-        """The masks of a chunk with their column ranges."""
+    def blocked(self, unit: Unit, n: int) -> list[tuple[int, int, Blocked]]:
+        """The masks of chunk n with their column ranges."""
+        chunks = unit.chunks
         return [
-            (low, high, masks.blocked(unit.b, unit.heads, unit.first, unit.rows, chunk.start + low, chunk.start + high))
-            for low, high in chunk.partial
+            (chunks.low[x], chunks.high[x], unit.masks.of(chunks, x, unit.b, unit.heads, unit.first, unit.rows))
+            for x, owner in enumerate(chunks.owner)
+            if owner == n
         ]
 
 
 # -- forward ----------------------------------------------------------------------------------------------------------
 
 
-def _attend(work: Work, unit: Unit, masks: Masks) -> state.State:
-    """The softmax state of a unit's rows, logits in base 2: m, l [heads x rows, 1], o [heads x rows, Dv]."""
-    q = work.rows(work.q, unit, work.scale * work.base)
+def _forward(work: Work) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse. If inf or nan shows up in out, `work.finite` is False afterwards and they may be wrong."""
+    out = work.q.new_empty((*work.q.shape[:3], work.v.shape[3]))
+    lse = torch.empty(work.q.shape[:3], dtype=work.real)
+
+    def job(_: int, part: tuple[range, range]) -> None:
+        for units in work.units(*part):
+            if not math.isfinite(_attend(work, units, lse, out)):
+                work.finite = False
+
+    run_jobs(work.jobs(finer=4), job)
+    return out, lse
+
+
+def _attend(work: Work, units: list[Unit], lse: torch.Tensor, out: torch.Tensor) -> float:
+    """Writes the units' rows of lse [B, Hq, Nq] and out [B, Hq, Nq, Dv]; returns a sum that is finite if they are."""
+    chunks, caps = units[0].chunks, units[0].caps
+    if caps is None or not chunks.start or work.spec.sink is not None:
+        return sum(_attend_unit(work, unit, lse, out) for unit in units)
+    return kernels().attend(
+        work.q, work.k, work.v, [unit.place for unit in units], work.scale * work.base,
+        chunks.start, chunks.stop, caps, chunks.owner, chunks.low, chunks.high, lse, out,
+    )  # fmt: skip
+
+
+def _attend_unit(work: Work, unit: Unit, lse: torch.Tensor, out: torch.Tensor) -> float:
+    factor, chunks = work.scale * work.base, unit.chunks
+    at = unit.at
+    q = rows_of(work.q[at], factor, work.k)
     current = _sink_state(work, unit)
-    for chunk in unit.chunks:
-        k, v = work.operands(unit, chunk)
-        env = work.scope(unit, chunk)
-        blocked = work.blocked(unit, chunk, masks)
+    for n in range(len(chunks.start)):
+        k, v = work.operands(unit, n)
+        scope, blocked = work.scope(unit, n), work.blocked(unit, n)
         if work.checks:
-            _check(work, unit, chunk, blocked, env)
-        _, logits = _logits(work, unit, q, k, blocked, env)
-        m = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(work.real).min)  # -inf - -inf would be nan
-        p = logits.sub_(m).exp2_()
-        l = p.sum(-1, keepdim=True)
-        if work.keep_probability != 1.0:
-            p.mul_(_dropout(work, unit, env))
-        piece = state.State(m, l, product(p, v.t()) if work.finite else _reaching(v.t(), p).t())
-        current = piece if current is None else state.merge(current, piece, torch.exp2)
-    return state.empty((len(unit.heads) * unit.rows,), work.v.shape[3], work.real) if current is None else current
+            attended = torch.ones((len(unit.heads), unit.rows, k.shape[0]), dtype=torch.bool)
+            for low, high, block in blocked:
+                attended[..., low:high] = block.cap > 0
+            check_loads(work.checks, scope, attended, work.real)
+        _, logits = _logits(work, unit, q, k, blocked, scope)
+        piece = state_of(logits, v)  # logits now holds the weights
+        if work.kept != 1.0:
+            logits.mul_(_dropout(work, unit, scope))
+        if work.kept != 1.0 or not work.finite:
+            piece = piece._replace(o=product(logits, v.t()) if work.finite else _reaching(v.t(), logits).t())
+        current = piece if current is None else state.merge(current, piece, base_2=True)
+    current = current or state.empty((len(unit.heads) * unit.rows,), work.v.shape[3], work.real)
+    return write(current, lse[at], out[at])
 
 
 def _logits(
-    work: Work, unit: Unit, q: torch.Tensor, k: torch.Tensor, blocked: list[tuple[int, int, Blocked]], env: dict[str, Any]
+    work: Work, unit: Unit, q: torch.Tensor, k: torch.Tensor, blocked: list[tuple[int, int, Blocked]], scope: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(scaled logits before the score, logits after score and mask in base 2), [heads x rows, keys]; one tensor where the
     score is the identity.
     """
     scaled = logits = product(q, k)
-    tile = (len(unit.heads), unit.rows, k.shape[0])
     if not work.identity:
-        value = torch.as_tensor(evaluate(work.spec.score, {**env, "s": scaled.view(tile)}, real=work.real))
-        logits = (value * LOG2E).expand(tile).contiguous().view(scaled.shape)
+        tile = scaled.view(unit.tile)
+        value = torch.as_tensor(evaluate(work.spec.score, {**scope, "s": tile}, real=work.real))
+        logits = (value * LOG2E).expand(tile.shape).reshape(scaled.shape).contiguous()
     for low, high, block in blocked:
-        columns = logits.view(tile)[..., low:high]
-        if work.identity and work.finite:
-            torch.minimum(columns, block.cap, out=columns)
-        else:  # drops nan as well; masked_fill_ branches per element and takes ten times as long
-            _bits(columns).bitwise_and_(block.keep)
-            columns.add_(block.cap.clamp(max=0))
+        # Bits, so that nan goes as well; masked_fill_ branches per element and takes ten times as long.
+        columns = logits.view(unit.tile)[..., low:high]
+        _bits(columns).bitwise_and_(block.keep)
+        columns.add_(block.cap.clamp(max=0))
     return scaled, logits
 
 
@@ -251,77 +289,86 @@ def _sink_state(work: Work, unit: Unit) -> state.State | None:
 
 def _sink(work: Work, b: int, heads: range, first: int, rows: int) -> torch.Tensor:
     """The sink's logits [heads, rows], natural base."""
-    env = {**work.env, **positions(b, heads, first, rows, 0, 1)}
-    check_loads(checked_loads(work.spec.sink, isinstance(work.call.q_offset, torch.Tensor)), env, None, work.real)
-    value = torch.as_tensor(evaluate(work.spec.sink, env, real=work.real)).to(work.real)
+    scope = {**work.env, **positions(b, heads, first, rows, 0, 1)}
+    check_loads(checked_loads(work.spec.sink, work.by_offset), scope, None, work.real)
+    value = torch.as_tensor(evaluate(work.spec.sink, scope, real=work.real)).to(work.real)
     return value.expand(len(heads), rows, 1).squeeze(-1).clone(memory_format=torch.contiguous_format)
 
 
-def _dropout(work: Work, unit: Unit, env: dict[str, Any]) -> torch.Tensor:
+def _dropout(work: Work, unit: Unit, scope: dict[str, Any]) -> torch.Tensor:
     """0 or 1 / (1 - p) for each weight: [heads x rows, keys]."""
-    kept = uniform(env["seed"], env["b"], env["h"], env["i"], env["j"]) >= 1.0 - work.keep_probability
-    return (kept.to(work.real) / work.keep_probability).reshape(len(unit.heads) * unit.rows, -1)
-
-
-def _check(work: Work, unit: Unit, chunk: Chunk, blocked: list[tuple[int, int, Blocked]], env: dict[str, Any]) -> None:
-    attended = torch.ones((len(unit.heads), unit.rows, chunk.stop - chunk.start), dtype=torch.bool)
-    for low, high, block in blocked:
-        attended[..., low:high] = block.keep != 0
-    check_loads(work.checks, env, attended, work.real)
+    kept = uniform(scope["seed"], scope["b"], scope["h"], scope["i"], scope["j"]) >= 1.0 - work.kept
+    return (kept.to(work.real) / work.kept).reshape(len(unit.heads) * unit.rows, -1)
 
 
 # -- backward ---------------------------------------------------------------------------------------------------------
 
 
+class _Given(NamedTuple):
+    """do [B, Hq, Nq, Dv]; delta and lse (base 2) [B, Hq, Nq, 1]."""
+
+    grad_out: torch.Tensor
+    delta: torch.Tensor
+    lse: torch.Tensor
+
+
 @dataclass(frozen=True)
 class _Sums:
-    """Where a unit adds its shares: dk [D, Nk] and dv [Dv, Nk] of its pair, gradients of captures by name."""
+    """Where a unit's shares go: dq [B, Hq, Nq, D]; dk [pairs, D, Nk] and dv [pairs, Dv, Nk]; captures by name."""
 
+    dq: torch.Tensor
     dk: torch.Tensor
     dv: torch.Tensor
     captured: dict[str, torch.Tensor]
 
 
-def _differentiate(
-    work: Work, unit: Unit, masks: Masks, delta: torch.Tensor, lse2: torch.Tensor, sums: _Sums
-) -> torch.Tensor:
-    """dq [heads x rows, D] of a unit; its shares of the other gradients are added to `sums`."""
-    assert work.grad_out is not None
-    q, do = work.rows(work.q, unit, work.scale * work.base), work.rows(work.grad_out, unit)
+def _differentiate(work: Work, units: list[Unit], given: _Given, sums: _Sums) -> None:
+    """Writes the units' dq and adds their shares of the other gradients; dk comes out times `work.base`."""
+    chunks, caps = units[0].chunks, units[0].caps
+    if caps is None:
+        for unit in units:
+            _differentiate_unit(work, unit, given, sums)
+        return
+    kernels().differentiate(
+        work.q, given.grad_out, work.k, work.v, [unit.place for unit in units], work.scale * work.base, work.scale,
+        given.delta, given.lse, chunks.start, chunks.stop, caps, chunks.owner, chunks.low, chunks.high,
+        sums.dk, sums.dv, sums.dq,
+    )  # fmt: skip
+
+
+def _differentiate_unit(work: Work, unit: Unit, given: _Given, sums: _Sums) -> None:
+    factor, chunks = work.scale * work.base, unit.chunks
+    at = unit.at
+    q, do = rows_of(work.q[at], factor, work.k), rows_of(given.grad_out[at], 1.0, work.k)
     q_t, do_t = q.t().contiguous(), do.t().contiguous()
-    delta, lse2 = delta.reshape(-1, 1), lse2.reshape(-1, 1)
-    tile = (len(unit.heads), unit.rows, -1)
-    careful = not (work.finite and work.identity)
-    multiply = product if work.finite else _reaching
+    delta, lse = given.delta[at].reshape(-1, 1), given.lse[at].reshape(-1, 1)
     dq = torch.zeros_like(q)
-    for chunk in unit.chunks:
-        k, v = work.operands(unit, chunk)
-        env = work.scope(unit, chunk)
-        blocked = work.blocked(unit, chunk, masks)
-        scaled, logits = _logits(work, unit, q, k, blocked, env)
-        p = logits.sub_(lse2).exp2_()
-        if careful:
-            _keep(p.view(tile), blocked)
-        dp = product(do, v)
-        kept = p
-        if work.keep_probability != 1.0:
-            factor = _dropout(work, unit, env)
-            kept = p * factor
-            dp.mul_(factor)
-        sums.dv[:, chunk.start : chunk.stop] += multiply(do_t, kept.t())
-        ds = dp.sub_(delta).mul_(p)
-        if careful:
-            _keep(ds.view(tile), blocked)
+    for n, (start, stop) in enumerate(zip(chunks.start, chunks.stop, strict=True)):
+        k, v = work.operands(unit, n)
+        scope, blocked = work.scope(unit, n), work.blocked(unit, n)
+        scaled, logits = _logits(work, unit, q, k, blocked, scope)
+        p = _keep(logits.sub_(lse).exp2_(), unit, blocked)
+        dp, weights = product(do, v), p
+        if work.kept != 1.0:
+            factors = _dropout(work, unit, scope)
+            weights = p * factors
+            dp.mul_(factors)
+        ds = _keep(dp.sub_(delta).mul_(p), unit, blocked)
         if not work.identity:
-            scope, values = {**env, "s": scaled.view(tile)}, {}
+            scope, values = {**scope, "s": scaled.view(unit.tile)}, {}
             for name, total in sums.captured.items():
                 for load, slope in work.facts.load_grads[name]:
-                    share = _keep((ds.view(tile) * evaluate(slope, scope, values, work.real)), blocked)
-                    _scatter(total, load, share, scope, work.real)
-            ds = _keep(ds.view(tile) * evaluate(work.facts.score_ds, scope, values, work.real), blocked).reshape(ds.shape)
-        dq += product(ds, k.t()) if work.finite else _reaching(k.t(), ds).t()
-        sums.dk[:, chunk.start : chunk.stop] += multiply(q_t, ds.t())
-    return dq.mul_(work.scale)
+                    share = _times(ds, evaluate(slope, scope, values, work.real), unit, blocked)
+                    _scatter(total, load, share.view(unit.tile), scope, work.real)
+            ds = _times(ds, evaluate(work.facts.score_ds, scope, values, work.real), unit, blocked)
+        dk, dv = sums.dk[unit.pair, :, start:stop], sums.dv[unit.pair, :, start:stop]
+        if work.finite:
+            add_products(ds, weights, q_t, do_t, k, dq, dk, dv)
+        else:
+            dv += _reaching(do_t, weights.t())
+            dk += _reaching(q_t, ds.t())
+            dq += _reaching(k.t(), ds).t()
+    sums.dq[at] = dq.mul_(work.scale).view(unit.tile)
 
 
 def _differentiate_sink(work: Work, lse: torch.Tensor, delta: torch.Tensor, gradients: dict[str, torch.Tensor]) -> None:
@@ -339,11 +386,11 @@ def _differentiate_sink(work: Work, lse: torch.Tensor, delta: torch.Tensor, grad
                 _scatter(gradients[name], load, ds * evaluate(slope, scope, real=work.real), scope, work.real)
 
 
-def _scatter(total: torch.Tensor, load: Load, share: torch.Tensor, env: dict[str, Any], real: torch.dtype) -> None:
+def _scatter(total: torch.Tensor, load: Load, share: torch.Tensor, scope: dict[str, Any], real: torch.dtype) -> None:
     """Add share [heads, rows, keys] to the elements of `total` that the load reads."""
-    index: Any = 0
+    index: Any = torch.zeros((), dtype=torch.int64)
     for place, size, stride in zip(load.indices, total.shape, total.stride(), strict=True):
-        index = index + torch.as_tensor(evaluate(place, env, real=real)).clamp(0, max(size - 1, 0)) * stride
+        index = index + torch.as_tensor(evaluate(place, scope, real=real)).clamp(0, max(size - 1, 0)) * stride
     index = index.view((1,) * (3 - index.ndim) + tuple(index.shape))
     # Sum first over what the element does not depend on: a slope per head is one number, not heads x rows x keys.
     sums = [d for d in range(3) if index.shape[d] == 1 and share.shape[d] != 1]
@@ -352,10 +399,15 @@ def _scatter(total: torch.Tensor, load: Load, share: torch.Tensor, env: dict[str
         total.view(-1).index_add_(0, index.expand(share.shape).reshape(-1), share.reshape(-1))
 
 
-def _keep(x: torch.Tensor, blocked: list[tuple[int, int, Blocked]]) -> torch.Tensor:
-    """Set masked pairs of x [heads, rows, keys] to 0 in place, whatever they hold."""
+def _times(x: torch.Tensor, slope: Any, unit: Unit, blocked: list[tuple[int, int, Blocked]]) -> torch.Tensor:
+    """x [heads x rows, keys] times a derivative that may be anything on masked pairs."""
+    return _keep((x.view(unit.tile) * slope).view(x.shape), unit, blocked)
+
+
+def _keep(x: torch.Tensor, unit: Unit, blocked: list[tuple[int, int, Blocked]]) -> torch.Tensor:
+    """Set masked pairs of x [heads x rows, keys] to 0 in place, whatever they hold."""
     for low, high, block in blocked:
-        _bits(x[..., low:high]).bitwise_and_(block.keep)
+        _bits(x.view(unit.tile)[..., low:high]).bitwise_and_(block.keep)
     return x
 
 

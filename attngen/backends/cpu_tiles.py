@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -13,31 +12,35 @@ import torch
 from attngen.analysis import Axis, Facts, run
 from attngen.analysis.tiles import Segments
 from attngen.errors import InputError
-from attngen.expression import B, H, I, J, Load, S, Where, conjunction, evaluate, negate, to_text
+from attngen.expression import B, H, I, J, Load, Where, conjunction, evaluate, negate, to_text
 from attngen.inputs import Call
 
 GRAIN = 32  # keys: the walk's bounds are rounded to this, not to the chunk
-KEPT_MASKS = 64  # masks that a job keeps for tiles at the same distance from the diagonal
+KEPT_BYTES = 2**26  # of masks that a job keeps
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Keys start .. stop - 1, and the column ranges (relative to start) in which the mask has to be applied."""
-
-    start: int
-    stop: int
-    partial: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class Blocked:
-    """A mask on one tile and column range, ready to apply: [M, columns] or [heads, M, columns].
-
-    keep: all bits set where the pair is attended, none elsewhere, as an integer of the logits' width; cap: +inf and -inf.
+class Chunks(NamedTuple):
+    """The keys a query tile visits, start[n] .. stop[n] - 1 in ascending order, and where it needs the mask: in columns
+    low[x] .. high[x] - 1 of chunk owner[x]. Lists, because the inner loops take them as they are.
     """
 
-    keep: torch.Tensor
-    cap: torch.Tensor
+    start: list[int]
+    stop: list[int]
+    owner: list[int]
+    low: list[int]
+    high: list[int]
+
+
+class Blocked:
+    """A mask on one tile and column range, [rows, columns] or [heads, rows, columns]. cap: +inf and -inf."""
+
+    def __init__(self, cap: torch.Tensor):
+        self.cap = cap
+
+    @cached_property
+    def keep(self) -> torch.Tensor:
+        """All bits set where the pair is attended, none elsewhere, as integers as wide as the logits."""
+        return (self.cap > 0).to(torch.int64 if self.cap.dtype == torch.float64 else torch.int32).neg_()
 
 
 class Keys:
@@ -58,14 +61,32 @@ class Keys:
         self.visited = sum(int(count.sum()) for _, count in (*full, *partial)) * GRAIN
         self._segments = [*_lists(full, False), *_lists(partial, True)]
 
-    def chunks(self, b: int, h: int, tile: int) -> tuple[Chunk, ...]:
-        """Chunks of a tile in ascending order. A chunk has at most `chunk` keys and crosses no gap."""
+    def chunks(self, b: int, h: int, tile: int) -> Chunks:
+        """Chunks of a tile. A chunk has at most `chunk` keys and crosses no gap."""
         runs = []
         for firsts, counts, partial in self._segments:
             first, count = _at(firsts, b, h, tile), _at(counts, b, h, tile)
             if count > 0:
                 runs.append((first * GRAIN, min((first + count) * GRAIN, self.length), partial))
-        return _cut(tuple(sorted(runs)), self.chunk)
+        return cut(runs, self.chunk)
+
+
+def cut(runs: list[tuple[int, int, bool]], size: int) -> Chunks:
+    """Disjoint runs of keys (start, stop, whether the mask is needed), as chunks of at most `size` keys."""
+    chunks = Chunks([], [], [], [], [])
+    for start, stop, partial in sorted(runs):
+        while start < stop:
+            if not (chunks.stop and chunks.stop[-1] == start and start - chunks.start[-1] < size):
+                chunks.start.append(start)
+                chunks.stop.append(start)
+            begin = chunks.start[-1]
+            chunks.stop[-1] = min(stop, begin + size)
+            if partial:
+                chunks.owner.append(len(chunks.start) - 1)
+                chunks.low.append(start - begin)
+                chunks.high.append(chunks.stop[-1] - begin)
+            start = chunks.stop[-1]
+    return chunks
 
 
 def _lists(segments: Segments, partial: bool) -> Iterator[tuple[Any, Any, bool]]:
@@ -79,26 +100,9 @@ def _at(nested: Any, b: int, h: int, tile: int) -> int:
     return by_head[tile if len(by_head) > 1 else 0]
 
 
-@lru_cache(maxsize=4096)
-def _cut(runs: tuple[tuple[int, int, bool], ...], size: int) -> tuple[Chunk, ...]:
-    chunks: list[Chunk] = []
-    for start, stop, partial in runs:
-        while start < stop:
-            last = chunks[-1] if chunks else None
-            if last is not None and last.stop == start and start - last.start < size:
-                chunks.pop()
-            else:
-                last = Chunk(start, start, ())
-            end = min(stop, last.start + size)
-            columns = ((start - last.start, end - last.start),) if partial else ()
-            chunks.append(Chunk(last.start, end, last.partial + columns))
-            start = end
-    return tuple(chunks)
-
-
 class Masks:
     """Masks of the tiles that one job visits. Each is evaluated once for all heads it holds for, and once for all tiles
-    at one distance from the diagonal when it depends on i - j alone.
+    at one distance from the diagonal when it depends on i - j alone; then all threads may share one of these.
     """
 
     def __init__(self, call: Call, env: dict[str, Any], real: torch.dtype):
@@ -108,22 +112,35 @@ class Masks:
         self.by_distance = _depends_on_distance(self.mask)
         self._known: dict[Any, Blocked] = {}
         self._tile: Any = None
+        self._bytes = 0
 
     def blocked(self, b: int, heads: range, first: int, rows: int, start: int, stop: int) -> Blocked:
         """For queries at positions first .. first + rows - 1 and keys start .. stop - 1."""
-        if (self._tile != (b, first) and not self.by_distance) or len(self._known) > KEPT_MASKS:
-            self._known.clear()
-        self._tile = (b, first)
+        if not self.by_distance and self._tile != (b, first):
+            self._tile = (b, first)
+            self._forget()
         place = first - start if self.by_distance else (first, start)
         key = (place, rows, stop - start, b if self.by_batch else 0, heads if self.by_head else None)
-        if key not in self._known:
+        block = self._known.get(key)
+        if block is None:
+            if self._bytes > KEPT_BYTES:
+                self._forget()
             env = {**self.env, **positions(b, heads, first, rows, start, stop)}
             allowed = torch.as_tensor(evaluate(self.mask, env, real=self.real))
             allowed = allowed.expand(torch.broadcast_shapes(allowed.shape, (rows, stop - start)))
-            word = torch.int64 if self.real == torch.float64 else torch.int32
             cap = torch.full(allowed.shape, torch.inf, dtype=self.real).masked_fill_(~allowed, -torch.inf)
-            self._known[key] = Blocked(allowed.to(word).neg_(), cap)
-        return self._known[key]
+            block = self._known[key] = Blocked(cap)
+            self._bytes += 2 * cap.numel() * cap.element_size()
+        return block
+
+    def of(self, chunks: Chunks, x: int, b: int, heads: range, first: int, rows: int) -> Blocked:
+        """The x-th mask that a tile needs."""
+        begin = chunks.start[chunks.owner[x]]
+        return self.blocked(b, heads, first, rows, begin + chunks.low[x], begin + chunks.high[x])
+
+    def _forget(self) -> None:
+        self._known.clear()
+        self._bytes = 0
 
 
 def positions(b: int, heads: range, first: int, rows: int, start: int, stop: int) -> dict[str, Any]:
@@ -191,8 +208,3 @@ def check_loads(
                     f"{value}",
                     "clamp the index with min and max, mask these pairs out, or pass a larger tensor",
                 )
-
-
-def is_identity(score: Any) -> bool:
-    """Whether the score is s itself."""
-    return bool(score == S)

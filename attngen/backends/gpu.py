@@ -14,7 +14,9 @@ from attngen.errors import InputError, ScheduleError
 from attngen.expression import evaluate
 from attngen.inputs import Call
 from attngen.lowering import Source, render
+from attngen.lowering.captures import Site, collect, sites
 from attngen.plan import Plan, Step, backward_plan, forward_plan
+from attngen.reference import dense_env
 from attngen.schedule import Schedule
 from attngen.spec import Spec
 
@@ -72,12 +74,15 @@ def _run(plan: Plan, call: Call, facts: Facts, schedule: Schedule, buffers: dict
         if step.kind == "tables":
             buffers[step.writes[0]] = _tables(step, call, facts, schedule)
         elif step.kind == "kernel":
-            tables = next((buffers[name] for name in step.reads if name.startswith("tables")), {})
-            _launch(step.name, call, schedule, facts, {**buffers, **tables})
+            _launch(step.name, call, facts, schedule, {**buffers, **_tables_of(step.name, buffers)})
         else:
             buffers[step.writes[0]] = _capture_gradient(step, call, facts, schedule, buffers)
         for name in plan.released[step.name]:
             del buffers[name]
+
+
+def _tables_of(kernel: str, buffers: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return buffers.get(f"tables of {kernel}", {})
 
 
 def _tables(step: Step, call: Call, facts: Facts, schedule: Schedule) -> dict[str, torch.Tensor]:
@@ -100,19 +105,13 @@ def _tables(step: Step, call: Call, facts: Facts, schedule: Schedule) -> dict[st
     return facts.walk_keys.prepare(env, queries, keys, tile.block_m, device)
 
 
-def _launch(kernel: str, call: Call, schedule: Schedule, facts: Facts, tensors: dict[str, Any]) -> None:
-    named = [tensors[name] for name in _VIEWS[kernel]]
-    source = _source(
-        call.spec,
-        facts,
-        kernel,
-        call.q.shape[3],
-        call.v.shape[3],
-        call.q.dtype,
-        schedule,
-        all(_aligned(t) for t in named),
-        isinstance(call.q_offset, torch.Tensor),
-    )
+def _launch(
+    kernel: str, call: Call, facts: Facts, schedule: Schedule, tensors: dict[str, Any], site: Site | None = None
+) -> None:
+    aligned = all(_aligned(tensors[name]) for name in _VIEWS[kernel])
+    by_offset = isinstance(call.q_offset, torch.Tensor)
+    dims = call.q.shape[3], call.v.shape[3]
+    source = _source(call.spec, facts, kernel, *dims, call.q.dtype, schedule, aligned, by_offset, site)
     launch(source, call, {**call.captures, **tensors})
 
 
@@ -121,15 +120,44 @@ _VIEWS = {
     "delta": ("out", "do"),
     "dq": ("q", "do", "k", "v", "dq"),
     "dkv": ("k", "v", "q", "do", "dk", "dv"),
+    "capture": ("q", "do", "k", "v"),
 }
+
+
+def _capture_gradient(
+    step: Step, call: Call, facts: Facts, schedule: Schedule, buffers: dict[str, Any]
+) -> torch.Tensor:
+    """The gradient of one captured tensor, float32 and of its (expanded) shape: from the score's loads, and the sink's."""
+    name = step.name.removeprefix("gradient of ")
+    tensor, (batch, heads, n_q, _), n_k = call.captures[name], call.q.shape, call.k.shape[2]
+    total = torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
+    env = dense_env(call, torch.float32)
+    shifted = isinstance(call.q_offset, torch.Tensor) or call.q_offset != 0
+    for site in sites(facts.load_grads.get(name, ()), schedule.deterministic is not False):
+        kernel = "dkv" if site.by_keys else "dq"
+        shape = site.buffer_shape(batch, heads, n_q, n_k, schedule.tile("dq").block_m, tuple(tensor.shape))
+        make = torch.zeros if site.zeroed or 0 in call.q.shape else torch.empty
+        grad = make(shape, dtype=torch.float32, device=tensor.device)
+        _launch("capture", call, facts, schedule, {**buffers, **_tables_of(kernel, buffers), "grad": grad}, site)
+        total += collect(site, grad, tensor, env, shifted)
+    for load, slope in facts.sink_grads.get(name, ()):
+        # The sink is a key with value 0: its dS is P * (0 - delta).
+        sink = torch.as_tensor(evaluate(call.spec.sink, env), device=tensor.device).to(torch.float32)
+        ds = -torch.exp(sink - buffers["lse"][..., None]) * buffers["delta"][..., None]  # [B, Hq, Nq, 1]
+        share = (ds * evaluate(slope, env)).expand(batch, heads, n_q, 1)
+        places = [torch.as_tensor(evaluate(index, env), device=tensor.device).long() for index in load.indices]
+        total.index_put_(tuple(place.expand(share.shape) for place in places), share, accumulate=True)
+    return total
 
 
 def launch(source: Source, call: Call, tensors: dict[str, Any]) -> None:
     """Build a kernel's arguments from their description and launch it; nothing is launched for an empty grid."""
     batch, heads, n_q, head_dim = call.q.shape
-    lengths = {"n_q": n_q, "n_k": call.k.shape[2], "heads": heads, "group": call.group}
-    programs = source.grid.programs(lengths[source.grid.length], heads if source.grid.heads == "q" else call.k.shape[1], batch)
-    if programs == 0:
+    lengths = {"batch": batch, "heads": heads, "group": call.group, "n_q": n_q, "n_k": call.k.shape[2]}
+    programs = source.grid.programs(
+        lengths[source.grid.length], heads if source.grid.heads == "q" else call.k.shape[1], batch
+    )
+    if programs * batch * heads == 0:
         return
     arguments: list[Any] = []
     for arg in source.args:
@@ -176,6 +204,7 @@ def _source(
     schedule: Schedule,
     aligned: bool,
     offset_tensor: bool,
+    site: Site | None,
 ) -> Source:
     with debug.timed(f"rendering {kernel}"):
         source = render(
@@ -188,6 +217,7 @@ def _source(
             schedule=schedule,
             aligned=aligned,
             offset_tensor=offset_tensor,
+            site=site,
         )
     debug.say(4, "source", source.text)
     return source

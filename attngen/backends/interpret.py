@@ -73,7 +73,8 @@ def interpreting() -> Iterator[None]:
         for holder, names in before.items():
             for name, value in dict(vars(holder)).items():
                 if name not in names:
-                    delattr(holder, name)
+                    if isinstance(holder, type) and callable(value):  # anything else was imported meanwhile
+                        delattr(holder, name)
                 elif names[name] is not value:
                     setattr(holder, name, names[name])
         triton.knobs.runtime.interpret = knob
@@ -88,9 +89,18 @@ def _holders() -> list[Any]:
     import triton.language as tl
 
     modules = [m for name, m in sys.modules.items() if name.startswith("triton.language") and m is not None]
-    return [*modules, *{value for value in vars(tl.core).values() if isinstance(value, type) and value.__module__ == tl.core.__name__}]
+    return [
+        *modules,
+        *{
+            value
+            for value in vars(tl.core).values()
+            if isinstance(value, type) and value.__module__ == tl.core.__name__
+        },
+    ]
 
 
 def _check(call: Call) -> None:
     if call.q.dtype == torch.bfloat16:
-        raise InputError("q", "float32 or float16 for backend='interpret'", "torch.bfloat16, which Triton's interpreter gets wrong")
+        raise InputError(
+            "q", "float32 or float16 for backend='interpret'", "torch.bfloat16, which Triton's interpreter gets wrong"
+        )

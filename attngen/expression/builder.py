@@ -33,8 +33,9 @@ from attngen.expression.text import to_text
 
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 RESERVED = frozenset(
-    "b h i j s and or not if else true false True False min max abs where exp log tanh sqrt sigmoid "
-    "q k v return_lse q_offset plan group seed".split()
+    {"b", "h", "i", "j", "s", "and", "or", "not", "if", "else", "true", "false", "True", "False"}
+    | {"min", "max", "abs", "where", "exp", "log", "tanh", "sqrt", "sigmoid"}
+    | {"q", "k", "v", "return_lse", "q_offset", "plan", "group", "seed"}
 )
 LARGEST_INTEGER = 2**62
 LARGEST_POWER = 8
@@ -107,7 +108,9 @@ class Expr:
         if isinstance(exponent, Expr) and exponent.sym.is_Integer:
             exponent = int(exponent.sym)
         if not isinstance(exponent, int) or not 0 <= exponent <= LARGEST_POWER:
-            raise SpecError(f"`**` takes a whole number from 0 to {LARGEST_POWER}", fix="use exp and log for other powers")
+            raise SpecError(
+                f"`**` takes a whole number from 0 to {LARGEST_POWER}", fix="use exp and log for other powers"
+            )
         return _arithmetic("**", lambda a, b: a**b, self, exponent)
 
     def __neg__(self) -> Expr:
@@ -157,7 +160,6 @@ class Declaration:
     """A name that a spec captures from the call: a `Tensor` or a `Param`."""
 
     name: str
-    kind: str
 
     def text(self) -> str:
         raise NotImplementedError
@@ -254,7 +256,9 @@ def wrap(value: Any) -> Expr:
     if isinstance(value, numbers.Real):
         number = float(value)
         if not math.isfinite(number):
-            raise SpecError(f"a constant is finite, got {number}", fix="a key is excluded by the mask, not by an infinite score")
+            raise SpecError(
+                f"a constant is finite, got {number}", fix="a key is excluded by the mask, not by an infinite score"
+            )
         exact = Fraction(repr(number))
         return Expr(sympy.Rational(exact.numerator, exact.denominator))
     if isinstance(value, Tensor):
@@ -344,7 +348,9 @@ def _finite(sym: Any) -> Any:
     except (TypeError, ValueError, OverflowError):
         number = complex(math.nan)
     if number.imag != 0 or not math.isfinite(number.real):
-        raise SpecError("a constant part of the expression is not a finite real number (division by zero, log of 0, ...)")
+        raise SpecError(
+            "a constant part of the expression is not a finite real number (division by zero, log of 0, ...)"
+        )
     exact = Fraction(repr(number.real))
     return sympy.Rational(exact.numerator, exact.denominator)
 
@@ -353,7 +359,9 @@ def _require(place: str, value: Expr, kinds: tuple[str, ...]) -> None:
     if value.kind not in kinds:
         raise SpecError(
             f"{place} takes {' or '.join(kinds)}, got `{to_text(value.sym)}` ({value.kind})",
-            fix="put comparisons in parentheses: & and | bind tighter than <" if "bool" in kinds else "use where(condition, a, b)",
+            fix="put comparisons in parentheses: & and | bind tighter than <"
+            if "bool" in kinds
+            else "use where(condition, a, b)",
         )
 
 

@@ -205,7 +205,9 @@ def _merge_bounds(atoms: list[Any]) -> list[Any] | None:
             value = offset - constant if parallel == direction else offset + constant
             if isinstance(atom, sympy.Eq):
                 continue
-            holds = value >= 0 if isinstance(atom, sympy.Ge) else value > 0 if isinstance(atom, sympy.Gt) else value != 0
+            holds = (
+                value >= 0 if isinstance(atom, sympy.Ge) else value > 0 if isinstance(atom, sympy.Gt) else value != 0
+            )
             if not holds:
                 return None
             del kept[atom]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -39,8 +41,8 @@ def evaluate(
         cache = {}
     if expr in cache:
         return cache[expr]
-    value = _evaluate(expr, env, cache, real)
-    cache[expr] = value
+    children, apply = _operation(expr)
+    value = cache[expr] = apply([evaluate(child, env, cache, real) for child in children], env, real)
     return value
 
 
@@ -59,37 +61,65 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
-def _evaluate(expr: Any, env: Mapping[str, Value], cache: dict[Any, Value], real: torch.dtype) -> Value:
+Apply = Callable[[list[Value], Mapping[str, Value], torch.dtype], Value]
+
+
+@lru_cache(maxsize=8192)
+def _operation(expr: Any) -> tuple[tuple[Any, ...], Apply]:
+    """The expressions that `expr` needs, and how its value comes from theirs: told once, not at every tile."""
     if expr == sympy.true or expr == sympy.false:
-        return bool(expr)
+        truth = bool(expr)
+        return (), lambda args, env, real: truth
     if expr.is_Integer:
-        return int(expr)
-    if expr.is_Rational:
-        return torch.tensor(float(expr), dtype=real)  # zero-dimensional: takes part in dtype promotion only by kind
+        number = int(expr)
+        return (), lambda args, env, real: number
+    if expr.is_Rational:  # zero-dimensional: takes part in dtype promotion only by kind
+        fraction = float(expr)
+        return (), lambda args, env, real: torch.tensor(fraction, dtype=real)
     if expr.is_Symbol:
-        value = env[expr.name]
-        return torch.tensor(value, dtype=real) if isinstance(value, float) else value
+        name = expr.name
+
+        def symbol(args: list[Value], env: Mapping[str, Value], real: torch.dtype) -> Value:
+            value = env[name]
+            return torch.tensor(value, dtype=real) if isinstance(value, float) else value
+
+        return (), symbol
     if isinstance(expr, Load):
-        return _load(env[expr.name], [evaluate(index, env, cache, real) for index in expr.indices])
-    args = [evaluate(arg, env, cache, real) for arg in expr.args]
+        loaded = expr.name
+        return expr.indices, lambda args, env, real: _load(env[loaded], args)
     if expr.is_Pow:
-        base, exponent = args[0], float(expr.exp)
-        if expr.exp.is_Integer and expr.exp > 0:
-            return base ** int(expr.exp)
-        tensor = torch.as_tensor(base)
-        return torch.pow(tensor if tensor.is_floating_point() else tensor.to(real), exponent)
+        return (expr.base,), _power(expr.exp)
     if expr.is_Add:
-        return _fold(args, lambda a, b: a + b)
+        return expr.args, lambda args, env, real: _fold(args, operator.add)
     if expr.is_Mul:
-        return _fold(args, lambda a, b: a * b)
+        return expr.args, lambda args, env, real: _fold(args, operator.mul)
     if isinstance(expr, sympy.And):
-        return _fold(args, lambda a, b: a & b)
+        return expr.args, lambda args, env, real: _fold(args, operator.and_)
     if isinstance(expr, sympy.Or):
-        return _fold(args, lambda a, b: a | b)
+        return expr.args, lambda args, env, real: _fold(args, operator.or_)
     if type(expr) in _REAL_FUNCTIONS:
-        tensors = [torch.as_tensor(arg) for arg in args]
-        return _REAL_FUNCTIONS[type(expr)](*[t if t.is_floating_point() else t.to(real) for t in tensors])
-    return _FUNCTIONS[type(expr)](*args)
+        real_function = _REAL_FUNCTIONS[type(expr)]
+
+        def apply(args: list[Value], env: Mapping[str, Value], real: torch.dtype) -> Value:
+            tensors = [torch.as_tensor(arg) for arg in args]
+            return real_function(*[t if t.is_floating_point() else t.to(real) for t in tensors])
+
+        return expr.args, apply
+    function = _FUNCTIONS[type(expr)]
+    return expr.args, lambda args, env, real: function(*args)
+
+
+def _power(exponent: Any) -> Apply:
+    if exponent.is_Integer and exponent > 0:
+        whole = int(exponent)
+        return lambda args, env, real: args[0] ** whole
+    number = float(exponent)
+
+    def apply(args: list[Value], env: Mapping[str, Value], real: torch.dtype) -> Value:
+        tensor = torch.as_tensor(args[0])
+        return torch.pow(tensor if tensor.is_floating_point() else tensor.to(real), number)
+
+    return apply
 
 
 def _fold(args: list[Value], combine: Any) -> Value:
@@ -102,15 +132,17 @@ def _fold(args: list[Value], combine: Any) -> Value:
 
 
 def _load(tensor: torch.Tensor, indices: list[Value]) -> torch.Tensor:
-    placed = []
-    for size, index in zip(tensor.shape, indices, strict=True):
-        if isinstance(index, torch.Tensor):
-            placed.append(index.long().clamp(0, max(size - 1, 0)))
-        else:
-            placed.append(torch.tensor(min(max(int(index), 0), max(size - 1, 0)), device=tensor.device))
     if 0 in tensor.shape:
-        return torch.zeros(torch.broadcast_shapes(*(p.shape for p in placed)), dtype=tensor.dtype, device=tensor.device)
-    value = tensor[tuple(placed)]
+        shapes = [index.shape for index in indices if isinstance(index, torch.Tensor)]
+        return torch.zeros(torch.broadcast_shapes(*shapes), dtype=tensor.dtype, device=tensor.device)
+    placed = []
+    for index in indices:
+        dim = len(placed)
+        if isinstance(index, torch.Tensor):
+            placed.append(index.long().clamp(0, tensor.shape[dim] - 1))
+        else:  # a view costs less than one more index
+            tensor = tensor.select(dim, min(max(int(index), 0), tensor.shape[dim] - 1))
+    value = tensor[tuple(placed)] if placed else tensor
     return value.to(torch.int32) if value.dtype == torch.bool else value
 
 

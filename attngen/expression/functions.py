@@ -16,7 +16,7 @@ from sympy.logic.boolalg import BooleanAtom, BooleanFunction
 
 B = sympy.Symbol("b", integer=True)  # batch
 H = sympy.Symbol("h", integer=True)  # query head
-I = sympy.Symbol("i", integer=True)  # noqa: E741  original query position: row + q_offset
+I = sympy.Symbol("i", integer=True)
 J = sympy.Symbol("j", integer=True)  # original key position
 S = sympy.Symbol("s", real=True)  # the scaled logit q.k * scale
 

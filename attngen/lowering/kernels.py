@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 
-from attngen.expression import B, H, I, J, Load, S, Uniform, kind
+from attngen.expression import B, H, I, J, S, Uniform
 from attngen.lowering.printer import AND, COMPARE, Axes, Place, Printer
 
 Segments = tuple[tuple[Any, Any], ...]  # (first, count) in tiles
@@ -106,6 +106,7 @@ class Step:
     valid: str
     keep: str
     slope: str
+    bin: str
     uses_position: bool
     uses_safe: bool
 
@@ -119,12 +120,44 @@ class Sides:
     grouped: bool
 
 
+QUERIES_WALK_KEYS = Sides(QUERY, KEY, False)
 SIDES = {
-    "forward": Sides(QUERY, KEY, False),
-    "delta": Sides(QUERY, KEY, False),
-    "dq": Sides(QUERY, KEY, False),
+    "forward": QUERIES_WALK_KEYS,
+    "delta": QUERIES_WALK_KEYS,
+    "dq": QUERIES_WALK_KEYS,
     "dkv": Sides(KEY, QUERY, True),
 }
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop over heads: its comment, the argument of range, and the lines that find b and h from g."""
+
+    comment: str
+    range: str
+    lines: tuple[str, ...]
+
+
+def decode(sides: Sides, loop_b: bool, loop_h: bool) -> tuple[tuple[str, ...], Loop | None]:
+    """Lines that find batch and head from the program's number, and the loop over those that one program owns."""
+    kv_head = "kv_head = h // group"
+    if sides.grouped:
+        return (
+            "kv_heads = heads // group",
+            "kv_head = program // tiles % kv_heads",
+            "b = program // tiles // kv_heads",
+        ), None
+    if not (loop_b or loop_h):
+        return ("h = program // tiles % heads", "b = program // tiles // heads", kv_head), None
+    if not loop_b:
+        return ("b = program // tiles",), Loop(
+            "the heads, which share the result", "heads", ("h = tl.full([], g, tl.int32)", kv_head)
+        )
+    if not loop_h:
+        lines = ("h = program // tiles", kv_head)
+        return lines, Loop("the batch, which shares the result", "batch", ("b = tl.full([], g, tl.int32)",))
+    lines = ("pair = tl.full([], g, tl.int32)", "b = pair // heads", "h = pair % heads", kv_head)
+    return (), Loop("batch and heads, which share the result", "batch * heads", lines)
 
 
 class Holes:
@@ -140,23 +173,28 @@ class Holes:
         trusted = {B, H, J} if offset_tensor else {B, H, I, J}  # with offsets on the device nobody has checked i
         self.printer = Printer([self.program, self.head], own, symbols, trusted, names)
         self.form = "general"
-        rest = sympy.expand(spec.score - S)
+        rest = sympy.Add(*[term for term in sympy.Add.make_args(spec.score) if term != S])
         if spec.score == S and (spec.scale is None or spec.scale > 0):
             self.form = "folded"
-        elif spec.score == S or S not in rest.free_symbols:
+        elif spec.score == S + rest and S not in rest.free_symbols:
             self.form = "additive"
         terms = sympy.Add.make_args(rest if self.form == "additive" else spec.score)
         scaled = sympy.Add(*[LOG2E * term for term in terms if term != 0])
         self.logits = S * SCALE2 + scaled if self.form == "additive" else scaled
+        # With closed-form intervals only the edges are partial: a few tiles, for which a pipeline's prologue costs more
+        # registers than it hides.
+        self.few_partial = False
         self.tables: list[str] = []  # the walk's per-tile summaries that this kernel reads
         self.boost = ""  # what a weight that survives dropout is multiplied by
         self.steps: tuple[Step, ...] = ()
 
-    def fill(self, *, backward: bool) -> None:
-        """Print the walk and the two loops."""
-        slope = self.facts.score_ds if backward else sympy.Integer(1)
+    def fill(self, slope: Any = 1, site: Any = None) -> None:
+        """Print the walk and the two loops. `slope`: what dS is multiplied by. `site`: a captured load whose place in
+        the tensor a step needs."""
+        slope, self.site = sympy.sympify(slope), site
         self.printer.share(self.spec.mask, self.logits, slope)
         full, partial = self._walk()
+        self.few_partial = bool(full) and not self.tables
         steps = [self._step(full, False, slope), self._step(partial, True, slope)]
         self.steps = tuple(step for step in steps if step is not None)
 
@@ -165,8 +203,7 @@ class Holes:
         from attngen.analysis.order import BEGIN, BLOCK, END, FIRST, LAST
 
         resident, walked = self.sides.resident, self.sides.walked
-        walk = self.facts.walk_keys if walked is KEY else self.facts.walk_queries
-        program = walk.program()
+        program = self.facts.program_keys if walked is KEY else self.facts.program_queries
         integer = lambda name: sympy.Symbol(name, integer=True)  # noqa: E731
         begin = sympy.Integer(0) if walked is KEY else integer("q_offset")
         inputs = {
@@ -219,9 +256,12 @@ class Holes:
             self.boost = child.operand(1 / (1 - self.spec.dropout))
             seed = sympy.Symbol("seed", integer=True)
             keep = "keep"
-            condition = child.operand(sympy.Ge(Uniform(seed, B, H, I, J) - self.spec.dropout, 0, evaluate=False), COMPARE)
+            condition = child.operand(
+                sympy.Ge(Uniform(seed, B, H, I, J) - self.spec.dropout, 0, evaluate=False), COMPARE
+            )
             child.places[-1].lines.append(f"keep = {condition}")
         factor = "" if slope == 1 else child.operand(slope)
+        place = child.flat(self.site.load, self.site.dims) if self.site is not None and self.site.dims else ""
         self.printer.used |= child.used
         noun, kind_ = walked.noun, "partial" if partial else "full"
         says = "only some pairs attend" if self.spec.mask != sympy.true else "it reaches past the end"
@@ -229,13 +269,14 @@ class Holes:
             partial=partial,
             comment=f"{kind_} {noun} tiles: {says if partial else 'every pair attends, so no mask'}",
             variable=variable,
-            range=bounds,
+            range=f"tl.range({bounds}, num_stages=1)" if partial and self.few_partial else f"range({bounds})",
             tile=tile,
             lines=tuple(child.places[-1].lines),
             logits=logits,
             valid=valid,
             keep=keep,
             slope=factor,
+            bin=place,
             uses_position=walked.axis in child.used,
             uses_safe=f"{walked.axis}_safe" in child.used,
         )
@@ -259,4 +300,3 @@ class Holes:
             lines.append(f"tile = tl.where(step < {text(done)}, tile, {text(skip)} + step)")
             done = self._count(f"{noun}_count{number}", done + count)
         return "step", text(done), tuple(lines)
-

@@ -291,8 +291,8 @@ class Printer:
         groups: dict[Axes, list[Any]] = {}
         for arg in args:
             groups.setdefault(self.axes(arg) & TILE, []).append(arg)
+        scalars = groups.pop(frozenset(), []) if len(groups) > 2 else []
         if len(groups) > 1:
-            scalars = groups.pop(frozenset(), [])
             smallest = min(groups, key=len)
             groups[smallest] += scalars  # a scalar joins a vector rather than the tile
             args = [g[0] if len(g) == 1 else expr.func(*g, evaluate=False) for g in groups.values()]
@@ -417,7 +417,9 @@ class Printer:
         to_float = kind(expr) == "float"
         texts = self._operands(expr.args, axes)
         if sum(len(t.text) for t in texts) > WIDTH:
-            texts = [t if len(t.text) < WIDTH // 4 else self.spread(self._assign(None, t, self._stem(t))) for t in texts]
+            texts = [
+                t if len(t.text) < WIDTH // 4 else self.spread(self._assign(None, t, self._stem(t))) for t in texts
+            ]
         if isinstance(expr, (Minimum, Maximum)):
             call = "tl.minimum" if isinstance(expr, Minimum) else "tl.maximum"
             text = self._as(texts[0], to_float).text
@@ -474,6 +476,9 @@ class Printer:
             if pointer.strength != ATOM:  # what is known earlier, or has a smaller shape, is added up on its own
                 pointer = self.name(path, f"{tensor}_at" if pointer.axes & TILE else f"{tensor}_base", pointer)
             path = Pointer(*path.args, *[part for item in by_shape[shape] for part in item])
+            if path in self._names:
+                pointer = self._names[path]
+                continue
             for dim, index in by_shape[shape]:
                 value = self._inside(expr.name, tensor, dim, index)
                 text = f" + {value.at(ATOM)}.to(tl.int64) * {tensor}_stride_{dim}"
@@ -488,6 +493,20 @@ class Printer:
         text = pointer.text
         to = "tl.float32" if kind(expr) == "float" else "tl.int32"
         return Text(f"tl.load({text}).to({to})", ATOM, axes, kind(expr))
+
+    def flat(self, load: Load, dims: Iterable[int]) -> str:
+        """The place of a load within these dimensions of its tensor, counted row by row."""
+        text = Text("0", ATOM, frozenset(), "int")
+        tensor = self.tensor_names.get(load.name, load.name)
+        for number, dim in enumerate(dims):
+            self.bounded.add((load.name, dim))
+            value = self._inside(load.name, tensor, dim, load.indices[dim])
+            if number == 0:
+                text = value
+                continue
+            joined = f"{self.spread(text).at(PRODUCT)} * {tensor}_size_{dim} + {self.spread(value).at(SUM)}"
+            text = Text(joined, SUM, text.axes | value.axes, "int")
+        return text.text
 
     def _inside(self, name: str, tensor: str, dim: int, index: Any) -> Text:
         """An index that is in range, also on the lanes past the end of a tile that reaches beyond it."""

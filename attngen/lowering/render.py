@@ -10,7 +10,21 @@ from typing import Any
 
 import sympy
 
-from attngen.lowering.kernels import KEY, LOG2E, QUERY, SIDES, Holes, View, chunks
+from attngen.expression import B, H
+from attngen.lowering.captures import Site
+from attngen.lowering.kernels import (
+    KEY,
+    LOG2E,
+    QUERIES_WALK_KEYS,
+    QUERY,
+    SIDES,
+    Holes,
+    Loop,
+    Sides,
+    View,
+    chunks,
+    decode,
+)
 from attngen.lowering.source import Arg, Grid, Source, environment, tidy
 
 TENSORS = {
@@ -18,6 +32,7 @@ TENSORS = {
     "delta": ("out", "do"),
     "dq": ("q", "do", "k", "v", "dq"),
     "dkv": ("k", "v", "q", "do", "dk", "dv"),
+    "capture": ("q", "do", "k", "v"),
 }
 _SHAPES = {
     "q": ("B", "heads", "n_q", "D"),
@@ -31,14 +46,24 @@ _ROWS = {  # float32 [B, heads, n_q], contiguous
     "delta": ("dlse", "delta"),
     "dq": ("lse", "delta"),
     "dkv": ("lse", "delta"),
+    "capture": ("lse", "delta"),
 }
 LONGEST = 10  # characters of a captured tensor's or param's name that the kernel keeps, for lines that fit
 
+_GRADS = {
+    "total": "[B, heads, tiles]",
+    "rows": "[B, heads, n_q]",
+    "keys": "[B, heads, n_k]",
+    "pairs": "[B or 1, heads or 1, n_q, n_k]",
+    "bins": "[B, heads, tiles, bins]",
+    "atomic": "[B, heads, bins]",
+}
 _TITLES = {
     "forward": "forward: a query tile walks its keys with the online softmax",
     "delta": "backward, first step: delta = rowsum(dO * O) - dlse",
     "dq": "backward: a query tile walks its keys and sums dQ",
     "dkv": "backward: a key tile walks its queries and sums dK and dV",
+    "capture": "backward: the gradient of a captured tensor",
 }
 
 
@@ -53,63 +78,83 @@ def render(
     schedule: Any,
     aligned: bool = True,
     offset_tensor: bool = False,
+    site: Site | None = None,
 ) -> Source:
-    """The source of `kernel`: "forward", "delta", "dq" or "dkv".
+    """The source of `kernel`: "forward", "delta", "dq", "dkv", or "capture" for one `site` (see `captures`).
 
     schedule: a complete one. aligned: the last dimension of every [B, heads, n, d] tensor has stride 1 and all other
     strides are multiples of 16, so rows are loaded in whole vectors; False takes any strides. offset_tensor: q_offset is
     an int32 tensor [B]. The text does not depend on lengths, batch, head counts, params or the scale.
     """
-    tile = schedule.tile("dq" if kernel == "delta" else kernel)
-    sides = SIDES[kernel]
+    by_keys = site is not None and site.by_keys
+    tile = schedule.tile("dkv" if by_keys else {"delta": "dq", "capture": "dq"}.get(kernel, kernel))
+    sides = SIDES.get(kernel, Sides(KEY, QUERY, False) if by_keys else QUERIES_WALK_KEYS)
+    tensors = TENSORS[kernel] if not by_keys else ("k", "v", "q", "do")
+    owned = (
+        [not site.uses(symbol) for symbol in (B, H)] if site is not None and site.kind == "pairs" else [False, False]
+    )
+    lines, owner = decode(sides, *owned)
     walk = facts.walk_keys if sides.walked is KEY else facts.walk_queries
     tables = [symbol.name for table in walk.tables for symbol in table.symbols]
     names = _safe_names([*spec.params, *spec.tensors, *tables])
     holes = Holes(spec, facts, sides, offset_tensor=offset_tensor, names=names)
     if kernel != "delta":
-        holes.fill(backward=kernel != "forward")
+        slope = 1 if kernel == "forward" else facts.score_ds if site is None else site.slope
+        holes.fill(slope, site if site is not None and site.kind in ("bins", "atomic") else None)
     d, dv = chunks(head_dim), chunks(head_dim_v)
     columns = "d" if d == dv else "e"
     views = {
-        t: View(t, dv, columns, _head(t), not aligned) if _shape(t)[3] == "Dv" else View(t, d, "d", _head(t), not aligned)
-        for t in TENSORS[kernel]
+        t: View(t, dv, columns, _head(t), not aligned)
+        if _shape(t)[3] == "Dv"
+        else View(t, d, "d", _head(t), not aligned)
+        for t in tensors
     }
     sink = ""
     if kernel == "forward" and spec.sink is not None:
         terms = sympy.Add.make_args(spec.sink)
         sink = holes.printer.operand(sympy.Add(*[LOG2E * term for term in terms]))
-    args = _arguments(spec, holes, kernel, names, aligned, offset_tensor)
-    text = environment().get_template(f"{kernel}.jinja").render(
-        **views,
-        about=_about(spec, kernel, head_dim, head_dim_v, dtype, tile),
-        name=kernel,
-        args=args,
-        block_m=tile.block_m,
-        block_n=tile.block_n,
-        precision=schedule.precision if str(dtype) == "torch.float32" else "",
-        helpers=sorted(holes.printer.helpers),
-        R=sides.resident,
-        W=sides.walked,
-        grouped=sides.grouped,
-        reverse=False,
-        load_offset=offset_tensor and any(arg.role == "offset" for arg in args),
-        uses_resident_position=sides.resident.axis in holes.printer.used,
-        uses_resident_safe=f"{sides.resident.axis}_safe" in holes.printer.used,
-        d_chunks=d,
-        dv_chunks=dv,
-        columns={view.columns: view.chunks for view in views.values()},
-        score=holes.form,
-        program=holes.program.lines,
-        head=holes.head.lines,
-        steps=holes.steps,
-        sink=sink,
-        resident_tensors=[views[t] for t in TENSORS[kernel][:2]],
-        walked_tensors=[views[t] for t in TENSORS[kernel][2:4]],
-        boost=holes.boost,
+    args = _arguments(spec, holes, kernel, tensors, names, aligned, offset_tensor, site, owner)
+    text = (
+        environment()
+        .get_template(f"{kernel}.jinja")
+        .render(
+            **views,
+            about=_about(spec, kernel, head_dim, head_dim_v, dtype, tile),
+            name=kernel,
+            args=args,
+            block_m=tile.block_m,
+            block_n=tile.block_n,
+            precision=schedule.precision if str(dtype) == "torch.float32" else "",
+            helpers=sorted(holes.printer.helpers),
+            R=sides.resident,
+            W=sides.walked,
+            grouped=sides.grouped,
+            reverse=False,
+            load_offset=offset_tensor and any(arg.role == "offset" for arg in args),
+            uses_resident_position=sides.resident.axis in holes.printer.used,
+            uses_resident_safe=f"{sides.resident.axis}_safe" in holes.printer.used,
+            d_chunks=d,
+            dv_chunks=dv,
+            columns={view.columns: view.chunks for view in views.values()},
+            score=holes.form,
+            program=holes.program.lines,
+            head=holes.head.lines,
+            steps=holes.steps,
+            sink=sink,
+            resident_tensors=[views[t] for t in tensors[:2]],
+            walked_tensors=[views[t] for t in tensors[2:4]],
+            decode=[line for line in lines if "k" in tensors or "kv_head" not in line],  # delta reads no keys
+            walks="k" in tensors,
+            owner=owner,
+            site=site,
+            site_bins=" * ".join(f"{names[site.tensor]}_size_{d}" for d in site.dims) if site is not None else "",
+            boost=holes.boost,
+        )
     )
     length = sides.resident.length
     block = tile.block_m if length == "n_q" else tile.block_n
-    grid = Grid(length, block, "kv" if sides.grouped else "q")
+    heads = "kv" if sides.grouped else "one" if owned[1] else "q"
+    grid = Grid(length, block, heads, not owned[0])
     return Source(kernel, tidy(text), args, grid, tile.num_warps, tile.num_stages)
 
 
@@ -122,25 +167,40 @@ def _head(tensor: str) -> str:
 
 
 def _arguments(
-    spec: Any, holes: Holes, kernel: str, names: dict[str, str], aligned: bool, offset_tensor: bool
+    spec: Any,
+    holes: Holes,
+    kernel: str,
+    tensors: tuple[str, ...],
+    names: dict[str, str],
+    aligned: bool,
+    offset_tensor: bool,
+    site: Site | None,
+    owner: Loop | None,
 ) -> tuple[Arg, ...]:
     out: list[Arg] = []
-    for t in TENSORS[kernel]:
+    for t in tensors:
         out.append(Arg(t, "tensor", t, "*q", comment=f"[{', '.join(_shape(t))}]"))
     for t in _ROWS[kernel]:
         out.append(Arg(t, "tensor", t, "*fp32", comment="[B, heads, n_q]"))
-    for t in TENSORS[kernel]:
+    if site is not None:
+        out.append(Arg("grad", "tensor", "grad", "*fp32", comment=_GRADS[site.kind]))
+    for t in tensors:
         for dim, axis in enumerate("bhn" if aligned else "bhnd"):
             out.append(Arg(f"{t}_stride_{axis}", "stride", t, "i32", dim, specialize=aligned))
-    for length in ("heads", "n_q", *(("group", "n_k") if kernel != "delta" else ())):
-        out.append(Arg(length, "length", length, "i32", specialize=False))
+    if site is not None and site.kind == "pairs":
+        out += [Arg(f"grad_stride_{axis}", "stride", "grad", "i32", dim, False) for dim, axis in enumerate("bh")]
+    lengths = ["heads", "n_q", *(("group", "n_k") if kernel != "delta" else ())]
+    lengths += ["batch"] if owner is not None and "batch" in owner.range else []
+    out += [Arg(length, "length", length, "i32", specialize=False) for length in lengths]
     if kernel == "delta":
         return tuple(out)
     out.append(Arg("scale", "scale", "scale", "fp32", specialize=False))
     used = holes.printer.used | {"q_offset"}
     if used & {"i", "i_safe"} or any("q_offset" in line for line in (*holes.program.lines, *holes.head.lines)):
-        kind, comment = ("*i32", "[B]") if offset_tensor else ("i32", "")
-        out.append(Arg("q_offset", "offset", "q_offset", kind, specialize=False, comment=comment))
+        if offset_tensor:
+            out.append(Arg("q_offsets", "offset", "q_offset", "*i32", comment="[B]"))
+        else:
+            out.append(Arg("q_offset", "offset", "q_offset", "i32", specialize=False))
     for name, param in spec.params.items():
         if names[name] in used:
             kind = "i32" if param.sym.is_integer else "fp32"
@@ -154,7 +214,9 @@ def _arguments(
         own = names[name]
         last = tensor.ndim - 1
         out.append(Arg(own, "tensor", name, "*capture"))
-        out += [Arg(f"{own}_stride_{dim}", "stride", name, "i32", dim, specialize=dim == last) for dim in range(last + 1)]
+        out += [
+            Arg(f"{own}_stride_{dim}", "stride", name, "i32", dim, specialize=dim == last) for dim in range(last + 1)
+        ]
         for _, dim in sorted(b for b in holes.printer.bounded if b[0] == name):
             out.append(Arg(f"{own}_size_{dim}", "size", name, "i32", dim, specialize=False))
     return tuple(out)
@@ -194,7 +256,23 @@ def _reserved() -> frozenset[str]:
         words |= set(re.findall(r"[A-Za-z_]\w*", text))
     for side in (QUERY, KEY):
         words |= {side.tile, side.block, side.length, side.index, side.lane, side.stored}
-    words |= {"first", "last", "step", "tile", "valid", "inside", "scalar", "row", "key", "hash", "boost", "do", "e", "d"}
+    words |= {
+        "grad",
+        "first",
+        "last",
+        "step",
+        "tile",
+        "valid",
+        "inside",
+        "scalar",
+        "row",
+        "key",
+        "hash",
+        "boost",
+        "do",
+        "e",
+        "d",
+    }
     return frozenset(words)
 
 
@@ -203,7 +281,12 @@ def _safe_names(names: Iterable[str]) -> dict[str, str]:
     out: dict[str, str] = {}
     for name in names:
         stem = re.sub(r"(_(\d+|ok|x|at|index|head|rows|step|lanes|stride|size|tile)|_[bhijnd])+$", "", name)
-        taken = keyword.iskeyword(name) or name in _reserved() or stem in _reserved() or re.match(r"user_|(live|hole|full|partial)\d*_", name)
+        taken = (
+            keyword.iskeyword(name)
+            or name in _reserved()
+            or stem in _reserved()
+            or re.match(r"user_|(live|hole|full|partial)\d*_", name)
+        )
         own = f"user_{name}" if taken else name
         if len(own) > LONGEST:
             own = f"{own[: LONGEST - 3]}_{len(out)}"

@@ -9,12 +9,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import re
 import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +25,7 @@ class Arg:
     """One kernel argument.
 
     role: "tensor" (a pointer to the tensor `of`), "stride" and "size" (of dimension `dim` of the tensor `of`), "length"
-    (the int `of`: n_q, n_k, heads, group), "scale" (the float factor on q.k), "offset" (q_offset, an int, or a pointer to
+    (the int `of`: n_q, n_k, heads, group, batch), "scale" (the float factor on q.k), "offset" (q_offset, an int, or a pointer to
     int32 [B]), "param" (the spec's Param `of`).
     type: "*q" pointer in the dtype of q, "*fp32", "*i32", "*capture" pointer in the captured tensor's dtype; "i32", "fp32".
     specialize: whether Triton may compile for a value's divisibility by 16 (or 1); no other value ever recompiles.
@@ -44,15 +42,16 @@ class Arg:
 
 @dataclass(frozen=True)
 class Grid:
-    """One program per (batch, head, tile): cdiv(length, block) * heads * batch programs on one axis."""
+    """One program per (batch, head, tile), all on one axis."""
 
     length: str  # "n_q" or "n_k"
     block: int
-    heads: str  # "q" or "kv": which head count
+    heads: str  # "q" or "kv": which head count; "one": a program serves all heads
+    batched: bool = True  # False: a program serves the whole batch
 
     def programs(self, length: int, heads: int, batch: int) -> int:
         """The number of programs to launch."""
-        return -(-length // self.block) * heads * batch
+        return -(-length // self.block) * (heads if self.heads != "one" else 1) * (batch if self.batched else 1)
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "attngen"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _module(path: str, interpret: str) -> ModuleType:
     name = f"attngen_source_{Path(path).stem}_{interpret}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -111,7 +110,7 @@ def _module(path: str, interpret: str) -> ModuleType:
     return module
 
 
-@lru_cache(maxsize=None)
+@cache
 def environment() -> jinja2.Environment:
     """The templates. What is not defined is an error, not empty text."""
     folder = Path(__file__).resolve().parent.parent / "templates"

@@ -106,7 +106,7 @@ class Store:
     def __init__(self, path: str | Path, *, shipped: Path = SHIPPED, expected: bool = True):
         self.path = Path(path).absolute()
         self.shipped, self.expected = Path(shipped), expected
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a warning may run code of the user that asks again
         self._families: dict[tuple[str | int | bool, ...], list[Record]] = {}
         self._stamp: object = None
         self._warned = self._checked = False

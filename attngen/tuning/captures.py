@@ -6,7 +6,9 @@ ALiBi-like slopes. Real values, where the user has them, are better: `tune(..., 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,3 +70,31 @@ def _extent(index: Any, shape: Shape) -> int:
     if index in extents:
         return extents[index]
     return int(index) + 1 if index.is_number else shape.n_q + shape.n_k
+
+
+def save_captures(values: dict[str, Any], folder: Path) -> Path:
+    """Captures as a JSON index and raw bytes, nothing that would run code when read."""
+    index: dict[str, Any] = {}
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor):
+            index[name] = value
+            continue
+        data = value.detach().cpu().contiguous()
+        (folder / f"{name}.bin").write_bytes(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+        index[name] = {"dtype": str(data.dtype).removeprefix("torch."), "shape": list(data.shape)}
+    path = folder / "captures.json"
+    path.write_text(json.dumps(index))
+    return path
+
+
+def load_captures(path: Path) -> dict[str, Any]:
+    """What `save_captures` wrote."""
+    values: dict[str, Any] = {}
+    for name, value in json.loads(path.read_text()).items():
+        if isinstance(value, dict):
+            data = bytearray((path.parent / f"{name}.bin").read_bytes())
+            flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+            values[name] = flat.view(getattr(torch, value["dtype"])).reshape(value["shape"])
+        else:
+            values[name] = value
+    return values

@@ -146,7 +146,7 @@ class Worker:
             line = self._answers.get(timeout=limit)
         except queue.Empty:
             self.close()
-            raise WorkerDied("timeout", f"no answer within {limit:g} s") from None
+            raise WorkerDied("timeout", f"no answer within {limit:g} s (candidate_timeout=)") from None
         except BaseException:
             self.close()  # an answer to this request must not be taken for the next one's
             raise

@@ -20,7 +20,7 @@ from attngen.tuning.space import PIECES, Point
 
 LAUNCH = 5e-6  # seconds, the least a kernel takes
 SAFETY = 0.9  # of the bound: rates are partly measured, and a cache may help
-SPILLS = 64  # bytes of spills a thread that a schedule may have; more costs in every tile
+SPILLS = 16  # registers a thread that a schedule may spill; more costs in every tile
 TILE_OVERHEAD = 400  # cycles of one step that do not shrink with the tile: barriers, the row maximum's exchange
 LATENCY = 1e-6  # seconds from asking memory to having it, under load
 CLOCK = 1.7e9  # Hz, only to turn those cycles into time
@@ -41,7 +41,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Resources:
-    """What the compiler used for a kernel: registers a thread, bytes of spills a thread, bytes of shared memory."""
+    """What the compiler used for a kernel: registers a thread, registers spilled a thread, bytes of shared memory."""
 
     registers: int
     spills: int
@@ -61,7 +61,7 @@ class Resources:
         if self.shared > target.shared_limit:
             return f"needs {self.shared} bytes of shared memory, {target.name} has {target.shared_limit}"
         if self.spills > SPILLS:
-            return f"spills {self.spills} bytes a thread"
+            return f"spills {self.spills} registers a thread"
         if self.resident(target) < 1:
             return f"{self.registers} registers a thread: not one program of {self.num_warps} warps fits"
         return None
@@ -161,7 +161,7 @@ class GpuModel:
         waiting = steps * TILE_OVERHEAD / CLOCK / max(1, resident)
         slots = rates.units * max(1, resident)
         waves = math.ceil(programs / slots) * slots / programs if programs > slots else max(1.0, rates.units / programs)
-        spilled = 1.0 + (used.spills / 256 if used is not None else 0.0)
+        spilled = 1.0 + (used.spills / 64 if used is not None else 0.0)
         return LAUNCH + max(
             (busy / hidden + waiting) * waves * spilled,
             size / rates.bandwidth,

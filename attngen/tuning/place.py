@@ -11,8 +11,7 @@ import torch
 
 from attngen.analysis import GPUS, Gpu, facts
 from attngen.analysis.cost import visited_pairs
-from attngen.choice import _device as device_key
-from attngen.choice import _versions as versions_key
+from attngen.choice import device_identity, generator_versions
 from attngen.errors import InputError
 from attngen.inputs import bind
 from attngen.schedule import Schedule, Target, complete
@@ -85,7 +84,7 @@ def find_place(target: str | None, device: torch.device | str | None) -> Place:
     gpu = _named(target)
     if here.gpu is not None and here.exact and here.gpu.name == gpu.name:
         return here
-    versions = versions_key("triton")
+    versions = generator_versions("triton")
     return Place(IDENTITIES[gpu.name], versions, "modelled", None, Target.named(gpu.target), gpu)
 
 
@@ -95,13 +94,13 @@ def _here(device: torch.device | str | None) -> Place:
     except RuntimeError as problem:
         raise InputError("device", "cpu or cuda", repr(device)) from problem
     if found.type == "cpu":
-        return Place(device_key(found), versions_key("cpu"), "measured", found, None, None)
+        return Place(device_identity(found), generator_versions("cpu"), "measured", found, None, None)
     if found.type != "cuda" or not torch.cuda.is_available():
         raise InputError("device", "a device of this machine", str(found), "name a GPU with target= to model it")
-    identity, target = device_key(found), Target.of_device(found)
+    identity, target = device_identity(found), Target.of_device(found)
     gpu = next((gpu for gpu in GPUS.values() if IDENTITIES[gpu.name].name == identity.name), None)
     like = gpu or next((gpu for gpu in GPUS.values() if gpu.target == target.name), None)
-    return Place(identity, versions_key("triton"), "measured", found, target, like, exact=gpu is not None)
+    return Place(identity, generator_versions("triton"), "measured", found, target, like, exact=gpu is not None)
 
 
 def _named(target: str) -> Gpu:

@@ -20,14 +20,15 @@ def shown(title: str, show: bool) -> Iterator[Watch]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
+    console = Console(stderr=True)
     bar = Bar(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TextColumn("best {task.fields[best]}  failed {task.fields[failed]}  pruned {task.fields[pruned]}"),
         TimeElapsedColumn(),
-        TextColumn("[dim]{task.fields[now]}"),
-        console=Console(stderr=True),
+        *([TextColumn("[dim]{task.fields[now]}")] if console.width >= 140 else []),
+        console=console,
     )
     with bar:
         task = bar.add_task(title, total=None, best="-", failed=0, pruned=0, now="starting")

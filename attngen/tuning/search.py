@@ -123,7 +123,7 @@ class Search:
     space: Space
     measurer: Measurer
     trials: Trials
-    count: int
+    wanted: int  # trials in all
     model: Modeller = field(default_factory=NoModel)
     first: Sequence[Point] = ()
     deadline: float = float("inf")
@@ -135,9 +135,9 @@ class Search:
     seed: int = 0
 
     def run(self) -> Result:
-        """Until `count` trials are finished, nothing legal is left, the deadline, or Ctrl-C."""
+        """Until `wanted` trials are finished, nothing legal is left, the deadline, or Ctrl-C."""
         self._random = random.Random(self.seed)
-        self._progress = Progress(self.count)
+        self._progress = Progress(self.wanted)
         self._narrow = self.space
         self._measuring = 0.0
         queue = self._opening()
@@ -163,7 +163,7 @@ class Search:
             history = self.trials.history()
             self._count(history)
             self.watch(self._progress)
-            if self._progress.done >= self.count:
+            if self._progress.done >= self.wanted:
                 return "trials"
             if self.clock() >= self.deadline:
                 return "timeout"
@@ -239,11 +239,13 @@ class Search:
         return outcome
 
     def _final(self) -> tuple[Tried, ...]:
-        """The best few and the first of the queue once more, side by side and for longer."""
+        """The best few, the incumbent and the untuned schedule once more, side by side and for longer."""
         points = [tried.point for tried in self._good(self.trials.history(), FINALISTS)]
-        points += [p for p in self.first[:1] if self.space.holds(p) and p not in points]
         if not points:
             return ()
+        for other in (*self.first[:1], self.space.start):
+            if self.space.holds(other) and other not in points:
+                points.append(other)
         with self._interrupts.waiting():
             outcomes = self.measurer.measure(points, 4 * self.patience)
         final = [Tried(point, outcome) for point, outcome in zip(points, outcomes, strict=True)]
@@ -258,18 +260,13 @@ class Search:
 
     def _count(self, history: Iterable[Tried]) -> None:
         """Recount from the study: with a fleet, others add to it."""
-        progress = self._progress
-        progress.done = progress.failed = progress.pruned = 0
-        best = progress.best
-        for tried in history:
-            if tried.outcome.status == PRUNED:
-                progress.pruned += 1
-                continue
-            progress.done += 1
-            progress.failed += not tried.outcome.ok
-            if tried.outcome.ok and (best is None or tried.outcome.seconds < best.outcome.seconds):
-                best = tried
-        progress.best = best
+        progress, found = self._progress, count(history)
+        progress.done, progress.failed, progress.pruned = found.done, found.failed, found.pruned
+        best, known = found.best, progress.best
+        if best is None or not self.space.holds(best.point):
+            return
+        if known is None or best.outcome.seconds < known.outcome.seconds:
+            progress.best = best
 
     def _maybe_tighten(self, history: list[Tried]) -> None:
         if not self.tighten or self._narrow is not self.space or self._progress.done < TIGHTEN_AFTER:
@@ -287,6 +284,21 @@ class Search:
     def _good(self, history: Iterable[Tried], count: int) -> list[Tried]:
         good = [tried for tried in history if tried.outcome.ok and self.space.holds(tried.point)]
         return sorted(good, key=lambda tried: tried.outcome.seconds)[:count]
+
+
+def count(history: Iterable[Tried]) -> Progress:
+    """What a study's trials amount to. Points that the model refused are not trials."""
+    progress = Progress()
+    for tried in history:
+        if tried.outcome.status == PRUNED:
+            progress.pruned += 1
+            continue
+        progress.done += 1
+        progress.failed += not tried.outcome.ok
+        best = progress.best
+        if tried.outcome.ok and (best is None or tried.outcome.seconds < best.outcome.seconds):
+            progress.best = tried
+    return progress
 
 
 def _neighbours(space: Space, point: Point) -> Iterable[Point]:

@@ -20,15 +20,14 @@ from attngen.errors import AttngenWarning, InputError, StoreError
 from attngen.schedule import Schedule
 from attngen.spec import Spec
 from attngen.store import Found, Key, Record, Shape, Store, cache_folder, open_store, utc_now
-from attngen.tuning.captures import make_captures
+from attngen.tuning.captures import make_captures, save_captures
 from attngen.tuning.measure import Measurer, Worker, WorkerMeasurer
 from attngen.tuning.model import ModelMeasurer
 from attngen.tuning.place import Place, find_place
 from attngen.tuning.progress import Watch, shown, time_text
-from attngen.tuning.search import NoModel, Result, Search
+from attngen.tuning.search import NoModel, Result, Search, count
 from attngen.tuning.space import PIECES, Point, Space
 from attngen.tuning.trials import Trials, Tried
-from attngen.tuning.worker import save_captures
 
 Shapes = Iterable[Shape | str | Mapping[str, int] | Sequence[Any]]
 
@@ -92,7 +91,7 @@ class TuneReport:
         if self.made_up:
             lines.append(f"made-up values for {', '.join(self.made_up)}; give real ones with captures=")
         lines += [str(tuned) for tuned in self.results]
-        lines.append(f"{len(self.records)} records in {self.database}")
+        lines.append(f"records kept in {self.database}: {len(self.records)}")
         return "\n".join(lines)
 
 
@@ -233,7 +232,13 @@ def _tune_one(
     space, base = job.space
     name = job.study(space)
     study = Trials(_storage(storage, name), name, job.seed)
-    incumbent = _incumbent(store, job.key, space)
+    today = _todays(store, job.key)
+    if today is not None and today.key == job.key and today.kind == job.place.kind:
+        finished = count(study.history())
+        if finished.done >= trials:  # all is known: the same command again costs nothing
+            finished.trials, finished.resumed = trials, finished.done
+            return Tuned(job.piece, job.shape, today, None, Result(None, (), finished, "trials"), 0.0)
+    incumbent = _point(today, space)
     folder = Path(tempfile.mkdtemp(prefix="attngen-tune-"))
     worker = Worker(job.request(base, folder), job.limit)
     measurer: Measurer | None = None
@@ -301,23 +306,33 @@ def _record(job: Job, tried: Tried) -> Record:
     return Record(
         key=job.key,
         schedule=tried.point,
-        seconds=outcome.seconds,
-        spread=outcome.spread,
+        seconds=_rounded(outcome.seconds),
+        spread=_rounded(outcome.spread),
         kind=job.place.kind,
-        error=outcome.error,
+        error=_rounded(outcome.error),
         made_at=utc_now(),
         source=f"attngen tune, {job.shape}",
     )
 
 
-def _incumbent(store: Store, key: Key, space: Space) -> Point | None:
-    """The schedule that a call would use today, as a point of the space."""
+def _rounded(value: float) -> float:
+    """Four digits: more are noise, and records are read by people."""
+    return float(f"{value:.4g}")
+
+
+def _todays(store: Store, key: Key) -> Record | None:
+    """The record that a call would use today."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tuning makes the database that may be missing; a bad one is said when writing
         found: Found | None = store.lookup(key)
-    if found is None:
+    return None if found is None else found.record
+
+
+def _point(record: Record | None, space: Space) -> Point | None:
+    """A record's schedule as a point of the space, if it is one."""
+    if record is None:
         return None
-    point = {name: found.record.schedule.get(name) for name in space.choices}
+    point = {name: record.schedule.get(name) for name in space.choices}
     return point if space.holds(point) else None
 
 

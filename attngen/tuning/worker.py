@@ -93,6 +93,7 @@ class Handlers:
             from attngen.spec import Spec
             from attngen.store import Shape
             from attngen.tuning.bench import Bench
+            from attngen.tuning.captures import load_captures
 
             job = self.job
             self.bench = Bench(
@@ -122,42 +123,11 @@ class Handlers:
             dtype=getattr(torch, job["dtype"]),
             head_dim=shape.head_dim,
             head_dim_v=shape.head_dim_v,
+            passes=("forward",) if job["piece"] == "forward" else ("dq", "dkv"),
             schedule=Schedule(**point).over(Schedule(**job["base"])),
         )
         fields = ("name", "registers", "spills", "shared")
         return [{field: getattr(kernel, field) for field in fields} for kernel in kernels]
-
-
-def save_captures(values: dict[str, Any], folder: Path) -> Path:
-    """Captures as a JSON index and raw bytes, nothing that would run code when read."""
-    import torch
-
-    index: dict[str, Any] = {}
-    for name, value in values.items():
-        if not isinstance(value, torch.Tensor):
-            index[name] = value
-            continue
-        data = value.detach().cpu().contiguous()
-        (folder / f"{name}.bin").write_bytes(data.reshape(-1).view(torch.uint8).numpy().tobytes())
-        index[name] = {"dtype": str(data.dtype).removeprefix("torch."), "shape": list(data.shape)}
-    path = folder / "captures.json"
-    path.write_text(json.dumps(index))
-    return path
-
-
-def load_captures(path: Path) -> dict[str, Any]:
-    """What `save_captures` wrote."""
-    import torch
-
-    values: dict[str, Any] = {}
-    for name, value in json.loads(path.read_text()).items():
-        if isinstance(value, dict):
-            data = bytearray((path.parent / f"{name}.bin").read_bytes())
-            flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-            values[name] = flat.view(getattr(torch, value["dtype"])).reshape(value["shape"])
-        else:
-            values[name] = value
-    return values
 
 
 def main() -> None:

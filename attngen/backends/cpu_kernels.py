@@ -1,0 +1,238 @@
+"""The CPU backend's inner loops: one call computes units, each a tile of query rows on all its key chunks.
+
+Each function is TorchScript and plain Python at once. Scripted, a call holds no interpreter lock, so that a thread per
+core keeps every core busy; where torch can't script, the same functions run as they are. No annotations from the future in
+this file: TorchScript reads them.
+
+A unit takes the call's whole tensors: q, do [B, Hq, Nq, *] in any dtype and with any strides; k [B, Hkv, Nk, D] and
+v [B, Hkv, Nk, Dv] contiguous in the computing dtype. Its place is [batch, kv head, first query head, heads, first row, rows].
+Logits are in base 2: torch's exp2 is several times faster than its exp.
+
+All units of a call visit chunks start[n] .. stop[n] - 1. Their masks: cap[x] (+inf or -inf, [rows, columns] or with heads in front) for the
+columns low[x] .. high[x] - 1 of chunk owner[x].
+"""
+
+import warnings
+from functools import cache
+from types import SimpleNamespace
+
+import torch
+
+from attngen.state import State, merge
+
+
+def _product_onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    # torch.mm goes to MKL, which does not use AVX-512 on AMD: half the speed. A oneDNN kernel of its own pays only for
+    # products that are large enough.
+    if a.dtype == torch.float32 and a.size(0) * a.size(1) * b.size(0) >= 65536:
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return torch.mm(a, b.t())
+
+
+def _product_plain(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.mm(a, b.t())
+
+
+def _has_onednn() -> bool:
+    try:
+        a, b = torch.ones(64, 32), torch.full((64, 32), 2.0)
+        with torch.no_grad():
+            return bool((_product_onednn(a, b) == 64).all())
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+# product(a, b) = a @ b.T for a [m, k] contiguous and b [n, k] dense in either order.
+product = _product_onednn if _has_onednn() else _product_plain
+
+
+def tile_of(x: torch.Tensor, place: list[int]) -> torch.Tensor:
+    """The unit's part of x [B, Hq, Nq, *]: [heads, rows, *]."""
+    return x.select(0, place[0]).narrow(0, place[2], place[3]).narrow(1, place[4], place[5])
+
+
+def rows_of(x: torch.Tensor, factor: float, like: torch.Tensor) -> torch.Tensor:
+    """x [heads, rows, D] times a factor as contiguous [heads x rows, D] in the dtype of `like`."""
+    x = x.to(like.dtype)
+    if factor != 1.0:
+        x = x * factor
+    return x.reshape(-1, x.size(2)).contiguous()
+
+
+def state_of(logits: torch.Tensor, v: torch.Tensor) -> State:
+    """The softmax state of one chunk; `logits` [rows, keys] is overwritten by the weights."""
+    m = logits.amax([-1], keepdim=True).clamp_(min=-3.0e38)  # -inf - -inf would be nan
+    p = logits.sub_(m).exp2_()
+    return State(m, p.sum([-1], keepdim=True), product(p, v.t()))
+
+
+def write(state: State, lse: torch.Tensor, out: torch.Tensor) -> float:
+    """The finished rows: lse [heads, rows] in natural base, out [heads, rows, Dv]. Returns a sum that is finite if out is."""
+    lse.copy_((state.m + state.l.log2()).mul_(0.6931471805599453).view(lse.shape))
+    # The largest logit adds 1 to l: it is 0 for a row without a key and at least 1 for any other.
+    torch.div(state.o.view(out.shape), state.l.clamp(min=1).view(out.size(0), out.size(1), 1), out=out)
+    return float(state.o.sum())
+
+
+def masked_logits(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    tile: list[int],
+    chunk: int,
+    cap: list[torch.Tensor],
+    owner: list[int],
+    low: list[int],
+    high: list[int],
+) -> torch.Tensor:
+    """q @ k.T [rows, keys] of one chunk under the masks that are its own."""
+    logits = product(q, k)
+    for x in range(len(owner)):
+        if owner[x] == chunk:
+            columns = logits.view(tile)[:, :, low[x] : high[x]]
+            torch.minimum(columns, cap[x], out=columns)
+    return logits
+
+
+def _attend_unit(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    place: list[int],
+    factor: float,
+    start: list[int],
+    stop: list[int],
+    cap: list[torch.Tensor],
+    owner: list[int],
+    low: list[int],
+    high: list[int],
+    lse: torch.Tensor,
+    out: torch.Tensor,
+) -> float:
+    tile = [place[3], place[5], -1]
+    k, v = k.select(0, place[0]).select(0, place[1]), v.select(0, place[0]).select(0, place[1])
+    rows = rows_of(tile_of(q, place), factor, k)
+    logits = masked_logits(rows, k[start[0] : stop[0]], tile, 0, cap, owner, low, high)
+    state = state_of(logits, v[start[0] : stop[0]])
+    for n in range(1, len(start)):
+        logits = masked_logits(rows, k[start[n] : stop[n]], tile, n, cap, owner, low, high)
+        state = merge(state, state_of(logits, v[start[n] : stop[n]]), True)
+    return write(state, tile_of(lse, place), tile_of(out, place))
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    places: list[list[int]],
+    factor: float,
+    start: list[int],
+    stop: list[int],
+    cap: list[torch.Tensor],
+    owner: list[int],
+    low: list[int],
+    high: list[int],
+    lse: torch.Tensor,
+    out: torch.Tensor,
+) -> float:
+    """Forward of units with the identity score: a state per chunk, merged. `factor` brings logits to base 2. Writes the units'
+    parts of lse [B, Hq, Nq] and out [B, Hq, Nq, Dv]; returns a sum that is finite if out is.
+    """
+    total = 0.0
+    for place in places:
+        total += _attend_unit(q, k, v, place, factor, start, stop, cap, owner, low, high, lse, out)
+    return total
+
+
+def add_products(
+    ds: torch.Tensor,
+    weights: torch.Tensor,
+    q_t: torch.Tensor,
+    do_t: torch.Tensor,
+    k: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+) -> None:
+    """What a chunk adds: dq [rows, D] += dS K; dk [D, keys] += Q^T dS and dv [Dv, keys] += dO^T P, transposed so that the
+    sums run along rows in memory.
+    """
+    dv.add_(product(do_t, weights.t()))
+    dk.add_(product(q_t, ds.t()))
+    dq.add_(product(ds, k.t()))
+
+
+def _differentiate_unit(
+    q: torch.Tensor,
+    do: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    place: list[int],
+    factor: float,
+    scale: float,
+    delta: torch.Tensor,
+    lse: torch.Tensor,
+    start: list[int],
+    stop: list[int],
+    cap: list[torch.Tensor],
+    owner: list[int],
+    low: list[int],
+    high: list[int],
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    dq: torch.Tensor,
+) -> None:
+    pair = place[0] * k.size(1) + place[1]
+    dk, dv = dk.select(0, pair), dv.select(0, pair)
+    tile = [place[3], place[5], -1]
+    k, v = k.select(0, place[0]).select(0, place[1]), v.select(0, place[0]).select(0, place[1])
+    rows, do_rows = rows_of(tile_of(q, place), factor, k), rows_of(tile_of(do, place), 1.0, k)
+    q_t, do_t = rows.t().contiguous(), do_rows.t().contiguous()
+    delta, lse = tile_of(delta, place).reshape(-1, 1), tile_of(lse, place).reshape(-1, 1)
+    sums = torch.zeros_like(rows)
+    for n in range(len(start)):
+        a, b = start[n], stop[n]
+        p = masked_logits(rows, k[a:b], tile, n, cap, owner, low, high).sub_(lse).exp2_()
+        ds = product(do_rows, v[a:b]).sub_(delta).mul_(p)
+        add_products(ds, p, q_t, do_t, k[a:b], sums, dk[:, a:b], dv[:, a:b])
+    tile_of(dq, place).copy_(sums.mul_(scale).view(tile))
+
+
+def differentiate(
+    q: torch.Tensor,
+    do: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    places: list[list[int]],
+    factor: float,
+    scale: float,
+    delta: torch.Tensor,
+    lse: torch.Tensor,
+    start: list[int],
+    stop: list[int],
+    cap: list[torch.Tensor],
+    owner: list[int],
+    low: list[int],
+    high: list[int],
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    dq: torch.Tensor,
+) -> None:
+    """Backward of units with the identity score. delta, lse (base 2) [B, Hq, Nq, 1]; dk [B x Hkv, D, Nk] and
+    dv [B x Hkv, Dv, Nk] are added to, dk times `factor` / `scale`; the units' parts of dq [B, Hq, Nq, D] are written.
+    """
+    for place in places:
+        _differentiate_unit(
+            q, do, k, v, place, factor, scale, delta, lse, start, stop, cap, owner, low, high, dk, dv, dq
+        )
+
+
+@cache
+def kernels() -> SimpleNamespace:
+    """`attend` and `differentiate`, scripted where torch can."""
+    functions = {"attend": attend, "differentiate": differentiate}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that TorchScript is in maintenance
+            return SimpleNamespace(**{name: torch.jit.script(function) for name, function in functions.items()})
+    except (AttributeError, RuntimeError, OSError):
+        return SimpleNamespace(**functions)

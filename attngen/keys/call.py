@@ -1,0 +1,135 @@
+"""A call with a key set, from arguments to (out, lse): check, prepare or take the given plan, run the pieces, add the sink."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attngen import debug
+from attngen.errors import InputError
+from attngen.expression import evaluate
+from attngen.inputs import Call, bind
+from attngen.keys import base
+from attngen.keys.base import KeyPlan, Pieces, Result, sizes_of
+from attngen.merging import merge
+
+if TYPE_CHECKING:
+    from attngen.runtime import CompiledAttention
+    from attngen.spec import Spec
+
+
+def plan(
+    attention: CompiledAttention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_offset: int | torch.Tensor,
+    captures: Mapping[str, Any],
+) -> KeyPlan:
+    """Prepare the key set of a call. Captures that only the mask or the score read may be left out."""
+    from attngen.spec import Spec
+
+    spec = attention.spec
+    if spec.keys is None:
+        raise InputError("plan", "a spec with keys=", "a spec without", "there is nothing to prepare")
+    known = {*spec.keys.captures(), *spec.tensors, *spec.params}
+    _check_names(spec, captures, known)
+    return _prepare(spec, bind(Spec(), q, k, v, q_offset=q_offset, captures={}), captures)
+
+
+def run(
+    attention: CompiledAttention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_offset: int | torch.Tensor,
+    given_plan: KeyPlan | None,
+    captures: Mapping[str, Any],
+) -> Result:
+    """out and lse of a call."""
+    spec = attention.spec
+    keys = spec.keys
+    assert keys is not None
+    call, given = split(spec, q, k, v, q_offset, captures)
+    if given_plan is None:
+        given_plan = _prepare(spec, call, given)
+    elif not isinstance(given_plan, KeyPlan):
+        raise InputError("plan", "what attn.plan(...) returns", type(given_plan).__name__)
+    elif given_plan.keys != keys.text:
+        raise InputError("plan", f"a plan for {keys.text}", f"a plan for {given_plan.keys}")
+    elif given_plan.sizes != sizes_of(call):
+        names = "(B, Hq, Nq, Hkv, Nk, q_offset, device)"
+        raise InputError(
+            "plan", f"a plan for {names} = {sizes_of(call)}", f"one for {given_plan.sizes}", "make a new plan"
+        )
+    result = keys.run(Pieces(attention, call), given_plan.values, given)
+    if spec.sink is not None:
+        sink = _sink(call, result[1])
+        result = merge(result, (result[0].new_zeros(()).expand(result[0].shape), sink))
+    return result
+
+
+def split(
+    spec: Spec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_offset: Any, captures: Mapping[str, Any]
+) -> tuple[Call, dict[str, Any]]:
+    """The checked call, and the captures of the key set."""
+    keys = spec.keys
+    assert keys is not None
+    own = set(keys.captures())
+    _check_names(spec, captures, {*own, *spec.tensors, *spec.params})
+    rest = {name: value for name, value in captures.items() if name not in own}
+    call = bind(spec, q, k, v, q_offset=q_offset, captures=rest)
+    return call, {name: value for name, value in captures.items() if name in own}
+
+
+def explain(attention: CompiledAttention, q: Any, k: Any, v: Any, q_offset: Any, captures: Mapping[str, Any]) -> str:
+    """The spec, what the plan holds, and the explanation of every piece that the call runs."""
+    given_plan = plan(attention, q, k, v, q_offset, captures)
+    lines = [str(attention.spec), f"key {attention.spec.key[:16]}", "", f"plan: {given_plan.nbytes:,} bytes"]
+    for name, value in given_plan.values.items():
+        shown = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else value
+        lines.append(f"  {name}: {shown}")
+    for number, (role, piece, *inputs, offset, named) in enumerate(recorded(attention, q, k, v, q_offset, captures)):
+        lines += ["", f"piece {number + 1}: {role}"]
+        lines += ["  " + line for line in piece.explain(*inputs, q_offset=offset, **named).split("\n")]
+    return "\n".join(lines)
+
+
+def recorded(
+    attention: CompiledAttention, q: Any, k: Any, v: Any, q_offset: Any, captures: Mapping[str, Any]
+) -> list[Any]:
+    """The pieces that a call runs: (role, compiled piece, q, k, v, q_offset, captures) of each."""
+    before, base.RECORD = base.RECORD, []
+    try:
+        with torch.no_grad():
+            run(attention, q, k, v, q_offset, None, captures)
+        return base.RECORD
+    finally:
+        base.RECORD = before
+
+
+def _prepare(spec: Spec, call: Call, given: Mapping[str, Any]) -> KeyPlan:
+    keys = spec.keys
+    assert keys is not None
+    with torch.no_grad(), debug.timed(f"preparing {keys.name}"):
+        return KeyPlan(keys.text, sizes_of(call), keys.prepare(spec, call, given))
+
+
+def _sink(call: Call, lse: torch.Tensor) -> torch.Tensor:
+    """The sink's logits, of lse's shape [B, Hq, Nq] and dtype."""
+    batch, heads, rows = lse.shape
+    env: dict[str, Any] = {**call.captures, **call.params}
+    env |= {"b": torch.arange(batch, device=lse.device).view(-1, 1, 1)}
+    env |= {"h": torch.arange(heads, device=lse.device).view(1, -1, 1)}
+    env |= {"i": torch.arange(rows, device=lse.device) + base.offset_column(call)}
+    value = torch.as_tensor(evaluate(call.spec.sink, env, real=lse.dtype), device=lse.device)
+    return value.to(lse.dtype).expand(lse.shape)
+
+
+def _check_names(spec: Spec, captures: Mapping[str, Any], known: set[str]) -> None:
+    for name in captures:
+        if name not in known:
+            names = ", ".join(sorted(known)) or "it has none"
+            raise InputError(name, f"one of this spec's captures ({names})", "an unknown name")

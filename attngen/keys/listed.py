@@ -1,0 +1,143 @@
+"""Keys given as a list per head: codebooks, and rows chosen by whoever calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from attngen.errors import InputError
+from attngen.keys.base import (
+    KeySet,
+    Pieces,
+    Result,
+    b,
+    check_range,
+    check_tensor,
+    h,
+    i,
+    j,
+    moved,
+    offset_column,
+    to_query_heads,
+)
+from attngen.keys.rows import take
+
+if TYPE_CHECKING:
+    from attngen.inputs import Call
+    from attngen.spec import Spec
+
+
+@dataclass(frozen=True)
+class Codebook(KeySet):
+    """Keys that stand for several tokens each. count [B, Hkv, Nk], int or float, at least 0."""
+
+    name: ClassVar[str] = "codebook"
+    used: ClassVar[tuple[str, ...]] = ("count",)
+
+    def run(self, pieces: Pieces, plan: Mapping[str, Any], given: Mapping[str, Any]) -> Result:
+        call, count = pieces.call, given.get("count")
+        kind = "float" if isinstance(count, torch.Tensor) and count.is_floating_point() else "int"
+        count = check_tensor("count", count, kind, tuple(call.k.shape[:3]), "[B, Hkv, Nk]", call.q.device)
+
+        def build() -> dict[str, Any]:
+            log_count, counted = pieces.tensor("log_count", 3, None), pieces.tensor("counted", 3, torch.bool)
+            return {"mask": pieces.mask & counted[b, h, j], "score": pieces.score + log_count[b, h, j]}
+
+        counted = count > 0
+        log_count = torch.log(torch.where(counted, count, 1).to(_real(call)))
+        extra = {"log_count": to_query_heads(log_count, call), "counted": to_query_heads(counted, call)}
+        return pieces.attend("codewords", build, call.q, call.k, call.v, call.q_offset, **extra)
+
+
+@dataclass(frozen=True)
+class Gather(KeySet):
+    """Keys by index, one list for all rows of a head: index int [B, Hkv, K] or [B, Hq, K], -1 for none; optional log_weight
+    float of that shape.
+    """
+
+    name: ClassVar[str] = "gather"
+    prepared: ClassVar[tuple[str, ...]] = ("index",)
+    used: ClassVar[tuple[str, ...]] = ("log_weight",)
+    optional: ClassVar[tuple[str, ...]] = ("log_weight",)
+
+    def prepare(self, spec: Spec, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
+        index = given.get("index")
+        if not isinstance(index, torch.Tensor) or index.dim() != 3:
+            got = f"shape {list(index.shape)}" if isinstance(index, torch.Tensor) else type(index).__name__
+            raise InputError("index", "int [B, Hkv, K] or [B, Hq, K]", got, "" if index is not None else "pass index=...")
+        heads = call.q.shape[1] if index.shape[1] == call.q.shape[1] else call.k.shape[1]
+        shape = (call.q.shape[0], heads, index.shape[2])
+        index = check_tensor("index", index, "int", shape, "[B, Hkv or Hq, K]", call.q.device)
+        n_k = call.k.shape[2]
+        check_range("index", index, -1, n_k, "rows of k, or -1 for none")
+        # Ascending, the missing ones last: then the walks of causal masks and windows end early.
+        position, order = torch.where(index < 0, n_k, index).sort(dim=-1, stable=True)
+        per_query_head = heads == call.q.shape[1]
+        return {
+            "order": order,
+            "position": (position if per_query_head else to_query_heads(position, call)).to(torch.int32),
+            "rows": position.clamp(max=max(n_k - 1, 0)).long(),
+        }
+
+    def run(self, pieces: Pieces, plan: Mapping[str, Any], given: Mapping[str, Any]) -> Result:
+        call, rows, log_weight = pieces.call, plan["rows"], given.get("log_weight")
+        n_k = call.k.shape[2]
+        if log_weight is not None:
+            log_weight = check_tensor(
+                "log_weight", log_weight, "float", tuple(rows.shape), "like index", call.q.device
+            ).gather(-1, plan["order"])
+            log_weight = log_weight if log_weight.shape[1] == call.q.shape[1] else to_query_heads(log_weight, call)
+        weighted = log_weight is not None
+
+        def build() -> dict[str, Any]:
+            q_position, k_position = pieces.tensor("q_position", 2), pieces.tensor("k_position", 3)
+            places = {"i": q_position[b, i], "j": k_position[b, h, j]}
+            length = pieces.tensor("length", 1)
+            score = moved(pieces.score, **places)
+            if weighted:
+                score = score + pieces.tensor("log_weight", 3, None)[b, h, j]
+            return {"mask": moved(pieces.mask, **places) & (k_position[b, h, j] < length[b]), "score": score}
+
+        if n_k == 0:
+            raise InputError("k", "at least one row, to gather from", f"shape {list(call.k.shape)}")
+        k, v = call.k, call.v
+        if rows.shape[1] != k.shape[1]:
+            k, v = to_query_heads(k, call), to_query_heads(v, call)
+        k, v = take(k, rows, unique=False), take(v, rows, unique=False)
+        device, batch = call.q.device, call.q.shape[0]
+        q_position = torch.arange(call.q.shape[2], device=device) + _column(offset_column(call))
+        extra = {
+            "q_position": q_position.expand(batch, -1).to(torch.int32),
+            "k_position": plan["position"],
+            "length": torch.full((batch,), n_k, dtype=torch.int32, device=device),
+        }
+        extra |= {"log_weight": log_weight} if weighted else {}
+        return pieces.attend(("listed", weighted), build, call.q, k, v, **extra)
+
+
+def _column(offset: Any) -> Any:
+    return offset.view(-1, 1) if isinstance(offset, torch.Tensor) else offset
+
+
+def _real(call: Call) -> torch.dtype:
+    return torch.float64 if call.q.dtype == torch.float64 else torch.float32
+
+
+def codebook() -> Codebook:
+    """Attention to codewords that stand for many tokens each (LongVQ, arXiv 2404.11163): `Spec(keys=ag.codebook())`, with
+    the codewords as k [B, Hkv, S, D] and v, and count= [B, Hkv, S] tokens per codeword. A codeword's logit gains
+    log(count), as if each of its tokens had that key and value; one with count 0 is not there. j is the codeword's number.
+    A float count gets a gradient.
+    """
+    return Codebook()
+
+
+def gather() -> Gather:
+    """The keys whose rows are given: `Spec(keys=ag.gather(), mask=...)`, called with index= int [B, H, K], one list for all
+    queries of a (kv or query) head, -1 for none, and optionally log_weight= float of the same shape, added to the logits
+    and differentiable. A row listed twice counts twice. The mask reads the keys' original positions.
+    """
+    return Gather()

@@ -1,0 +1,225 @@
+"""The implementations that are compared: for a case's inputs, each gives a function that computes the attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import attngen as ag
+from attngen.inputs import bind
+from benchmarks.cases import FORWARD
+from benchmarks.work import Inputs
+
+MOST_MASK_ELEMENTS = 2**32  # of a dense mask or of the matrix that unfused attention makes
+
+Attention = Callable[[], torch.Tensor]  # computes out [B, Hq, Nq, D] from the inputs it was built for
+
+
+class Unavailable(Exception):
+    """This peer cannot do this case here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """An implementation ready to run. notes: what else belongs into its record, as the schedule and its origin."""
+
+    run: Attention
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+Build = Callable[[Inputs], Built]
+
+
+def attngen(inputs: Inputs) -> Built:
+    """attngen as a user calls it: tuned records where the database has them."""
+    attn, captures = ag.compile(inputs.pattern.spec), inputs.captures
+    call = bind(inputs.pattern.spec, inputs.q, inputs.k, inputs.v, captures=captures)
+    stages = attn.specialise(call)
+    notes = {"schedule": stages.schedule.decided(), "origin": stages.origin}
+    return Built(lambda: attn(inputs.q, inputs.k, inputs.v, **captures), notes)
+
+
+# -- SDPA -------------------------------------------------------------------------------------------------------------
+
+
+def sdpa(inputs: Inputs) -> Built:
+    """scaled_dot_product_attention with whatever backend it picks. A dense mask is made beforehand and not timed; adding a
+    learned bias to it is.
+    """
+    case, pattern = inputs.case, inputs.pattern
+    arguments: dict[str, Any] = {"enable_gqa": True} if case.heads_q != case.heads_kv else {}
+    if pattern.sdpa == "":
+        raise Unavailable(f"SDPA has no {case.pattern}")
+    if pattern.sdpa == "causal":
+        arguments["is_causal"] = True
+    if pattern.sdpa == "mask" and pattern.sdpa_bias is None:
+        arguments["attn_mask"] = dense_mask(inputs)
+    q, k, v = inputs.q, inputs.k, inputs.v
+    if pattern.sdpa_bias is None:
+        return Built(lambda: F.scaled_dot_product_attention(q, k, v, **arguments))
+    mask, captures = dense_mask(inputs), {**inputs.captures, "n": case.n_k}
+    if pattern.learned:
+        hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -torch.inf)
+
+        def run() -> torch.Tensor:
+            total = pattern.sdpa_bias(captures) + hidden  # changes at each step, so it is part of the call
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=total, **arguments)
+
+        return Built(run)
+    total = pattern.sdpa_bias(captures).masked_fill(~mask, -torch.inf).to(q.dtype)
+    return Built(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=total, **arguments))
+
+
+def dense_mask(inputs: Inputs) -> torch.Tensor:
+    """The pattern's mask, bool [B or 1, 1, Nq, Nk]. Unavailable where it would be too large."""
+    low, high = (t.to(inputs.q.device)[:, None, :, None] for t in inputs.span)
+    elements = low.numel() * inputs.case.n_k
+    if elements > MOST_MASK_ELEMENTS // 4:
+        raise Unavailable(f"its dense mask would have {elements / 2**30:.0f} Gi elements")
+    keys = torch.arange(inputs.case.n_k, device=inputs.q.device)
+    return (keys >= low) & (keys < high)
+
+
+def sdpa_backend(name: str, cuda_only: bool) -> Build:
+    """SDPA with one backend forced."""
+
+    def build(inputs: Inputs) -> Built:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        case = inputs.case
+        if cuda_only and inputs.q.device.type != "cuda":
+            raise Unavailable(f"SDPA's {name} backend needs a GPU")
+        if name == "MATH" and case.batch * case.heads_q * case.n_q * case.n_k > MOST_MASK_ELEMENTS:
+            raise Unavailable("its matrix of weights would not fit")
+        if name == "FLASH_ATTENTION" and inputs.pattern.sdpa == "mask" and inputs.q.device.type == "cuda":
+            raise Unavailable("SDPA's flash backend takes no mask on a GPU")
+        backend, built = getattr(SDPBackend, name), sdpa(inputs)
+
+        def run() -> torch.Tensor:
+            with sdpa_kernel(backend):
+                return built.run()
+
+        return Built(run)
+
+    return build
+
+
+# -- FlexAttention ----------------------------------------------------------------------------------------------------
+
+
+def flex(mode: str | None = None) -> Build:
+    """FlexAttention through torch.compile for exactly these shapes; its block mask is made beforehand and not timed."""
+
+    def build(inputs: Inputs) -> Built:
+        case, pattern = inputs.case, inputs.pattern
+        if inputs.q.device.type == "cpu" and case.direction != FORWARD:
+            raise Unavailable("FlexAttention has no backward on a CPU")
+        if case.n_q == 1 and inputs.q.device.type == "cpu":
+            raise Unavailable("not tried: FlexAttention's decoding is a GPU kernel")
+        function, block_mask = compiled_flex(mode), block_mask_of(inputs)
+        score = pattern.flex_score(inputs.captures) if pattern.flex_score else None
+        gqa = case.heads_q != case.heads_kv
+        return Built(lambda: function(inputs.q, inputs.k, inputs.v, score_mod=score, block_mask=block_mask, enable_gqa=gqa))
+
+    return build
+
+
+def compiled_flex(mode: str | None) -> Callable[..., torch.Tensor]:
+    """A new compiled flex_attention: without the reset, earlier cases' recompiles would end in the eager path."""
+    import torch._dynamo
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.reset()
+    return torch.compile(flex_attention, mode=mode, dynamic=False, fullgraph=True)
+
+
+def block_mask_of(inputs: Inputs, compiled: bool = False) -> Any:
+    """FlexAttention's metadata for the pattern's mask, None for full attention."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    case, pattern = inputs.case, inputs.pattern
+    if pattern.flex_mask is None:
+        return None
+    by_batch = case.batch if inputs.span[0].shape[0] > 1 else None
+    mask = pattern.flex_mask(inputs.captures)
+    return create_block_mask(mask, by_batch, None, case.n_q, case.n_k, device=inputs.q.device, _compile=compiled)
+
+
+# -- FlashInfer -------------------------------------------------------------------------------------------------------
+
+PAGE = 16
+
+
+def flashinfer(inputs: Inputs) -> Built:
+    """FlashInfer's ragged prefill, and its paged decode (pages of 16, laid out beforehand); planning is not timed."""
+    case = inputs.case
+    if inputs.q.device.type != "cuda":
+        raise Unavailable("FlashInfer needs a GPU")
+    if find_spec("flashinfer") is None:
+        raise Unavailable("FlashInfer is not installed")
+    if case.direction != FORWARD:
+        raise Unavailable("FlashInfer has no backward")
+    if case.pattern not in ("full", "causal", "causal window", "soft cap", "lengths"):
+        raise Unavailable(f"FlashInfer has no {case.pattern}")
+    workspace = torch.empty(256 * 2**20, dtype=torch.uint8, device=inputs.q.device)
+    return (_flashinfer_decode if case.n_q == 1 else _flashinfer_prefill)(inputs, workspace)
+
+
+def _flashinfer_prefill(inputs: Inputs, workspace: torch.Tensor) -> Built:
+    import flashinfer
+
+    case = inputs.case
+    starts = torch.arange(case.batch + 1, dtype=torch.int32, device=inputs.q.device)
+    wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
+    wrapper.plan(
+        starts * case.n_q, starts * case.n_k, case.heads_q, case.heads_kv, case.head_dim,
+        causal=case.pattern != "full",
+        window_left=inputs.captures["width"] - 1 if case.pattern == "causal window" else -1,
+        logits_soft_cap=30.0 if case.pattern == "soft cap" else None,
+        q_data_type=inputs.q.dtype,
+    )  # fmt: skip
+    q, k, v = (t.transpose(1, 2).reshape(-1, t.shape[1], t.shape[3]) for t in (inputs.q, inputs.k, inputs.v))
+
+    def run() -> torch.Tensor:
+        return wrapper.run(q, k, v).view(case.batch, case.n_q, case.heads_q, -1).transpose(1, 2)
+
+    return Built(run)
+
+
+def _flashinfer_decode(inputs: Inputs, workspace: torch.Tensor) -> Built:
+    import flashinfer
+
+    case, device = inputs.case, inputs.q.device
+    lengths = inputs.span[1][:, 0].expand(case.batch)
+    if case.n_k % PAGE or case.pattern not in ("full", "lengths"):
+        raise Unavailable(f"not tried: a cache that is no multiple of {PAGE}, or a masked one")
+    pages = -(-lengths // PAGE)
+    of_batch = torch.arange(case.batch) * (case.n_k // PAGE)  # the first page of each sequence
+    indices = torch.cat([first + torch.arange(int(count)) for first, count in zip(of_batch, pages, strict=True)])
+    indptr = torch.cat([torch.zeros(1, dtype=torch.int64), pages.cumsum(0)])
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+    wrapper.plan(
+        indptr.int().to(device), indices.int().to(device), (lengths - (pages - 1) * PAGE).int().to(device),
+        case.heads_q, case.heads_kv, case.head_dim, PAGE, q_data_type=inputs.q.dtype, kv_data_type=inputs.q.dtype,
+    )  # fmt: skip
+    cache = tuple(t.transpose(1, 2).reshape(-1, PAGE, t.shape[1], t.shape[3]) for t in (inputs.k, inputs.v))
+    q = inputs.q[:, :, 0].contiguous()
+    return Built(lambda: wrapper.run(q, cache)[:, :, None])
+
+
+PEERS: Mapping[str, Build] = {
+    "attngen": attngen,
+    "sdpa": sdpa,
+    "sdpa-cudnn": sdpa_backend("CUDNN_ATTENTION", cuda_only=True),
+    "sdpa-flash": sdpa_backend("FLASH_ATTENTION", cuda_only=False),
+    "sdpa-efficient": sdpa_backend("EFFICIENT_ATTENTION", cuda_only=True),
+    "sdpa-math": sdpa_backend("MATH", cuda_only=False),
+    "flex": flex(),
+    "flex-max-autotune": flex("max-autotune-no-cudagraphs"),
+    "flashinfer": flashinfer,
+}

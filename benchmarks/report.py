@@ -1,0 +1,88 @@
+"""Results as JSON and as a Markdown table."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure: what was measured, against what it stands, and the measurements behind it."""
+
+    name: str
+    figure: float
+    unit: str
+    target: float
+    higher_is_better: bool = True
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def met(self) -> bool:
+        """Whether the figure reaches its target."""
+        return self.figure >= self.target if self.higher_is_better else self.figure <= self.target
+
+    def __str__(self) -> str:
+        sign = ">=" if self.higher_is_better else "<="
+        return f"{self.name}: {self.figure:.3g} {self.unit} (target {sign} {self.target:g}, {'met' if self.met else 'NOT met'})"
+
+
+def markdown(lines: Iterable[Line]) -> str:
+    """A table with a row for each line."""
+    rows = ["| figure | result | target | met | measured |", "|---|---|---|---|---|"]
+    for line in lines:
+        sign = ">=" if line.higher_is_better else "<="
+        detail = ", ".join(f"{name} {_short(value)}" for name, value in line.measured.items())
+        rows.append(
+            f"| {line.name} | {line.figure:.3g} {line.unit} | {sign} {line.target:g} | {'yes' if line.met else 'no'} | {detail} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def to_json(lines: Iterable[Line]) -> str:
+    """The lines and what machine they are from."""
+    return json.dumps({"machine": machine(), "lines": [{**asdict(line), "met": line.met} for line in lines]}, indent=1)
+
+
+def save(lines: list[Line], json_path: str | None, markdown_path: str | None) -> None:
+    """Write the asked files."""
+    if json_path:
+        Path(json_path).write_text(to_json(lines) + "\n", encoding="utf-8")
+    if markdown_path:
+        Path(markdown_path).write_text(markdown(lines), encoding="utf-8")
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on besides the code."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "load before": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict) and "median" in value:
+        return f"{1e3 * value['median']:.1f} ms ({1e3 * value['p20']:.1f} .. {1e3 * value['p80']:.1f})"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,191 @@
+"""attngen backward: a key tile walks its queries and sums dK and dV.
+
+spec 99dfc587a8cf28a7
+    tensor slope: float[1]
+    mask: i >= j
+    score: s + (j - i) * slope[h]
+    dropout: 0.1
+head dims 64 and 64, float32
+schedule block_m=64, block_n=32, num_warps=4, num_stages=2
+"""
+
+import triton
+import triton.language as tl
+
+BLOCK_M = tl.constexpr(64)  # query rows of a tile
+BLOCK_N = tl.constexpr(32)  # keys of a tile
+LOG2E = tl.constexpr(1.4426950408889634)
+PRECISION = tl.constexpr("ieee")
+
+
+@triton.jit
+def mix(x):
+    # lowbias32, on uint32
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    x ^= x >> 16
+    return x
+
+
+@triton.jit
+def uniform(x):
+    # 24 random bits as a number in [0, 1)
+    return (mix(x) >> 8).to(tl.float32) * 5.960464477539063e-08
+
+
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "n_q",
+        "group",
+        "n_k",
+        "scale",
+        "seed",
+    ]
+)
+def dkv(
+    k,  # [B, heads // group, n_k, D]
+    v,  # [B, heads // group, n_k, Dv]
+    q,  # [B, heads, n_q, D]
+    do,  # [B, heads, n_q, Dv]
+    dk,  # [B, heads // group, n_k, D]
+    dv,  # [B, heads // group, n_k, Dv]
+    lse,  # [B, heads, n_q]
+    delta,  # [B, heads, n_q]
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    do_stride_b,
+    do_stride_h,
+    do_stride_n,
+    dk_stride_b,
+    dk_stride_h,
+    dk_stride_n,
+    dv_stride_b,
+    dv_stride_h,
+    dv_stride_n,
+    heads,
+    n_q,
+    group,
+    n_k,
+    scale,
+    q_offsets,  # [B]
+    seed,
+    slope,
+    slope_stride_0,
+):
+    # program -> (batch, head, key tile)
+    tiles = tl.cdiv(n_k, BLOCK_N)
+    program = tl.program_id(0)
+    key_tile = program % tiles
+    kv_heads = heads // group
+    kv_head = program // tiles % kv_heads
+    b = program // tiles // kv_heads
+    q_offset = tl.load(q_offsets + b).to(tl.int32)
+
+    j = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    key_in = j < n_k
+    lane_m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    d_0 = tl.arange(0, 64)  # [64]
+    hash = mix(seed.to(tl.uint32))
+    hash_2 = mix(hash ^ b.to(tl.uint32))
+    k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
+    v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
+    k_rows = k_head + j.to(tl.int64)[:, None] * k_stride_n
+    k_0 = tl.load(k_rows + d_0[None, :], mask=key_in[:, None], other=0.0)  # [BLOCK_N, 64]
+    v_rows = v_head + j.to(tl.int64)[:, None] * v_stride_n
+    v_0 = tl.load(v_rows + d_0[None, :], mask=key_in[:, None], other=0.0)  # [BLOCK_N, 64]
+    scale2 = scale * LOG2E
+    dk_0 = tl.zeros([BLOCK_N, 64], tl.float32)
+    dv_0 = tl.zeros([BLOCK_N, 64], tl.float32)
+
+    # every query head that reads this key head
+    for g in range(group):
+        h = kv_head * group + g
+        q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
+        do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h
+        lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
+        delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
+        first = key_tile * BLOCK_N
+        last = tl.minimum(key_tile * BLOCK_N + BLOCK_N, n_k) - 1
+        live_start = tl.maximum(0, first - q_offset)
+        live_end = n_q
+        live_first = live_start // BLOCK_M
+        live_stop = tl.where(live_end > live_start, (BLOCK_M + live_end - 1) // BLOCK_M, live_first)
+        hole1_stop = (tl.maximum(0, last - q_offset) + BLOCK_M - 1) // BLOCK_M
+        hole2_first = tl.maximum(hole1_stop, n_q // BLOCK_M)
+        full_stop = tl.minimum(hole2_first, live_stop)
+        full_count = tl.maximum(0, full_stop - hole1_stop)
+        partial1_stop = tl.minimum(hole1_stop, live_stop)
+        partial1_count = tl.maximum(0, partial1_stop - live_first)
+        partial2_count = tl.maximum(0, live_stop - hole2_first)
+        slope_h = tl.load(slope + h.to(tl.int64) * slope_stride_0).to(tl.float32)
+        hash_3 = mix(hash_2 ^ h.to(tl.uint32))
+        partial_shift2 = hole2_first - partial1_count
+        partial_count2 = partial1_count + partial2_count
+
+        # full query tiles: every pair attends, so no mask
+        for tile in range(hole1_stop, hole1_stop + full_count):
+            row = tile * BLOCK_M + lane_m
+            rows = row.to(tl.int64)[:, None]
+            i = row + q_offset
+            lse_2 = tl.load(lse_head + row) * LOG2E  # [BLOCK_M]
+            lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+            delta_row = tl.load(delta_head + row)  # [BLOCK_M]
+            q_0 = tl.load(q_head + rows * q_stride_n + d_0[None, :])
+            s = tl.dot(k_0, tl.trans(q_0), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+            hash_4 = mix(hash_3 ^ i.to(tl.uint32))  # [BLOCK_M]
+            keep = uniform(hash_4[None, :] ^ j[:, None].to(tl.uint32)) >= 0.1
+            x = slope_h * LOG2E * (j[:, None] - i[None, :]).to(tl.float32) + scale2 * s
+            p = tl.exp2(x - lse_2[None, :])
+            do_0 = tl.load(do_head + rows * do_stride_n + d_0[None, :])
+            dp = tl.dot(v_0, tl.trans(do_0), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+            dp = tl.where(keep, dp * 1.1111111111111112, 0.0)
+            ds = p * (dp - delta_row[None, :])
+            p = tl.where(keep, p * 1.1111111111111112, 0.0)
+            dv_0 = tl.dot(p.to(do_0.dtype), do_0, dv_0, input_precision=PRECISION)
+            dk_0 = tl.dot(ds.to(q_0.dtype), q_0, dk_0, input_precision=PRECISION)
+
+        # partial query tiles: only some pairs attend
+        for step in tl.range(partial_count2, num_stages=1):
+            tile = live_first + step
+            tile = tl.where(step < partial1_count, tile, partial_shift2 + step)
+            row = tile * BLOCK_M + lane_m
+            rows = row.to(tl.int64)[:, None]
+            inside = row < n_q
+            i = row + q_offset
+            lse_2 = tl.load(lse_head + row, mask=inside, other=0.0) * LOG2E  # [BLOCK_M]
+            lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+            delta_row = tl.load(delta_head + row, mask=inside, other=0.0)  # [BLOCK_M]
+            q_0 = tl.load(q_head + rows * q_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
+            s = tl.dot(k_0, tl.trans(q_0), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+            valid = (j[:, None] <= i[None, :]) & inside[None, :]
+            hash_5 = mix(hash_3 ^ i.to(tl.uint32))  # [BLOCK_M]
+            keep = uniform(hash_5[None, :] ^ j[:, None].to(tl.uint32)) >= 0.1
+            x = slope_h * LOG2E * (j[:, None] - i[None, :]).to(tl.float32) + scale2 * s
+            p = tl.exp2(x - lse_2[None, :])
+            do_0 = tl.load(do_head + rows * do_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
+            dp = tl.dot(v_0, tl.trans(do_0), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+            dp = tl.where(keep, dp * 1.1111111111111112, 0.0)
+            ds = p * (dp - delta_row[None, :])
+            p = tl.where(valid, p, 0.0)
+            ds = tl.where(valid, ds, 0.0)
+            p = tl.where(keep, p * 1.1111111111111112, 0.0)
+            dv_0 = tl.dot(p.to(do_0.dtype), do_0, dv_0, input_precision=PRECISION)
+            dk_0 = tl.dot(ds.to(q_0.dtype), q_0, dk_0, input_precision=PRECISION)
+
+    dk_head = dk + b.to(tl.int64) * dk_stride_b + kv_head.to(tl.int64) * dk_stride_h
+    dv_head = dv + b.to(tl.int64) * dv_stride_b + kv_head.to(tl.int64) * dv_stride_h
+    dk_rows = dk_head + j.to(tl.int64)[:, None] * dk_stride_n
+    dk_0 = dk_0 * scale
+    tl.store(dk_rows + d_0[None, :], dk_0.to(dk.dtype.element_ty), mask=key_in[:, None])
+    dv_rows = dv_head + j.to(tl.int64)[:, None] * dv_stride_n
+    tl.store(dv_rows + d_0[None, :], dv_0.to(dv.dtype.element_ty), mask=key_in[:, None])

@@ -1,0 +1,161 @@
+"""attngen backward: a key tile walks its queries and sums dK and dV.
+
+spec fe73eeec0df43730
+    param width: int
+    mask: i >= j and j + width >= i + 1 and i + width >= j + 1
+head dims 128 and 128, bfloat16
+schedule block_m=64, block_n=32, num_warps=4, num_stages=2
+"""
+
+import triton
+import triton.language as tl
+
+BLOCK_M = tl.constexpr(64)  # query rows of a tile
+BLOCK_N = tl.constexpr(32)  # keys of a tile
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "n_q",
+        "group",
+        "n_k",
+        "scale",
+        "q_offset",
+        "width",
+    ]
+)
+def dkv(
+    k,  # [B, heads // group, n_k, D]
+    v,  # [B, heads // group, n_k, Dv]
+    q,  # [B, heads, n_q, D]
+    do,  # [B, heads, n_q, Dv]
+    dk,  # [B, heads // group, n_k, D]
+    dv,  # [B, heads // group, n_k, Dv]
+    lse,  # [B, heads, n_q]
+    delta,  # [B, heads, n_q]
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    do_stride_b,
+    do_stride_h,
+    do_stride_n,
+    dk_stride_b,
+    dk_stride_h,
+    dk_stride_n,
+    dv_stride_b,
+    dv_stride_h,
+    dv_stride_n,
+    heads,
+    n_q,
+    group,
+    n_k,
+    scale,
+    q_offset,
+    width,
+):
+    # program -> (batch, head, key tile)
+    tiles = tl.cdiv(n_k, BLOCK_N)
+    program = tl.program_id(0)
+    key_tile = program % tiles
+    kv_heads = heads // group
+    kv_head = program // tiles % kv_heads
+    b = program // tiles // kv_heads
+
+    j = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    key_in = j < n_k
+    lane_m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    d_0 = tl.arange(0, 128)  # [128]
+    key_x = j + width - 1  # [BLOCK_N]
+    key_x_2 = j - width + 1  # [BLOCK_N]
+    k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
+    v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
+    k_rows = k_head + j.to(tl.int64)[:, None] * k_stride_n
+    k_0 = tl.load(k_rows + d_0[None, :], mask=key_in[:, None], other=0.0)  # [BLOCK_N, 128]
+    v_rows = v_head + j.to(tl.int64)[:, None] * v_stride_n
+    v_0 = tl.load(v_rows + d_0[None, :], mask=key_in[:, None], other=0.0)  # [BLOCK_N, 128]
+    scale2 = scale * LOG2E
+    dk_0 = tl.zeros([BLOCK_N, 128], tl.float32)
+    dv_0 = tl.zeros([BLOCK_N, 128], tl.float32)
+
+    # every query head that reads this key head
+    for g in range(group):
+        h = kv_head * group + g
+        q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
+        do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h
+        lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
+        delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
+        first = key_tile * BLOCK_N
+        last = tl.minimum(key_tile * BLOCK_N + BLOCK_N, n_k) - 1
+        live_start = tl.maximum(0, first - q_offset)
+        live_end = tl.minimum(n_q, last + width - q_offset)
+        live_first = live_start // BLOCK_M
+        scalar = (2 * width >= 2) & (width >= 1) & (live_end > live_start)
+        scalar_2 = (BLOCK_M + live_end - 1) // BLOCK_M
+        live_stop = tl.where(scalar, scalar_2, live_first)
+        scalar_3 = tl.maximum(tl.maximum(0, last - q_offset), last - q_offset - width + 1) + BLOCK_M
+        hole1_stop = (scalar_3 - 1) // BLOCK_M
+        scalar_4 = tl.maximum(0, tl.minimum(n_q, first + width - q_offset)) // BLOCK_M
+        hole2_first = tl.maximum(hole1_stop, scalar_4)
+        full_stop = tl.minimum(hole2_first, live_stop)
+        full_count = tl.maximum(0, full_stop - hole1_stop)
+        partial1_stop = tl.minimum(hole1_stop, live_stop)
+        partial1_count = tl.maximum(0, partial1_stop - live_first)
+        partial2_count = tl.maximum(0, live_stop - hole2_first)
+        partial_shift2 = hole2_first - partial1_count
+        partial_count2 = partial1_count + partial2_count
+
+        # full query tiles: every pair attends, so no mask
+        for tile in range(hole1_stop, hole1_stop + full_count):
+            row = tile * BLOCK_M + lane_m
+            rows = row.to(tl.int64)[:, None]
+            lse_2 = tl.load(lse_head + row) * LOG2E  # [BLOCK_M]
+            lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+            delta_row = tl.load(delta_head + row)  # [BLOCK_M]
+            q_0 = tl.load(q_head + rows * q_stride_n + d_0[None, :])
+            s = tl.dot(k_0, tl.trans(q_0))  # [BLOCK_N, BLOCK_M]
+            p = tl.exp2(s * scale2 - lse_2[None, :])
+            do_0 = tl.load(do_head + rows * do_stride_n + d_0[None, :])
+            dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]
+            ds = p * (dp - delta_row[None, :])
+            dv_0 = tl.dot(p.to(do_0.dtype), do_0, dv_0)
+            dk_0 = tl.dot(ds.to(q_0.dtype), q_0, dk_0)
+
+        # partial query tiles: only some pairs attend
+        for step in tl.range(partial_count2, num_stages=1):
+            tile = live_first + step
+            tile = tl.where(step < partial1_count, tile, partial_shift2 + step)
+            row = tile * BLOCK_M + lane_m
+            rows = row.to(tl.int64)[:, None]
+            inside = row < n_q
+            i = row + q_offset
+            lse_2 = tl.load(lse_head + row, mask=inside, other=0.0) * LOG2E  # [BLOCK_M]
+            lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+            delta_row = tl.load(delta_head + row, mask=inside, other=0.0)  # [BLOCK_M]
+            q_0 = tl.load(q_head + rows * q_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
+            s = tl.dot(k_0, tl.trans(q_0))  # [BLOCK_N, BLOCK_M]
+            tile_ok = (key_x[:, None] >= i[None, :]) & (j[:, None] <= i[None, :])  # [BLOCK_N, BLOCK_M]
+            valid = tile_ok & (key_x_2[:, None] <= i[None, :]) & inside[None, :]
+            p = tl.exp2(s * scale2 - lse_2[None, :])
+            do_0 = tl.load(do_head + rows * do_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
+            dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]
+            ds = p * (dp - delta_row[None, :])
+            p = tl.where(valid, p, 0.0)
+            ds = tl.where(valid, ds, 0.0)
+            dv_0 = tl.dot(p.to(do_0.dtype), do_0, dv_0)
+            dk_0 = tl.dot(ds.to(q_0.dtype), q_0, dk_0)
+
+    dk_head = dk + b.to(tl.int64) * dk_stride_b + kv_head.to(tl.int64) * dk_stride_h
+    dv_head = dv + b.to(tl.int64) * dv_stride_b + kv_head.to(tl.int64) * dv_stride_h
+    dk_rows = dk_head + j.to(tl.int64)[:, None] * dk_stride_n
+    dk_0 = dk_0 * scale
+    tl.store(dk_rows + d_0[None, :], dk_0.to(dk.dtype.element_ty), mask=key_in[:, None])
+    dv_rows = dv_head + j.to(tl.int64)[:, None] * dv_stride_n
+    tl.store(dv_rows + d_0[None, :], dv_0.to(dv.dtype.element_ty), mask=key_in[:, None])

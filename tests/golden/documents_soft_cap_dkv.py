@@ -1,0 +1,227 @@
+"""attngen backward: a key tile walks its queries and sums dK and dV.
+
+spec 946a0019e53cd402
+    tensor doc: int[2]
+    mask: doc[b, i] == doc[b, j] and i >= j
+    score: 30 * tanh(s / 30)
+head dims 80 and 192, float16
+schedule block_m=64, block_n=32, num_warps=4, num_stages=2
+"""
+
+import triton
+import triton.language as tl
+
+BLOCK_M = tl.constexpr(64)  # query rows of a tile
+BLOCK_N = tl.constexpr(32)  # keys of a tile
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def tanh(x):
+    # saturates: exp2 overflows to inf and 2 / inf is 0
+    return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "n_q",
+        "group",
+        "n_k",
+        "scale",
+        "q_offset",
+        "doc_first_stride_b",
+        "doc_first_stride_h",
+        "doc_stop_stride_b",
+        "doc_stop_stride_h",
+        "doc_run_3_stride_b",
+        "doc_run_3_stride_h",
+        "doc_run_4_stride_b",
+        "doc_run_4_stride_h",
+        "doc_stride_0",
+    ]
+)
+def dkv(
+    k,  # [B, heads // group, n_k, D]
+    v,  # [B, heads // group, n_k, Dv]
+    q,  # [B, heads, n_q, D]
+    do,  # [B, heads, n_q, Dv]
+    dk,  # [B, heads // group, n_k, D]
+    dv,  # [B, heads // group, n_k, Dv]
+    lse,  # [B, heads, n_q]
+    delta,  # [B, heads, n_q]
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    do_stride_b,
+    do_stride_h,
+    do_stride_n,
+    dk_stride_b,
+    dk_stride_h,
+    dk_stride_n,
+    dv_stride_b,
+    dv_stride_h,
+    dv_stride_n,
+    heads,
+    n_q,
+    group,
+    n_k,
+    scale,
+    q_offset,
+    doc_first_table,  # [B or 1, heads or 1, tiles]
+    doc_first_stride_b,
+    doc_first_stride_h,
+    doc_stop_table,  # [B or 1, heads or 1, tiles]
+    doc_stop_stride_b,
+    doc_stop_stride_h,
+    doc_run_3_table,  # [B or 1, heads or 1, tiles]
+    doc_run_3_stride_b,
+    doc_run_3_stride_h,
+    doc_run_4_table,  # [B or 1, heads or 1, tiles]
+    doc_run_4_stride_b,
+    doc_run_4_stride_h,
+    doc,
+    doc_stride_0,
+    doc_stride_1,
+):
+    # program -> (batch, head, key tile)
+    tiles = tl.cdiv(n_k, BLOCK_N)
+    program = tl.program_id(0)
+    key_tile = program % tiles
+    kv_heads = heads // group
+    kv_head = program // tiles % kv_heads
+    b = program // tiles // kv_heads
+
+    j = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    key_in = j < n_k
+    j_safe = tl.minimum(j, n_k - 1)
+    lane_m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    d_0 = tl.arange(0, 64)  # [64]
+    d_1 = 64 + tl.arange(0, 16)  # [16]
+    e_0 = tl.arange(0, 128)  # [128]
+    e_1 = 128 + tl.arange(0, 64)  # [64]
+    doc_base = doc + b.to(tl.int64) * doc_stride_0
+    doc_b_j = tl.load(doc_base + j_safe.to(tl.int64) * doc_stride_1).to(tl.int32)  # [BLOCK_N]
+    k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
+    v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
+    k_rows = k_head + j.to(tl.int64)[:, None] * k_stride_n
+    k_0 = tl.load(k_rows + d_0[None, :], mask=key_in[:, None], other=0.0)  # [BLOCK_N, 64]
+    k_1 = tl.load(k_rows + d_1[None, :], mask=key_in[:, None], other=0.0)  # [BLOCK_N, 16]
+    v_rows = v_head + j.to(tl.int64)[:, None] * v_stride_n
+    v_0 = tl.load(v_rows + e_0[None, :], mask=key_in[:, None], other=0.0)  # [BLOCK_N, 128]
+    v_1 = tl.load(v_rows + e_1[None, :], mask=key_in[:, None], other=0.0)  # [BLOCK_N, 64]
+    dk_0 = tl.zeros([BLOCK_N, 64], tl.float32)
+    dk_1 = tl.zeros([BLOCK_N, 16], tl.float32)
+    dv_0 = tl.zeros([BLOCK_N, 128], tl.float32)
+    dv_1 = tl.zeros([BLOCK_N, 64], tl.float32)
+
+    # every query head that reads this key head
+    for g in range(group):
+        h = kv_head * group + g
+        q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
+        do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h
+        lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
+        delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
+        first = key_tile * BLOCK_N
+        last = tl.minimum(key_tile * BLOCK_N + BLOCK_N, n_k) - 1
+        doc_first_row = doc_first_table + b * doc_first_stride_b
+        doc_first = tl.load(doc_first_row + h * doc_first_stride_h + key_tile)
+        doc_stop_row = doc_stop_table + b * doc_stop_stride_b
+        doc_stop = tl.load(doc_stop_row + h * doc_stop_stride_h + key_tile)
+        doc_run_3_row = doc_run_3_table + b * doc_run_3_stride_b
+        doc_run_3 = tl.load(doc_run_3_row + h * doc_run_3_stride_h + key_tile)
+        doc_run_4_row = doc_run_4_table + b * doc_run_4_stride_b
+        doc_run_4 = tl.load(doc_run_4_row + h * doc_run_4_stride_h + key_tile)
+        live_start = tl.maximum(tl.maximum(0, doc_first - q_offset), first - q_offset)
+        live_end = tl.minimum(n_q, doc_stop - q_offset)
+        live_first = live_start // BLOCK_M
+        live_stop = tl.where(live_end > live_start, (BLOCK_M + live_end - 1) // BLOCK_M, live_first)
+        scalar = tl.maximum(tl.maximum(0, doc_run_3 - q_offset), last - q_offset) + BLOCK_M
+        hole1_stop = (scalar - 1) // BLOCK_M
+        scalar_2 = tl.maximum(0, tl.minimum(n_q, doc_run_4 - q_offset)) // BLOCK_M
+        hole2_first = tl.maximum(hole1_stop, scalar_2)
+        full_first = tl.maximum(hole1_stop, live_first)
+        full_stop = tl.minimum(hole2_first, live_stop)
+        full_count = tl.maximum(0, full_stop - full_first)
+        partial1_stop = tl.minimum(hole1_stop, live_stop)
+        partial1_count = tl.maximum(0, partial1_stop - live_first)
+        partial2_first = tl.maximum(hole2_first, live_first)
+        partial2_count = tl.maximum(0, live_stop - partial2_first)
+        partial_shift2 = partial2_first - partial1_count
+        partial_count2 = partial1_count + partial2_count
+
+        # full query tiles: every pair attends, so no mask
+        for tile in range(full_first, full_first + full_count):
+            row = tile * BLOCK_M + lane_m
+            rows = row.to(tl.int64)[:, None]
+            lse_2 = tl.load(lse_head + row) * LOG2E  # [BLOCK_M]
+            lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+            delta_row = tl.load(delta_head + row)  # [BLOCK_M]
+            q_0 = tl.load(q_head + rows * q_stride_n + d_0[None, :])
+            q_1 = tl.load(q_head + rows * q_stride_n + d_1[None, :])
+            s = tl.dot(k_0, tl.trans(q_0))  # [BLOCK_N, BLOCK_M]
+            s = tl.dot(k_1, tl.trans(q_1), s)
+            s = s * scale
+            tile_x = tanh(0.03333333333333333 * s)  # [BLOCK_N, BLOCK_M]
+            x = 30.0 * LOG2E * tile_x
+            p = tl.exp2(x - lse_2[None, :])
+            do_0 = tl.load(do_head + rows * do_stride_n + e_0[None, :])
+            do_1 = tl.load(do_head + rows * do_stride_n + e_1[None, :])
+            dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]
+            dp = tl.dot(v_1, tl.trans(do_1), dp)
+            ds = p * (dp - delta_row[None, :]) * (1.0 - tile_x * tile_x)
+            dv_0 = tl.dot(p.to(do_0.dtype), do_0, dv_0)
+            dv_1 = tl.dot(p.to(do_1.dtype), do_1, dv_1)
+            dk_0 = tl.dot(ds.to(q_0.dtype), q_0, dk_0)
+            dk_1 = tl.dot(ds.to(q_1.dtype), q_1, dk_1)
+
+        # partial query tiles: only some pairs attend
+        for step in range(partial_count2):
+            tile = live_first + step
+            tile = tl.where(step < partial1_count, tile, partial_shift2 + step)
+            row = tile * BLOCK_M + lane_m
+            rows = row.to(tl.int64)[:, None]
+            inside = row < n_q
+            i = row + q_offset
+            i_safe = tl.minimum(row, n_q - 1) + q_offset
+            lse_2 = tl.load(lse_head + row, mask=inside, other=0.0) * LOG2E  # [BLOCK_M]
+            lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+            delta_row = tl.load(delta_head + row, mask=inside, other=0.0)  # [BLOCK_M]
+            q_0 = tl.load(q_head + rows * q_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
+            q_1 = tl.load(q_head + rows * q_stride_n + d_1[None, :], mask=inside[:, None], other=0.0)
+            s = tl.dot(k_0, tl.trans(q_0))  # [BLOCK_N, BLOCK_M]
+            s = tl.dot(k_1, tl.trans(q_1), s)
+            s = s * scale
+            doc_b_i = tl.load(doc_base + i_safe.to(tl.int64) * doc_stride_1).to(tl.int32)  # [BLOCK_M]
+            valid = (doc_b_j[:, None] == doc_b_i[None, :]) & (j[:, None] <= i[None, :]) & inside[None, :]
+            tile_x_2 = tanh(0.03333333333333333 * s)  # [BLOCK_N, BLOCK_M]
+            x = 30.0 * LOG2E * tile_x_2
+            p = tl.exp2(x - lse_2[None, :])
+            do_0 = tl.load(do_head + rows * do_stride_n + e_0[None, :], mask=inside[:, None], other=0.0)
+            do_1 = tl.load(do_head + rows * do_stride_n + e_1[None, :], mask=inside[:, None], other=0.0)
+            dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]
+            dp = tl.dot(v_1, tl.trans(do_1), dp)
+            ds = p * (dp - delta_row[None, :]) * (1.0 - tile_x_2 * tile_x_2)
+            p = tl.where(valid, p, 0.0)
+            ds = tl.where(valid, ds, 0.0)
+            dv_0 = tl.dot(p.to(do_0.dtype), do_0, dv_0)
+            dv_1 = tl.dot(p.to(do_1.dtype), do_1, dv_1)
+            dk_0 = tl.dot(ds.to(q_0.dtype), q_0, dk_0)
+            dk_1 = tl.dot(ds.to(q_1.dtype), q_1, dk_1)
+
+    dk_head = dk + b.to(tl.int64) * dk_stride_b + kv_head.to(tl.int64) * dk_stride_h
+    dv_head = dv + b.to(tl.int64) * dv_stride_b + kv_head.to(tl.int64) * dv_stride_h
+    dk_rows = dk_head + j.to(tl.int64)[:, None] * dk_stride_n
+    dk_0 = dk_0 * scale
+    tl.store(dk_rows + d_0[None, :], dk_0.to(dk.dtype.element_ty), mask=key_in[:, None])
+    dk_1 = dk_1 * scale
+    tl.store(dk_rows + d_1[None, :], dk_1.to(dk.dtype.element_ty), mask=key_in[:, None])
+    dv_rows = dv_head + j.to(tl.int64)[:, None] * dv_stride_n
+    tl.store(dv_rows + e_0[None, :], dv_0.to(dv.dtype.element_ty), mask=key_in[:, None])
+    tl.store(dv_rows + e_1[None, :], dv_1.to(dv.dtype.element_ty), mask=key_in[:, None])
