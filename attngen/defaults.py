@@ -9,14 +9,14 @@ from typing import Any
 from attngen.schedule import Target, Tile
 
 # float16 and bfloat16: (family, kernel, largest head dim of the class) -> tile, as cross-compiled by triton 3.6 and 3.9
-# for full and causal masks. The deeper key blocks of sm_90 and sm_100 don't fit the registers of the older ones.
+# for full, causal and windowed masks. The deeper key blocks of sm_90 and sm_100 don't fit the registers of the older ones.
 HALF: Mapping[tuple[str, str, int], Tile] = MappingProxyType(
     {
         ("sm_80", "forward", 64): Tile(128, 64, 8, 3),
         ("sm_80", "forward", 128): Tile(128, 32, 8, 3),
         ("sm_80", "forward", 192): Tile(128, 16, 8, 2),
         ("sm_80", "forward", 256): Tile(64, 32, 8, 2),
-        ("sm_80", "dq", 64): Tile(64, 64, 8, 2),
+        ("sm_80", "dq", 64): Tile(128, 32, 8, 2),
         ("sm_80", "dq", 128): Tile(64, 64, 8, 2),
         ("sm_80", "dq", 256): Tile(64, 16, 8, 1),
         ("sm_80", "dkv", 64): Tile(32, 128, 8, 2),
@@ -34,12 +34,12 @@ HALF: Mapping[tuple[str, str, int], Tile] = MappingProxyType(
         ("sm_90", "dkv", 256): Tile(16, 64, 8, 1),
         ("sm_100", "forward", 64): Tile(128, 64, 8, 3),
         ("sm_100", "forward", 128): Tile(128, 64, 8, 3),
-        ("sm_100", "forward", 192): Tile(64, 64, 8, 2),
+        ("sm_100", "forward", 192): Tile(128, 32, 8, 2),
         ("sm_100", "forward", 256): Tile(64, 32, 8, 2),
         ("sm_100", "dq", 64): Tile(128, 64, 8, 2),
         ("sm_100", "dq", 128): Tile(64, 64, 8, 2),
         ("sm_100", "dq", 256): Tile(64, 32, 8, 2),
-        ("sm_100", "dkv", 64): Tile(32, 128, 8, 2),
+        ("sm_100", "dkv", 64): Tile(64, 128, 8, 1),
         ("sm_100", "dkv", 128): Tile(32, 128, 8, 1),
         ("sm_100", "dkv", 256): Tile(16, 64, 8, 1),
         ("gfx942", "forward", 64): Tile(128, 64, 4, 2),

@@ -38,44 +38,74 @@ def merge(*results: Result) -> Result:
             raise InputError(f"merge: argument {place}", wanted, f"out {list(out.shape)}, lse {list(lse.shape)}")
     if len(results) == 1:
         return results[0]
-    return _Merge.apply(len(results), *(out for out, _ in results), *(lse for _, lse in results))
+    return merge_rows(results[0], *[(result, None) for result in results[1:]])
+
+
+def merge_rows(base: Result, *pieces: tuple[Result, torch.Tensor | None]) -> Result:
+    """`merge`, where a piece may have a part of the rows: those of `base` [..., N, Dv] whose numbers in all of its rows are
+    in an int64 tensor without repeats, as many as the piece has; None for all.
+    """
+    outs, lses = zip(base, *(piece for piece, _ in pieces), strict=True)
+    return _Merge.apply(len(outs), *outs, *lses, None, *(rows for _, rows in pieces))
 
 
 class _Merge(torch.autograd.Function):
-    """d out_p = w_p * d_out and d lse_p = w_p * (d_lse + d_out . (out_p - out)), with w_p = exp(lse_p - lse)."""
+    """d out_p = w_p * d_out and d lse_p = w_p * (d_lse + d_out . (out_p - out)), with w_p = exp(lse_p - lse).
+
+    On the CPU it goes by chunks of rows: the pages of a large temporary cost more than the sums made in it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, count: int, *tensors: torch.Tensor) -> Result:
-        outs, lses = tensors[:count], tensors[count:]
-        top = lses[0]
-        for lse in lses[1:]:
-            top = torch.maximum(top, lse)
-        top = top.clamp(min=torch.finfo(top.dtype).min)  # all empty: -inf - -inf would be nan
-        total = torch.zeros_like(top)
-        for lse in lses:
-            total += torch.exp(lse - top)
-        merged = top + torch.log(total)
+    def forward(ctx: Any, count: int, *tensors: Any) -> Result:
+        outs, lses, rows = _flat(tensors[:count], tensors[count : 2 * count], tensors[2 * count :])
+        merged = lses[0].clone()
+        for lse, places in zip(lses[1:], rows[1:], strict=True):
+            if places is None:
+                merged = torch.logaddexp(merged, lse)
+            else:
+                merged[places] = torch.logaddexp(merged[places], lse)
         base = _finite(merged)
-        out = outs[0].to(top.dtype) * torch.exp(lses[0] - base).unsqueeze(-1)
-        for piece, lse in zip(outs[1:], lses[1:], strict=True):
-            out = out.addcmul_(piece.to(top.dtype), torch.exp(lse - base).unsqueeze(-1))
+        out = torch.empty(outs[0].shape, dtype=merged.dtype, device=merged.device)  # half types are rounded once, at the end
+        for part in _parts(merged):
+            out[part] = outs[0][part] * torch.exp(lses[0][part] - base[part]).unsqueeze(-1)
+        for piece, lse, places in zip(outs[1:], lses[1:], rows[1:], strict=True):
+            for part in _parts(lse):
+                at = part if places is None else places[part]
+                out[at] += piece[part] * torch.exp(lse[part] - base[at]).unsqueeze(-1)
+        out, merged = out.to(outs[0].dtype).view(tensors[0].shape), merged.view(tensors[count].shape)
         ctx.count = count
         ctx.save_for_backward(*tensors, out, merged)
-        return out.to(outs[0].dtype), merged
+        return out, merged
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        grad_out, grad_lse = grads
         *tensors, out, merged = ctx.saved_tensors
-        outs, lses = tensors[: ctx.count], tensors[ctx.count :]
-        grad_out, base = grad_out.to(merged.dtype), _finite(merged)
-        shared = grad_lse - (grad_out * out).sum(-1)
-        for_outs, for_lses = [], []
-        for piece, lse in zip(outs, lses, strict=True):
-            weight = torch.exp(lse - base)
-            for_outs.append((grad_out * weight.unsqueeze(-1)).to(piece.dtype))
-            for_lses.append(weight * (shared + (grad_out * piece).sum(-1)))
-        return None, *for_outs, *for_lses
+        outs, lses, rows = _flat(tensors[: ctx.count], tensors[ctx.count : 2 * ctx.count], tensors[2 * ctx.count :])
+        out, merged, grad_out, grad_lse = out.view(outs[0].shape), merged.view(-1), grads[0].reshape(outs[0].shape), grads[1].reshape(-1)
+        base, shared = _finite(merged), torch.empty_like(merged)
+        for part in _parts(merged):
+            shared[part] = grad_lse[part] - (grad_out[part] * out[part]).sum(-1, dtype=merged.dtype)
+        for_outs, for_lses = [torch.empty_like(x) for x in outs], [torch.empty_like(x) for x in lses]
+        for number, (piece, lse, places) in enumerate(zip(outs, lses, rows, strict=True)):
+            for part in _parts(lse):
+                at = part if places is None else places[part]
+                grad, weight = grad_out[at], torch.exp(lse[part] - base[at])
+                for_outs[number][part] = grad * weight.unsqueeze(-1)
+                for_lses[number][part] = weight * (shared[at] + (grad * piece[part]).sum(-1, dtype=merged.dtype))
+        shaped = [grad.view(x.shape) for grad, x in zip((*for_outs, *for_lses), tensors, strict=False)]
+        return None, *shaped, *(None for _ in rows)
+
+
+CHUNK = 4096  # rows
+
+
+def _flat(outs: Any, lses: Any, rows: Any) -> tuple[list[torch.Tensor], list[torch.Tensor], list[Any]]:
+    return [x.reshape(-1, x.shape[-1]) for x in outs], [x.reshape(-1) for x in lses], [r if r is None else r.reshape(-1) for r in rows]
+
+
+def _parts(lse: torch.Tensor) -> list[slice]:
+    size = CHUNK if lse.device.type == "cpu" else max(1, len(lse))
+    return [slice(start, start + size) for start in range(0, len(lse), size)]
 
 
 def _finite(lse: torch.Tensor) -> torch.Tensor:

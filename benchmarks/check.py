@@ -151,7 +151,9 @@ class Reference:
 
     def _difference(self, got: torch.Tensor, expected: torch.Tensor) -> float:
         difference = got.double() - expected
+        if not difference.isfinite().all():
+            return torch.inf
         if self.half:
-            return float(difference.abs().max()) if difference.isfinite().all() else torch.inf
+            return float(difference.abs().max())
         norm = float(torch.linalg.vector_norm(expected))
         return float(torch.linalg.vector_norm(difference)) / (norm or 1.0)

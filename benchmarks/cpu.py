@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,21 +96,23 @@ def window(rounds: int) -> list[Line]:
             rounds,
         )
     measured = {name: asdict(t) for name, t in timings.items()}
+    name = f"window {WINDOW} forward, N {N}: against"
     return [
-        Line(f"window {WINDOW} forward, N {N}: against FlexAttention", ratio(timings, "attngen", "FlexAttention"), "x", 1.3, True, measured),
-        Line(f"window {WINDOW} forward, N {N}: against SDPA by block", ratio(timings, "attngen", "SDPA by block"), "x", 1.0, True, measured),
-    ]  # fmt: skip
+        Line(f"{name} {peer}", ratio(timings, "attngen", peer), "x", target, True, measured)
+        for peer, target in {"FlexAttention": 1.3, "SDPA by block": 1.0}.items()
+    ]
 
 
 def cold(rounds: int) -> list[Line]:
     """Mask building, compile and first run, each side in a process of its own."""
-    ours = [_in_new_process("attngen") for _ in range(3)]
-    peer = _in_new_process("flex")
-    measured = {"attngen": asdict(Timing.of(ours)), "FlexAttention": asdict(Timing.of([peer]))}
+    ours = Timing.of([_in_new_process("attngen") for _ in range(3)])
+    peer = Timing.of([_in_new_process("flex")])
+    both = {"attngen": asdict(ours), "FlexAttention": asdict(peer)}
+    name = f"window {WINDOW} forward, N {N}"
     return [
-        Line(f"window {WINDOW} forward, N {N}, with compile and mask: against FlexAttention", peer / Timing.of(ours).median, "x", 15, True, measured),
-        Line(f"compile to first result, window {WINDOW}, N {N}", Timing.of(ours).median, "s", 0.3, False, {"attngen": asdict(Timing.of(ours))}),
-    ]  # fmt: skip
+        Line(f"{name}, with compile and mask: against FlexAttention", peer.median / ours.median, "x", 15, True, both),
+        Line(f"{name}: compile to first result", ours.median, "s", 0.3, False, {"attngen": asdict(ours)}),
+    ]
 
 
 def _in_new_process(side: str) -> float:
@@ -162,30 +165,15 @@ def dense(rounds: int) -> list[Line]:
     attn = ag.compile(ag.Spec(mask=ag.causal()))
     lines = []
     for n in (2048, N):
-        q, k, v = inputs(n)
+        given = inputs(n)
+        sdpa = partial(F.scaled_dot_product_attention, *given, is_causal=True)
+        candidates: dict[str, Callable[[], Any]] = {"attngen": partial(attn, *given), "SDPA": sdpa}
         with torch.no_grad():
-            torch.testing.assert_close(
-                attn(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True), rtol=1e-4, atol=1e-5
-            )
-            timings = interleaved(
-                {
-                    "attngen": lambda: attn(q, k, v),
-                    "SDPA": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-                },
-                max(3, rounds // 2),
-                warmup=1,
-            )
+            torch.testing.assert_close(candidates["attngen"](), sdpa(), rtol=1e-4, atol=1e-5)
+            timings = interleaved(candidates, max(3, rounds // 2), warmup=1)
         measured = {name: asdict(t) for name, t in timings.items()}
-        lines.append(
-            Line(
-                f"dense causal forward, N {n}: against SDPA",
-                ratio(timings, "attngen", "SDPA"),
-                "x",
-                1.0,
-                True,
-                measured,
-            )
-        )
+        figure = ratio(timings, "attngen", "SDPA")
+        lines.append(Line(f"dense causal forward, N {n}: against SDPA", figure, "x", 1.0, True, measured))
     return lines
 
 
@@ -207,9 +195,8 @@ def backward(rounds: int) -> list[Line]:
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
     timings = interleaved({"attngen": ours, "SDPA, dense mask": peer}, max(3, rounds // 3), warmup=0)
     measured = {name: asdict(t) for name, t in timings.items()}
-    return [
-        Line(f"window forward + backward, N {N}: against SDPA, dense mask", ratio(timings, "attngen", "SDPA, dense mask"), "x", 3, True, measured)
-    ]  # fmt: skip
+    figure = ratio(timings, "attngen", "SDPA, dense mask")
+    return [Line(f"window forward + backward, N {N}: against SDPA, dense mask", figure, "x", 3, True, measured)]
 
 
 def planning(rounds: int) -> list[Line]:

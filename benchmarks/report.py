@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -70,6 +71,58 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "load before": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
     }
+
+
+def setting(device: torch.device) -> dict[str, Any]:
+    """What measurements on this device depend on, and what two runs must share for their results to stand in one table."""
+    import triton
+
+    from attngen.choice import generator_hash
+    from attngen.store import device_of
+
+    cuda = device.type == "cuda"
+    found = device_of(device)
+    return {
+        "device": found.name,
+        "units": found.units,
+        "memory GiB": found.memory,
+        "driver": found.driver,
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "torch": str(torch.__version__),
+        "triton": triton.__version__,
+        "attngen": _version("attngen"),
+        "generator": generator_hash("triton" if cuda else "cpu"),
+        "flashinfer": _version("flashinfer-python"),
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """The git commit of the code, with "+changes" if the files differ from it; None outside a repository."""
+    root = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        command = ["git", "--no-optional-locks", *words]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD")[:12] + ("+changes" if git("status", "--porcelain", "--", "../attngen", "../templates", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        if package == "attngen":
+            import attngen
+
+            return attngen.__version__
+        return None
 
 
 def _processor() -> str:

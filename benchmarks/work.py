@@ -106,7 +106,7 @@ class Rates:
         return times[limit], limit
 
 
-def measure_rates(device: torch.device, dtype: str, stopwatch: Any, runs: int = 5) -> Rates:
+def measure_rates(device: torch.device, dtype: str, stopwatch: Any, runs: int = 12) -> Rates:
     """A large matrix product and a large copy on random data, the best of a few runs each."""
     cuda = device.type == "cuda"
     n, elements = (8192, 2**30) if cuda else (1024, 2**25)

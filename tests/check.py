@@ -62,10 +62,11 @@ def check(
             assert torch.equal(got.isneginf(), want.isneginf()), "rows without a key differ"
             got, want = (torch.where(want.isneginf(), 0.0, t.double()) for t in (got, want))
         if half and name != "lse":
-            base = runs["plain"][place]
-            allowed = (2.0 if name == "out" else 3.0) * _largest(base, want)
-            # Below the resolution of the dtype at the result's own size there is nothing to compare.
-            allowed = max(allowed, torch.finfo(got.dtype).eps * want.abs().max().item() if want.numel() else 0.0)
+            # The yardstick is plain PyTorch's error, and no less than that of rounding the exact result once: on a handful
+            # of numbers plain PyTorch may be exact by chance.
+            rounding = torch.finfo(got.dtype).eps / 2 * want.abs().max().item() if want.numel() else 0.0
+            yardstick = max(_largest(runs["plain"][place], want), rounding)
+            allowed = (2.0 if name == "out" else 3.0) * yardstick
             assert _largest(got, want) <= allowed, f"{name}: {_largest(got, want):.2e} > {allowed:.2e}"
             continue
         limit = LIMITS["gradient" if name.startswith("gradient") else name] * (1e3 if half else 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 
 import attngen as ag
-from attngen.backends import cpu, cpu_parallel, cpu_tiles
+from attngen.backends import cpu, cpu_kernels, cpu_parallel, cpu_tiles
 from tests.strategies import Case, by_torch, cases
 
 
@@ -140,11 +141,11 @@ def test_every_pair_and_tile_has_one_job(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
         for pairs in (1, 2, 3, 8):
             for tiles in (1, 2, 9):
-                jobs = cpu_parallel.split_jobs(pairs, tiles, 2**40)
-                assert len(jobs) <= cores
-                assert sorted((p, t) for own, some in jobs for p in own for t in some) == [
-                    (p, t) for p in range(pairs) for t in range(tiles)
-                ]
+                for finer in (1, 4):
+                    jobs = cpu_parallel.split_jobs(pairs, tiles, 2**40, finer)
+                    assert len(jobs) <= cores * finer
+                    everything = [(p, t) for p in range(pairs) for t in range(tiles)]
+                    assert sorted((p, t) for own, some in jobs for p in own for t in some) == everything
 
 
 def test_chunks_cover_runs_once():
@@ -176,6 +177,21 @@ def test_half_types_round_once(dtype: torch.dtype):
     for got, want in zip(grads, torch.autograd.grad(reference.sum(), wide), strict=True):
         assert got.dtype == dtype
         torch.testing.assert_close(got.float(), want, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+
+
+def test_kernels_run_unscripted_too(monkeypatch: pytest.MonkeyPatch):
+    """As they do where torch can't script: the same results."""
+    plain = SimpleNamespace(attend=cpu_kernels.attend, differentiate=cpu_kernels.differentiate)
+    scripted = cpu_kernels.kernels()
+    attn = ag.compile(CASES["window"][0], backend="cpu")
+    leaves = [t.requires_grad_() for t in inputs()]
+    runs = []
+    for functions in (scripted, plain):
+        monkeypatch.setattr(cpu, "kernels", lambda functions=functions: functions)
+        out = attn(*leaves)
+        runs.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_large_logits():

@@ -76,6 +76,13 @@ def test_scores_sinks_and_captures_stay_on_original_positions():
     compare(spec, size, buckets(size, "random") | more)
 
 
+@pytest.mark.parametrize("offset", [500, -20])
+@pytest.mark.parametrize("mask", ["causal", "none", "window"])
+def test_far_offsets_stay_in_the_bucket(offset: int, mask: str):
+    size = (1, 1, 2, 60, 50, offset)
+    compare(ag.Spec(keys=ag.hash_sparse(), mask=MASKS[mask]), size, buckets(size, "random"))
+
+
 @pytest.mark.parametrize("keys", [ag.qk_sparse(), ag.hash_sparse()])
 def test_offsets_per_batch(keys: Any):
     size = (2, 1, 2, 30, 80, torch.tensor([50, 3]))

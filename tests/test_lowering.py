@@ -134,7 +134,9 @@ def test_the_text_depends_on_no_length_and_no_param_value() -> None:
     assert {"n_q", "n_k", "heads", "group", "scale", "q_offset", "width", "cap"} <= set(unspecialized)
 
 
-@pytest.mark.parametrize("name", ["acc_0", "q_0", "tile", "lane", "print", "tl", "row_x", "hash_2", "full_first", "a" * 60])
+@pytest.mark.parametrize(
+    "name", ["acc_0", "q_0", "tile", "lane", "print", "tl", "row_x", "hash_2", "full_first", "a" * 60]
+)
 def test_names_of_the_user_never_meet_names_of_the_kernel(name: str) -> None:
     spec = ag.Spec(score=f"s + {name}[h, i] * {name}[h, j]", tensors=[ag.Tensor(name, 2)])
     attn = ag.compile(spec, schedule=SMALL, backend="interpret")
@@ -197,7 +199,10 @@ CAUSAL = ag.Spec(mask=ag.causal())
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-@pytest.mark.parametrize(("head_dim", "kernel"), [(d, "forward") for d in (64, 128, 192, 256)] + [(d, k) for d in (64, 128) for k in ("dq", "dkv")])
+@pytest.mark.parametrize(
+    ("head_dim", "kernel"),
+    [*((d, "forward") for d in (64, 128, 192, 256)), *((d, k) for d in (64, 128) for k in ("dq", "dkv"))],
+)
 def test_default_schedules_fit_and_do_not_spill(target: str, head_dim: int, kernel: str) -> None:
     (made,) = cross_compile(CAUSAL, target, head_dim=head_dim, passes=(kernel,))
     assert made.shared <= Gpu.named(target).shared_limit
@@ -224,7 +229,9 @@ def test_the_results_of_a_compilation() -> None:
 
 def test_a_schedule_that_does_not_fit_says_by_how_much() -> None:
     big = Schedule(block_m=128, block_n=128, num_warps=8, num_stages=4)
-    with pytest.raises(ScheduleError, match=r"forward on sm_86 needs \d+ bytes of shared memory, \d+ more than the limit of 101376"):
+    with pytest.raises(
+        ScheduleError, match=r"forward on sm_86 needs \d+ bytes of shared memory, \d+ more than the limit of 101376"
+    ):
         cross_compile(CAUSAL, "sm_86", head_dim=128, schedule=big, passes=("forward",))
 
 

@@ -71,7 +71,9 @@ def test_source_is_the_golden_file(name: str, request: pytest.FixtureRequest) ->
     path = GOLDEN / f"{name}.py"
     if request.config.getoption("--update-golden"):
         path.write_text(text(name), encoding="utf-8")
-    assert text(name) == path.read_text(encoding="utf-8"), f"{path.name} changed: look at the difference, then --update-golden"
+    assert text(name) == path.read_text(encoding="utf-8"), (
+        f"{path.name} changed: look at the difference, then --update-golden"
+    )
 
 
 def test_golden_files_are_formatted() -> None:

@@ -140,7 +140,7 @@ class Work:
         self.block_m = block_m
         self.keys = Keys(call, facts, block_m, chunk)
         self.by_offset = isinstance(call.q_offset, torch.Tensor)
-        self.offsets = call.q_offset.tolist() if self.by_offset else [call.q_offset] * call.q.shape[0]
+        self.offsets: list[int] = torch.as_tensor(call.q_offset).expand(call.q.shape[0]).tolist()
         self.masks = Masks(call, self.env, self.real)
         self.checks = checked_loads(self.spec.score, self.by_offset)
         self.kept = 1.0  # probability that dropout keeps a weight
@@ -183,7 +183,9 @@ class Work:
             if units:
                 yield units
 
-    def _caps(self, masks: Masks, chunks: Chunks, b: int, heads: range, first: int, rows: int) -> list[torch.Tensor] | None:
+    def _caps(
+        self, masks: Masks, chunks: Chunks, b: int, heads: range, first: int, rows: int
+    ) -> list[torch.Tensor] | None:
         if not self.plain or (sum(chunks.high) - sum(chunks.low)) * rows > LARGEST_MASK:
             return None
         return [masks.of(chunks, x, b, heads, first, rows).cap for x in range(len(chunks.owner))]
@@ -261,7 +263,12 @@ def _attend_unit(work: Work, unit: Unit, lse: torch.Tensor, out: torch.Tensor) -
 
 
 def _logits(
-    work: Work, unit: Unit, q: torch.Tensor, k: torch.Tensor, blocked: list[tuple[int, int, Blocked]], scope: dict[str, Any]
+    work: Work,
+    unit: Unit,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    blocked: list[tuple[int, int, Blocked]],
+    scope: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(scaled logits before the score, logits after score and mask in base 2), [heads x rows, keys]; one tensor where the
     score is the identity.
@@ -355,7 +362,8 @@ def _differentiate_unit(work: Work, unit: Unit, given: _Given, sums: _Sums) -> N
             dp.mul_(factors)
         ds = _keep(dp.sub_(delta).mul_(p), unit, blocked)
         if not work.identity:
-            scope, values = {**scope, "s": scaled.view(unit.tile)}, {}
+            scope["s"] = scaled.view(unit.tile)
+            values: dict[Any, Any] = {}
             for name, total in sums.captured.items():
                 for load, slope in work.facts.load_grads[name]:
                     share = _times(ds, evaluate(slope, scope, values, work.real), unit, blocked)

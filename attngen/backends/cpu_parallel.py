@@ -14,18 +14,23 @@ SMALL = 2**24  # multiply-adds below which starting threads costs more than it s
 
 
 def split_jobs(pairs: int, tiles: int, work: int, finer: int = 1) -> list[tuple[range, range]]:
-    """Jobs (which (batch, kv head) pairs, which query tiles) that together are all of pairs x tiles: at most one per core,
-    or `finer` times as many.
+    """Jobs (which (batch, kv head) pairs, which query tiles) that together are all of pairs x tiles.
 
-    `work`: multiply-adds of the whole call. The split depends on nothing else than the sizes and the number of cores, so
-    that sums over jobs are deterministic.
+    With finer = 1 there is at most one per core, and jobs that share pairs take turns at the tiles, so that each has the
+    same work under a causal mask. Else there are about `finer` times as many for threads to choose from, of neighbouring
+    tiles, whose keys are still in the cache. `work`: multiply-adds of the whole call. The split depends on nothing else
+    than the sizes and the number of cores, so that sums over jobs are deterministic.
     """
     cores = torch.get_num_threads()
     if cores == 1 or work < SMALL or pairs * tiles == 0:
         return [(range(pairs), range(tiles))]
     groups = math.gcd(pairs, cores)
     parts = min(cores // groups * finer, tiles)
-    return [(range(g, pairs, groups), range(p, tiles, parts)) for p in range(parts) for g in range(groups)]
+    if finer == 1:
+        shares = [range(p, tiles, parts) for p in range(parts)]
+    else:
+        shares = [range(p * tiles // parts, (p + 1) * tiles // parts) for p in range(parts)]
+    return [(range(g, pairs, groups), share) for share in shares for g in range(groups)]
 
 
 def run_jobs(jobs: Sequence[Job], work: Callable[[int, Job], None]) -> None:

@@ -135,7 +135,7 @@ def _load(tensor: torch.Tensor, indices: list[Value]) -> torch.Tensor:
     if 0 in tensor.shape:
         shapes = [index.shape for index in indices if isinstance(index, torch.Tensor)]
         return torch.zeros(torch.broadcast_shapes(*shapes), dtype=tensor.dtype, device=tensor.device)
-    placed = []
+    placed: list[torch.Tensor] = []
     for index in indices:
         dim = len(placed)
         if isinstance(index, torch.Tensor):

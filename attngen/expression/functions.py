@@ -69,7 +69,7 @@ class PyMod(sympy.Function):
         return a.diff(symbol) - b.diff(symbol) * FloorDiv(a, b)
 
 
-def _lattice_arguments(cls: type, args: tuple[Any, ...], pick: Any) -> list[Any]:
+def _lattice_arguments(cls: Any, args: tuple[Any, ...], pick: Any) -> list[Any]:
     flat: set[Any] = set()
     numbers: list[Any] = []
     for arg in args:

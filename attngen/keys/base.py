@@ -228,6 +228,16 @@ def by_distance(sym: Any) -> bool:
     return bool(sym.xreplace({I: I + 1, J: J + 1}).expand() == sym)
 
 
+def split_causal(mask: Any) -> Any:
+    """If the mask asks for i >= j or i > j: what it asks besides. None if it does not."""
+    atoms = mask.args if type(mask).__name__ == "And" else (mask,)
+    for shift in (0, 1):
+        causal = greater_equal(I - J, shift)
+        if causal in atoms:
+            return conjunction([atom for atom in atoms if atom != causal])
+    return None
+
+
 # -- checks -----------------------------------------------------------------------------------------------------------
 
 

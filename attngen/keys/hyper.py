@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from attngen.errors import InputError
-from attngen.expression import Expr, I, J, conjunction, greater_equal
-from attngen.keys.base import KeySet, Pieces, Result, b, by_distance, h, i, j, moved, moved_by, offset_column, positive
-from attngen.keys.rows import flat_rows, put_flat, take_flat
-from attngen.merging import merge
+from attngen.expression import Expr
+from attngen.keys.base import KeySet, Pieces, Result, b, by_distance, h, i, j, moved, moved_by, offset_column, positive, split_causal
+from attngen.keys.rows import flat_rows, take_flat
+from attngen.merging import merge_rows
 
 if TYPE_CHECKING:
     from attngen.inputs import Call
@@ -134,22 +134,30 @@ class Hyper(KeySet):
         layout = self.layout(call.spec, call.q.shape[2], call.k.shape[2])
         assert layout is not None
         q, k, v = (_padded(x, layout.length) for x in (call.q, call.k, call.v))
-        rest = _rest(pieces.mask)
-        shape = (q.shape[0], q.shape[1], q.shape[2])
-        results = [_leaves(pieces, plan, layout, q, k, v)] if layout.levels else []
-        for level, pairs in enumerate(layout.pairs):
-            suffix = f".{level}"
-            own = {name.removesuffix(suffix): value for name, value in plan.items() if name.endswith(suffix)}
-            queries = take_flat(q, own["q_rows"])
-            found = _buckets(
-                pieces, own, pairs, rest, queries, take_flat(k, own["k_rows"]), take_flat(v, own["k_rows"])
-            )
+        levels = [_at_level(plan, level) for level in range(len(layout.pairs))]
+        rows = [own[name] for name in ("k_rows", "s_rows") for own in levels if name in own]
+        queries = take_flat(q, *(own["q_rows"] for own in levels))
+        keys, values = take_flat(k, *rows), take_flat(v, *rows)
+        sampled = iter(range(len(levels), len(rows)))
+        rest, found = _rest(pieces.mask), []
+        for level, (pairs, own) in enumerate(zip(layout.pairs, levels, strict=True)):
+            inner = (own, pairs, rest, queries[level])
+            found.append((_buckets(pieces, *inner, keys[level], values[level]), own["q_rows"]))
             if "s_rows" in own:
-                keys, values = (take_flat(x, own["s_rows"], unique=False) for x in (k, v))
-                found = merge(found, _sampled(pieces, own, pairs, rest, queries, keys, values))
-            results.append(put_flat(*found, own["q_rows"], shape))
-        out, lse = merge(*results)
+                at = next(sampled)
+                found.append((_sampled(pieces, *inner, keys[at], values[at]), own["q_rows"]))
+        if layout.levels:
+            base = _leaves(pieces, plan, layout, q, k, v)
+        else:  # the pieces have all rows between them
+            base = q.new_zeros((*q.shape[:3], v.shape[3])), torch.full(q.shape[:3], -torch.inf, device=q.device)
+            base = base[0], base[1].to(found[0][0][1].dtype)
+        out, lse = merge_rows(base, *found)
         return out[:, :, : call.q.shape[2]], lse[:, :, : call.q.shape[2]]
+
+
+def _at_level(plan: Mapping[str, Any], level: int) -> dict[str, Any]:
+    suffix = f".{level}"
+    return {name.removesuffix(suffix): value for name, value in plan.items() if name.endswith(suffix)}
 
 
 # -- how a sequence is cut --------------------------------------------------------------------------------------------
@@ -200,16 +208,6 @@ def cut(n: int, levels: int, block: int) -> Layout:
         if count:
             pairs.append(Pairs(count, size, size, 0, size, block, block))
     return Layout(levels, leaf, leaf << levels, tuple(pairs))
-
-
-def split_causal(mask: Any) -> Any:
-    """If the mask asks for i >= j or i > j: what it asks besides. None if it does not."""
-    atoms = mask.args if type(mask).__name__ == "And" else (mask,)
-    for shift in (0, 1):
-        causal = greater_equal(I - J, shift)
-        if causal in atoms:
-            return conjunction([atom for atom in atoms if atom != causal])
-    return None
 
 
 def _rest(mask: Expr) -> Expr:

@@ -24,6 +24,7 @@ from attngen.keys.base import (
     moved_by,
     offset_column,
     positive,
+    split_causal,
     to_query_heads,
 )
 from attngen.keys.rows import put, take
@@ -129,37 +130,39 @@ class HashSparse(KeySet):
         q_bucket, q_rows = found["q_bucket"].sort(dim=-1, stable=True)
         k_bucket, k_rows = found["k_bucket"].sort(dim=-1, stable=True)
         q_position, k_position = q_rows + offset_column(call), to_query_heads(k_rows, call)
-        k_bucket = to_query_heads(k_bucket, call)
         # In sorted order the positions rise only inside a bucket; with this stride added per bucket they rise throughout,
         # and differ by the same amounts where the buckets are the same. So they find ranges that raw positions would not.
-        spread = 2**30
+        stride, shift = 2**32, 2**30  # an offset may be negative: shifted positions lie in 0 .. stride - 1
         if not isinstance(call.q_offset, torch.Tensor):
-            spread = abs(call.q_offset) + call.q.shape[2] + call.k.shape[2] + 1
+            shift = abs(call.q_offset)
+            stride = 2 * shift + call.q.shape[2] + call.k.shape[2] + 1
         highest = self.buckets
         if highest is None and device.type == "cpu":
             highest = 1 + max((int(t.max()) for t in found.values() if t.numel()), default=0)
-        word = torch.int32 if highest is not None and (highest + 1) * spread < LIMIT else torch.int64
+        word = torch.int32 if highest is not None and (highest + 2) * stride < LIMIT else torch.int64
+        first = q_bucket.long() * stride
         return {
             "q_rows": q_rows,
             "k_rows": k_rows,
-            "q_bucket": q_bucket.to(torch.int32),
-            "k_bucket": k_bucket.to(torch.int32),
             "q_position": q_position.to(torch.int32),
             "k_position": k_position.to(torch.int32),
-            "q_rank": (q_bucket.long() * spread + q_position).to(word),
-            "k_rank": (k_bucket.long() * spread + k_position).to(word),
+            "q_rank": (first + shift + q_position).to(word),
+            "k_rank": (to_query_heads(k_bucket, call).long() * stride + shift + k_position).to(word),
+            "bucket_start": first.to(word),
+            "bucket_stop": (first + stride).to(word),
         }
 
     def run(self, pieces: Pieces, plan: Mapping[str, Any], given: Mapping[str, Any]) -> Result:
-        names = ("q_bucket", "k_bucket", "q_position", "k_position", "q_rank", "k_rank")
+        names = ("q_position", "k_position", "q_rank", "k_rank", "bucket_start", "bucket_stop")
 
         def build() -> dict[str, Any]:
-            q_bucket, k_bucket, q_position, k_position, q_rank, k_rank = (pieces.tensor(name, 3) for name in names)
+            q_position, k_position, q_rank, k_rank, start, stop = (pieces.tensor(name, 3) for name in names)
             positions = {"i": q_position[b, h, i], "j": k_position[b, h, j]}
             ranks = {"i": q_rank[b, h, i], "j": k_rank[b, h, j]}
-            mask = moved_by(pieces.mask, lambda atom: ranks if by_distance(atom) else positions)
-            same = q_bucket[b, h, i] == k_bucket[b, h, j]
-            return {"mask": mask & same, "score": moved(pieces.score, **positions)}
+            mask = moved_by(pieces.mask, lambda atom: ranks if by_distance(atom) else positions) & (ranks["j"] >= start[b, h, i])
+            if split_causal(pieces.spec.mask) is None:  # a causal mask ends the bucket itself
+                mask = mask & (ranks["j"] < stop[b, h, i])
+            return {"mask": mask, "score": moved(pieces.score, **positions)}
 
         call = pieces.call
         q = take(call.q, plan["q_rows"])

@@ -14,24 +14,20 @@ def take(x: torch.Tensor, index: torch.Tensor, unique: bool = True) -> torch.Ten
     return rows.view(*index.shape, x.shape[3])
 
 
-def take_flat(x: torch.Tensor, flat: torch.Tensor, unique: bool = True) -> torch.Tensor:
-    """x [B, H, N, D], flat int64 [B', H', n] row numbers in all of x's B * H * N -> [B', H', n, D]."""
-    return _Take.apply(x.reshape(-1, x.shape[3]), flat.reshape(-1), unique).view(*flat.shape, x.shape[3])
+def take_flat(x: torch.Tensor, *flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """x [B, H, N, D], each flat int64 [B', H', n] row numbers in all of x's B * H * N -> for each [B', H', n, D]. Rows may be
+    taken several times.
+    """
+    taken = _TakeAll.apply(x.reshape(-1, x.shape[3]), *(index.reshape(-1) for index in flat))
+    return tuple(rows.view(*index.shape, x.shape[3]) for rows, index in zip(taken, flat, strict=True))
 
 
 def put(out: torch.Tensor, lse: torch.Tensor, index: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows back to their places: out [B, H, n, Dv], lse [B, H, n], index [B, H, n] without repeats -> out [B, H, length, Dv]
     and lse [B, H, length]; rows that nobody fills have out 0 and lse -inf.
     """
-    shape = (*index.shape[:2], length)
-    return put_flat(out, lse, _flat(index, length), shape)
-
-
-def put_flat(
-    out: torch.Tensor, lse: torch.Tensor, flat: torch.Tensor, shape: tuple[int, int, int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same with row numbers in all of B * H * length, `shape` being (B, H, length)."""
-    total, places = shape[0] * shape[1] * shape[2], flat.reshape(-1)
+    shape, places = (*index.shape[:2], length), _flat(index, length).reshape(-1)
+    total = shape[0] * shape[1] * length
     out = _Put.apply(out.reshape(-1, out.shape[-1]), places, total, 0.0).view(*shape, out.shape[-1])
     lse = _Put.apply(lse.reshape(-1, 1), places, total, -torch.inf).view(shape)
     return out, lse
@@ -58,19 +54,46 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (grad,), (flat,) = grads, ctx.saved_tensors
-        total = grad.new_zeros((ctx.rows, grad.shape[1]))
+        shape = (ctx.rows, grad.shape[1])
         if ctx.unique:
+            every = len(flat) == ctx.rows  # a permutation: nothing is left to zero
+            total = grad.new_empty(shape) if every else grad.new_zeros(shape)
             return total.index_copy_(0, flat, grad), None, None
-        if grad.is_cuda:  # sorts instead of atomics: the same sum every time
-            return total.index_put_((flat,), grad, accumulate=True), None, None
-        return total.index_add_(0, flat, grad), None, None
+        total = grad.new_zeros(shape)
+        _add_rows(total, flat, grad)
+        return total, None, None
+
+
+class _TakeAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(*flat)
+        ctx.shape = x.shape
+        return tuple(x.index_select(0, index) for index in flat)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        total = grads[0].new_zeros(ctx.shape)
+        for index, grad in zip(ctx.saved_tensors, grads, strict=True):
+            _add_rows(total, index, grad)
+        return total, *(None for _ in grads)
+
+
+def _add_rows(total: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> None:
+    """total[index] += rows, the same sum every time."""
+    if total.is_cuda:  # sorts instead of atomics
+        total.index_put_((index,), rows, accumulate=True)
+    else:  # a third of the time of index_add_
+        total.scatter_add_(0, index.unsqueeze(-1).expand_as(rows), rows)
 
 
 class _Put(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, flat: torch.Tensor, rows: int, fill: float) -> torch.Tensor:
         ctx.save_for_backward(flat)
-        return x.new_full((rows, x.shape[1]), fill).index_copy_(0, flat, x)
+        shape = (rows, x.shape[1])
+        result = x.new_empty(shape) if len(flat) == rows else x.new_full(shape, fill)
+        return result.index_copy_(0, flat, x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:

@@ -121,7 +121,7 @@ class SparseK(KeySet):
         scores = u.gather(-1, rows.flatten(2)).view(rows.shape)
         tau = self._thresholds(scores, index, valid, own)  # [B, Hkv, chunks, CHUNK]
         flat = flat_rows(rows, n).transpose(1, 2).flatten(0, 1)
-        k, v = (take_flat(x, flat, unique=False) for x in (call.k, call.v))
+        (k,), (v,) = (take_flat(x, flat) for x in (call.k, call.v))
 
         def fold(x: torch.Tensor) -> torch.Tensor:
             """[B, Hkv, chunks, ...] -> [B * chunks, Hq, ...]."""

@@ -156,8 +156,8 @@ def decode(sides: Sides, loop_b: bool, loop_h: bool) -> tuple[tuple[str, ...], L
     if not loop_h:
         lines = ("h = program // tiles", kv_head)
         return lines, Loop("the batch, which shares the result", "batch", ("b = tl.full([], g, tl.int32)",))
-    lines = ("pair = tl.full([], g, tl.int32)", "b = pair // heads", "h = pair % heads", kv_head)
-    return (), Loop("batch and heads, which share the result", "batch * heads", lines)
+    both = ("pair = tl.full([], g, tl.int32)", "b = pair // heads", "h = pair % heads", kv_head)
+    return (), Loop("batch and heads, which share the result", "batch * heads", both)
 
 
 class Holes:

@@ -6,7 +6,7 @@ place of the kernel where its axes are known, so that a load of `slope[h]` stand
 in front of the loop over keys. Which of i and j lies along the rows of a tile is a choice of the kernel: the backward
 for keys works on transposed tiles.
 
-Integers are int32 and round towards minus infinity as in Python; reals are float32.
+Integers are int32 (captured int64 tensors stay int64) and round towards minus infinity as in Python; reals are float32.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from attngen.expression import (
     Sigmoid,
     Uniform,
     Where,
+    is_flag,
     kind,
     linear_terms,
 )
@@ -339,7 +340,8 @@ class Printer:
         terms = sorted(expr.args, key=self._reading)
         if axes & TILE == TILE:
             terms = self._grouped(terms)
-        to_float, chain = kind(expr) == "float", []
+        to_float = kind(expr) == "float"
+        chain: list[tuple[str, Text, int]] = []
         for term in terms:
             negative = bool(chain) and term.could_extract_minus_sign()
             (value,) = self._operands([-term if negative else term], axes)
@@ -409,9 +411,11 @@ class Printer:
         if isinstance(expr, Uniform):
             return self._uniform(expr)
         if isinstance(expr, Mix):
-            texts = [t.at(ATOM) + ".to(tl.uint32)" if a.func is not Mix else t.at(ATOM)
-                     for a, t in zip(expr.args, self._operands(expr.args, axes))]  # fmt: skip
-            return Text(f"mix({' ^ '.join(texts)})", ATOM, axes, "int")
+            words = [
+                t.at(ATOM) if isinstance(arg, Mix) else f"{t.at(ATOM)}.to(tl.uint32)"
+                for arg, t in zip(expr.args, self._operands(expr.args, axes), strict=True)
+            ]
+            return Text(f"mix({' ^ '.join(words)})", ATOM, axes, "int")
         if isinstance(expr, (FloorDiv, PyMod)):
             return self._division(expr, axes)
         to_float = kind(expr) == "float"
@@ -429,12 +433,12 @@ class Printer:
         if isinstance(expr, Where):
             yes, no = (self._as(t, to_float).text for t in texts[1:])
             return Text(f"tl.where({texts[0].text}, {yes}, {no})", ATOM, axes, kind(expr))
-        call = next((text for function, text in _CALLS.items() if isinstance(expr, function)), None)
-        if call is None:
+        function = next((text for known, text in _CALLS.items() if isinstance(expr, known)), None)
+        if function is None:
             raise AssertionError(f"no Triton text for {type(expr).__name__}")
-        if call == "tanh":
+        if function == "tanh":
             self.helpers.add("tanh")
-        return Text(f"{call}({self._as(texts[0], to_float).text})", ATOM, axes, kind(expr))
+        return Text(f"{function}({self._as(texts[0], to_float).text})", ATOM, axes, kind(expr))
 
     def _division(self, expr: Any, axes: Axes) -> Text:
         a, b = (self._as(t, kind(expr) == "float") for t in self._operands(expr.args, axes))
@@ -491,8 +495,9 @@ class Printer:
         if len(pointer.text) > WIDTH - 2 * len(tensor) - 8:
             pointer = self.name(path, f"{tensor}_at", pointer)
         text = pointer.text
-        to = "tl.float32" if kind(expr) == "float" else "tl.int32"
-        return Text(f"tl.load({text}).to({to})", ATOM, axes, kind(expr))
+        # Integers keep their width: an id of 64 bits must not be cut to 32.
+        to = ".to(tl.float32)" if kind(expr) == "float" else ".to(tl.int32)" if is_flag(expr) else ""
+        return Text(f"tl.load({text}){to}", ATOM, axes, kind(expr))
 
     def flat(self, load: Load, dims: Iterable[int]) -> str:
         """The place of a load within these dimensions of its tensor, counted row by row."""

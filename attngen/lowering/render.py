@@ -178,10 +178,8 @@ def _arguments(
     owner: Loop | None,
 ) -> tuple[Arg, ...]:
     out: list[Arg] = []
-    for t in tensors:
-        out.append(Arg(t, "tensor", t, "*q", comment=f"[{', '.join(_shape(t))}]"))
-    for t in _ROWS[kernel]:
-        out.append(Arg(t, "tensor", t, "*fp32", comment="[B, heads, n_q]"))
+    out += [Arg(t, "tensor", t, "*q", comment=f"[{', '.join(_shape(t))}]") for t in tensors]
+    out += [Arg(t, "tensor", t, "*fp32", comment="[B, heads, n_q]") for t in _ROWS[kernel]]
     if site is not None:
         out.append(Arg("grad", "tensor", "grad", "*fp32", comment=_GRADS[site.kind]))
     for t in tensors:

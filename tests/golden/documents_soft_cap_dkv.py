@@ -107,7 +107,7 @@ def dkv(
     e_0 = tl.arange(0, 128)  # [128]
     e_1 = 128 + tl.arange(0, 64)  # [64]
     doc_base = doc + b.to(tl.int64) * doc_stride_0
-    doc_b_j = tl.load(doc_base + j_safe.to(tl.int64) * doc_stride_1).to(tl.int32)  # [BLOCK_N]
+    doc_b_j = tl.load(doc_base + j_safe.to(tl.int64) * doc_stride_1)  # [BLOCK_N]
     k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
     v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
     k_rows = k_head + j.to(tl.int64)[:, None] * k_stride_n
@@ -198,7 +198,7 @@ def dkv(
             s = tl.dot(k_0, tl.trans(q_0))  # [BLOCK_N, BLOCK_M]
             s = tl.dot(k_1, tl.trans(q_1), s)
             s = s * scale
-            doc_b_i = tl.load(doc_base + i_safe.to(tl.int64) * doc_stride_1).to(tl.int32)  # [BLOCK_M]
+            doc_b_i = tl.load(doc_base + i_safe.to(tl.int64) * doc_stride_1)  # [BLOCK_M]
             valid = (doc_b_j[:, None] == doc_b_i[None, :]) & (j[:, None] <= i[None, :]) & inside[None, :]
             tile_x_2 = tanh(0.03333333333333333 * s)  # [BLOCK_N, BLOCK_M]
             x = 30.0 * LOG2E * tile_x_2

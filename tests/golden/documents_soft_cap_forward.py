@@ -101,7 +101,7 @@ def forward(
     e_0 = tl.arange(0, 128)  # [128]
     e_1 = 128 + tl.arange(0, 64)  # [64]
     doc_base = doc + b.to(tl.int64) * doc_stride_0
-    doc_b_i = tl.load(doc_base + i_safe.to(tl.int64) * doc_stride_1).to(tl.int32)  # [BLOCK_M]
+    doc_b_i = tl.load(doc_base + i_safe.to(tl.int64) * doc_stride_1)  # [BLOCK_M]
     q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
     k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
     v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
@@ -172,7 +172,7 @@ def forward(
         s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
         s = tl.dot(q_1, tl.trans(k_1), s)
         s = s * scale
-        doc_b_j = tl.load(doc_base + j_safe.to(tl.int64) * doc_stride_1).to(tl.int32)  # [BLOCK_N]
+        doc_b_j = tl.load(doc_base + j_safe.to(tl.int64) * doc_stride_1)  # [BLOCK_N]
         valid = (doc_b_i[:, None] == doc_b_j[None, :]) & (i[:, None] >= j[None, :]) & inside[None, :]
         x = 30.0 * LOG2E * tanh(0.03333333333333333 * s)
         x = tl.where(valid, x, float("-inf"))

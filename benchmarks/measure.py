@@ -1,0 +1,244 @@
+"""Measuring one case: every peer built, checked, then timed in turns. One record per peer, whatever came of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from benchmarks.cases import BACKWARD, FORWARD, Case
+from benchmarks.check import Reference, WrongResult
+from benchmarks.peers import PEERS, Attention, Build, Built, Unavailable
+from benchmarks.timing import Candidate, Clock, DeviceStopwatch, HostStopwatch, Stopwatch, Timing, race
+from benchmarks.work import Inputs, Rates, Work, measure_rates, work
+
+OK, WRONG, FAILED, UNAVAILABLE = "ok", "wrong", "failed", "not available"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What came of one peer in one case. figure: the case's headline number, in `unit`; better says which way is good.
+
+    error: the check's error over what is allowed. bound_fraction: the modelled bound's time over the median. ratio, of
+    attngen only: the best right peer's median over attngen's.
+    """
+
+    case: str
+    peer: str
+    status: str
+    reason: str = ""
+    error: float | None = None
+    timing: Timing | None = None
+    figure: float | None = None
+    unit: str = ""
+    bound_seconds: float | None = None
+    bound_limit: str = ""
+    bound_fraction: float | None = None
+    ratio: float | None = None
+    best_peer: str = ""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    described: Mapping[str, Any] = field(default_factory=dict)  # the case, for tables and charts
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; those that say nothing are left out."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, "", {})}
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where and how cases are measured. seconds: of timing per case. starting: told (peer, what) before anything that
+    could take the process down.
+    """
+
+    device: torch.device
+    stopwatch: Stopwatch
+    clock: Clock
+    seconds: float = 1.0
+    peers: Mapping[str, Build] = field(default_factory=lambda: PEERS)
+    starting: Callable[[str], None] = lambda peer: None
+
+    @property
+    def rates(self) -> Callable[[str], Rates]:
+        """The device's rates for a dtype, measured when first asked for."""
+        return lambda dtype: _rates(self.device, dtype, self.stopwatch)
+
+
+@cache
+def _rates(device: torch.device, dtype: str, stopwatch: Stopwatch) -> Rates:
+    return measure_rates(device, dtype, stopwatch)
+
+
+def attention(case: Case, peers: tuple[str, ...], context: Context) -> Iterator[Record]:
+    """Attention itself: TFLOP/s on attended pairs, or GB/s where there is one query a sequence."""
+    inputs = Inputs.make(case, context.device)
+    reference = Reference(inputs)
+    ready: dict[str, tuple[Built, float]] = {}
+    for peer in peers:
+        context.starting(peer)
+        try:
+            built = context.peers[peer](inputs)
+            ready[peer] = built, reference.error(*results(built.run, inputs))
+        except Exception as error:
+            yield failure(case, peer, error)
+    timings, failed = _race(case, {peer: candidate(built.run, inputs) for peer, (built, _) in ready.items()}, context)
+    for peer, reason in failed.items():
+        yield Record(case.id, peer, FAILED, clean(reason), described=describe(case))
+    done, rates = work(inputs), context.rates(case.dtype)
+    bound, limit = rates.bound(done)
+    records = []
+    for peer, timing in timings.items():
+        built, error = ready[peer]
+        unit, figure = throughput(case, done, context.device)
+        records.append(
+            Record(
+                case.id, peer, OK, error=error, timing=timing, figure=figure / timing.median, unit=unit,
+                bound_seconds=bound, bound_limit=limit, bound_fraction=bound / timing.median, notes=built.notes,
+                described=describe(case) | {"pairs": done.pairs, "flops": done.flops, "bytes": done.bytes},
+            )
+        )  # fmt: skip
+    yield from with_ratio(records)
+
+
+def overhead(case: Case, peers: tuple[str, ...], context: Context) -> Iterator[Record]:
+    """Microseconds of a call that has next to nothing to compute, on the host's clock, over many calls. On a CPU with one
+    thread: handing work to more of them would be most of the time.
+    """
+    threads = torch.get_num_threads()
+    if context.device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield from _overhead(case, peers, context)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _overhead(case: Case, peers: tuple[str, ...], context: Context, calls: int = 50) -> Iterator[Record]:
+    inputs = Inputs.make(case, context.device)
+    reference = Reference(inputs)
+    ready: dict[str, Built] = {}
+    for peer in peers:
+        context.starting(peer)
+        try:
+            built = context.peers[peer](inputs)
+            reference.error(*results(built.run, inputs))
+            ready[peer] = built
+        except Exception as error:
+            yield failure(case, peer, error)
+
+    def many(built: Built) -> Candidate:
+        one = candidate(built.run, inputs)
+
+        def run(_: Any) -> None:
+            for _ in range(calls):
+                one.run(one.prepare())
+            synchronize(context.device)
+
+        return Candidate(lambda: synchronize(context.device), run)
+
+    host = replace(context, stopwatch=on_host(context))
+    timings, failed = _race(case, {peer: many(built) for peer, built in ready.items()}, host)
+    for peer, reason in failed.items():
+        yield Record(case.id, peer, FAILED, clean(reason), described=describe(case))
+    yield from with_ratio(
+        Record(
+            case.id, peer, OK, timing=_scaled(timing, 1 / calls), figure=1e6 * timing.median / calls, unit="us",
+            notes=ready[peer].notes, described=describe(case),
+        )
+        for peer, timing in timings.items()
+    )  # fmt: skip
+
+
+def on_host(context: Context) -> Stopwatch:
+    """The stopwatch for what the host does, on a GPU too."""
+    return HostStopwatch(context.clock) if isinstance(context.stopwatch, DeviceStopwatch) else context.stopwatch
+
+
+def _race(case: Case, candidates: dict[str, Candidate], context: Context) -> tuple[dict[str, Timing], dict[str, str]]:
+    context.starting("")
+    return race(candidates, context.stopwatch, context.seconds, clock=context.clock)
+
+
+def throughput(case: Case, done: Work, device: torch.device) -> tuple[str, float]:
+    """The unit of a case's figure, and how much of it one run does."""
+    if case.n_q == 1:
+        return "GB/s", done.bytes / 1e9
+    return ("TFLOP/s", done.flops / 1e12) if device.type == "cuda" else ("GFLOP/s", done.flops / 1e9)
+
+
+# -- parts that the suites share --------------------------------------------------------------------------------------
+
+
+def results(run: Attention, inputs: Inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """out, and the gradients by name if the case asks for them."""
+    with torch.set_grad_enabled(inputs.case.direction != FORWARD):
+        out = run()
+        if not inputs.leaves:
+            return out, {}
+        grads = torch.autograd.grad(out, list(inputs.leaves.values()), inputs.d_out)
+    return out.detach(), dict(zip(inputs.leaves, grads, strict=True))
+
+
+def candidate(run: Attention, inputs: Inputs) -> Candidate:
+    """What is timed of an implementation, by the case's direction."""
+    leaves = list(inputs.leaves.values())
+    if inputs.case.direction == FORWARD:
+
+        def forward(_: Any) -> torch.Tensor:
+            with torch.no_grad():
+                return run()
+
+        return Candidate(lambda: None, forward)
+    if inputs.case.direction == BACKWARD:
+        return Candidate(run, lambda out: torch.autograd.grad(out, leaves, inputs.d_out))
+    return Candidate(lambda: None, lambda _: torch.autograd.grad(run(), leaves, inputs.d_out))
+
+
+def with_ratio(records: Any) -> Iterator[Record]:
+    """attngen's record says how it stands to the best peer; the others pass."""
+    records = list(records)
+    peers = {r.peer: r.timing.median for r in records if r.peer != "attngen" and r.timing}
+    best = min(peers, key=peers.__getitem__) if peers else ""
+    for record in records:
+        if record.peer == "attngen" and best:
+            yield replace(record, ratio=peers[best] / record.timing.median, best_peer=best)
+        else:
+            yield record
+
+
+def failure(case: Case, peer: str, error: Exception) -> Record:
+    """The record of a peer that is wrong, can't or broke."""
+    described = describe(case)
+    if isinstance(error, WrongResult):
+        known = error.error if error.error < torch.inf else None
+        return Record(case.id, peer, WRONG, clean(str(error)), error=known, described=described)
+    if isinstance(error, Unavailable):
+        return Record(case.id, peer, UNAVAILABLE, clean(str(error)), described=described)
+    return Record(case.id, peer, FAILED, clean(f"{type(error).__name__}: {error}"), described=described)
+
+
+def describe(case: Case) -> dict[str, Any]:
+    """The case for tables and charts."""
+    values = {n: v for n, v in asdict(case).items() if n not in ("peers", "suite", "settings")}
+    return {**values, "group": case.group, **dict(case.settings)}
+
+
+def clean(text: str) -> str:
+    """One line without the paths of this machine."""
+    text = re.sub(r"(?<![\w.])(?:/[\w.+@~-]+)+/([\w.+@~-]+)", r"\1", " ".join(text.split()))
+    return text[:300]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _scaled(timing: Timing, factor: float) -> Timing:
+    return Timing(
+        timing.median * factor, timing.p20 * factor, timing.p80 * factor, timing.best * factor, timing.runs
+    )

@@ -1,0 +1,152 @@
+"""Running a suite: case by case, within a budget, written as it goes, resumed where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import measure, prepare
+from benchmarks.cases import Case
+from benchmarks.measure import FAILED, OK, Context, Record, describe, failure
+
+Measure = Callable[[Case, tuple[str, ...], Context], Iterator[Record]]
+
+MEASURES: Mapping[str, Measure] = {
+    "planning": prepare.planning,
+    "first_call": prepare.first_call,
+    "overhead": measure.overhead,
+}  # every other suite measures attention itself
+
+SCHEMA = 1
+
+
+class Mixed(Exception):
+    """Results in the file are from another machine, version or size."""
+
+
+class Results:
+    """One suite's file. Everything is on disk after each `add`, and a write never leaves half a file."""
+
+    def __init__(self, path: Path, setting: Mapping[str, Any], resume: bool):
+        self.path = path
+        self.data: dict[str, Any] = {"schema": SCHEMA, "suite": path.stem, "setting": dict(setting), "records": []}
+        if resume and path.exists():
+            self.data = json.loads(path.read_text(encoding="utf-8"))
+            changed = {**setting, "schema": SCHEMA}
+            had = {**self.data["setting"], "schema": self.data["schema"]}
+            differing = [name for name in changed if had.get(name) != changed[name]]
+            if differing:
+                raise Mixed(
+                    f"{path.name} was measured with {', '.join(f'{n} {had.get(n)} (now {changed[n]})' for n in differing)}: "
+                    "run without --resume to start over, or choose another --out"
+                )
+
+    def of(self, case: str) -> dict[str, dict[str, Any]]:
+        """The case's records by peer."""
+        return {record["peer"]: record for record in self.data["records"] if record["case"] == case}
+
+    def add(self, record: Record) -> None:
+        """Keep it in place of an older one of the same case and peer."""
+        name = (record.case, record.peer)
+        self.data["records"] = [r for r in self.data["records"] if (r["case"], r["peer"]) != name]
+        self.data["records"].append(record.to_json())
+        self.write()
+
+    def start(self, case: str, peer: str) -> None:
+        """Note what is about to run: if the process ends there, the next one knows."""
+        self.data["running"] = [case, peer]
+        self.write()
+
+    def lost(self) -> tuple[str, str] | None:
+        """The case and peer during which an earlier process ended; a race (peer "") is nobody's fault."""
+        case, peer = self.data.pop("running", None) or ("", "")
+        return (case, peer) if peer else None
+
+    def write(self) -> None:
+        """Atomically."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".tmp")
+        beside.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, self.path)
+
+
+def run(
+    cases: Sequence[Case],
+    results: Results,
+    context: Context,
+    budget: float,
+    say: Callable[[str], None] = print,
+) -> bool:
+    """Measure what is missing; True when nothing is left. Stops before a case that is likely to exceed `budget` seconds."""
+    by_id = {case.id: case for case in cases}
+    if len(by_id) != len(cases):
+        raise ValueError("two cases of one suite have the same id")
+    if (lost := results.lost()) and lost[0] in by_id:
+        results.add(failure(by_id[lost[0]], lost[1], RuntimeError("the process ended or was killed meanwhile")))
+    begun, longest = context.clock(), 0.0
+    for number, case in enumerate(cases, 1):
+        known = results.of(case.id)
+        if all(peer in known for peer in case.peers):
+            continue
+        started = context.clock()
+        if longest and started - begun + longest > budget:
+            say(f"stopped at case {number} of {len(cases)} after {started - begun:.0f} s: run again with --resume")
+            return False
+        # A case is timed in turns or not at all: those that already failed stay out, all others run (again).
+        peers = tuple(peer for peer in case.peers if peer not in known or known[peer]["status"] == OK)
+        if not _case(case, peers, results, context, say, f"[{number}/{len(cases)}]"):
+            return False
+        longest = max(longest, context.clock() - started)
+    results.data.pop("running", None)
+    results.write()
+    return True
+
+
+def _case(
+    case: Case, peers: tuple[str, ...], results: Results, context: Context, say: Callable[[str], None], place: str
+) -> bool:
+    """False if the device is lost, so that a new process has to go on."""
+    say(f"{place} {case.id}")
+    told = replace(context, starting=lambda peer: results.start(case.id, peer))
+    action = MEASURES.get(case.suite, measure.attention)
+    seen = set()
+    try:
+        for record in action(case, peers, told):
+            results.add(record)
+            seen.add(record.peer)
+            say(f"      {line(record)}")
+    except Exception as error:  # of the harness or its reference, not of one peer
+        for peer in peers:
+            if peer not in seen:
+                results.add(Record(case.id, peer, FAILED, failure(case, peer, error).reason, described=describe(case)))
+        say(f"      {failure(case, '', error).reason}")
+    if context.device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(context.device)
+        torch.cuda.empty_cache()
+    except Exception as error:
+        say(f"the device is lost ({failure(case, '', error).reason}): run again with --resume")
+        return False
+    return True
+
+
+def line(record: Record) -> str:
+    """A record for the terminal."""
+    if record.status != OK or record.timing is None:
+        return f"{record.peer:<18} {record.status}: {record.reason}"
+    t = record.timing
+    parts = [f"{record.peer:<18} {1e3 * t.median:10.4g} ms ({1e3 * t.p20:.4g} .. {1e3 * t.p80:.4g}, {t.runs} runs)"]
+    if record.unit not in ("ms", "s"):
+        parts.append(f"{record.figure:.4g} {record.unit}")
+    if record.bound_fraction is not None:
+        parts.append(f"{record.bound_fraction:.0%} of the modelled bound ({record.bound_limit})")
+    if record.ratio is not None:
+        parts.append(f"{record.ratio:.2f}x {record.best_peer}")
+    return ", ".join(parts)
