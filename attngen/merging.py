@@ -65,7 +65,9 @@ class _Merge(torch.autograd.Function):
             else:
                 merged[places] = torch.logaddexp(merged[places], lse)
         base = _finite(merged)
-        out = torch.empty(outs[0].shape, dtype=merged.dtype, device=merged.device)  # half types are rounded once, at the end
+        out = torch.empty(
+            outs[0].shape, dtype=merged.dtype, device=merged.device
+        )  # half types are rounded once, at the end
         for part in _parts(merged):
             out[part] = outs[0][part] * torch.exp(lses[0][part] - base[part]).unsqueeze(-1)
         for piece, lse, places in zip(outs[1:], lses[1:], rows[1:], strict=True):
@@ -81,7 +83,12 @@ class _Merge(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         *tensors, out, merged = ctx.saved_tensors
         outs, lses, rows = _flat(tensors[: ctx.count], tensors[ctx.count : 2 * ctx.count], tensors[2 * ctx.count :])
-        out, merged, grad_out, grad_lse = out.view(outs[0].shape), merged.view(-1), grads[0].reshape(outs[0].shape), grads[1].reshape(-1)
+        out, merged, grad_out, grad_lse = (
+            out.view(outs[0].shape),
+            merged.view(-1),
+            grads[0].reshape(outs[0].shape),
+            grads[1].reshape(-1),
+        )
         base, shared = _finite(merged), torch.empty_like(merged)
         for part in _parts(merged):
             shared[part] = grad_lse[part] - (grad_out[part] * out[part]).sum(-1, dtype=merged.dtype)
@@ -100,7 +107,11 @@ CHUNK = 4096  # rows
 
 
 def _flat(outs: Any, lses: Any, rows: Any) -> tuple[list[torch.Tensor], list[torch.Tensor], list[Any]]:
-    return [x.reshape(-1, x.shape[-1]) for x in outs], [x.reshape(-1) for x in lses], [r if r is None else r.reshape(-1) for r in rows]
+    return (
+        [x.reshape(-1, x.shape[-1]) for x in outs],
+        [x.reshape(-1) for x in lses],
+        [r if r is None else r.reshape(-1) for r in rows],
+    )
 
 
 def _parts(lse: torch.Tensor) -> list[slice]:

@@ -307,7 +307,8 @@ def _read_lines(text: str) -> dict[str, Any]:
                 "not a line of a spec",
                 text=line,
                 width=max(1, len(head)),
-                fix="a line is `param NAME: int`, `tensor NAME: float[1]`, or one each of `mask:`, `score:`, `scale:`, `sink:`, `dropout:`, `keys:`",
+                fix="a line is `param NAME: int`, `tensor NAME: float[1]`, or one each of `mask:`, `score:`, `scale:`, "
+                "`sink:`, `dropout:`, `keys:`",
             )
     if "scale" in fields:
         try:

@@ -60,9 +60,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"some of: {', '.join(CASES)} (default: all)", type=_suite)
+    parser.add_argument(
+        "suites", nargs="*", metavar="SUITE", help=f"some of: {', '.join(CASES)} (default: all)", type=_suite
+    )
     names = dict.fromkeys([*PEERS, *PLANNERS])
-    parser.add_argument("--peers", nargs="+", choices=list(names), metavar="PEER", help=f"only these beside attngen: {', '.join(names)}")
+    parser.add_argument(
+        "--peers", nargs="+", choices=list(names), metavar="PEER", help=f"only these beside attngen: {', '.join(names)}"
+    )
     parser.add_argument("--out", type=Path, help="folder for the files (default: benchmarks/results/DEVICE)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--size", choices=("small", "full"), help="small tries the harness (default: full on a GPU)")

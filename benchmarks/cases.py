@@ -75,7 +75,9 @@ class Sizes:
     def peers(self, *names: str) -> tuple[str, ...]:
         """attngen and those of the names that make sense on the device."""
         if not self.cuda:
-            names = tuple(dict.fromkeys("sdpa-math" if name in ("sdpa-cudnn", "sdpa-efficient") else name for name in names))
+            names = tuple(
+                dict.fromkeys("sdpa-math" if name in ("sdpa-cudnn", "sdpa-efficient") else name for name in names)
+            )
             names = tuple(name for name in names if name not in ("flex-max-autotune", "flashinfer"))
         return ("attngen", *(name for name in names if name != "attngen"))
 
@@ -155,7 +157,28 @@ def decode(sizes: Sizes) -> Iterable[Case]:
     for lengths in ((64, 500, 1024),) if sizes.small else LEAN:
         heads, dtype = (8, sizes.dtype) if sizes.small else (64, "float16")
         settings = (("lengths", lengths),)
-        yield Case("decode", "lengths", FORWARD, len(lengths), heads, heads, 1, max(lengths), dim, dtype, peers, settings)
+        yield Case(
+            "decode", "lengths", FORWARD, len(lengths), heads, heads, 1, max(lengths), dim, dtype, peers, settings
+        )
+
+
+def seeds(sizes: Sizes) -> Iterable[Case]:
+    """SCFA's and HyperAttention's own sizes; the peers are dense."""
+    peers = ("attngen", "attngen-dense", "sdpa-flash") if not sizes.cuda else ("attngen", "attngen-dense", *SDPA[:2])
+    dim, dtype = 64, sizes.dtype
+    batch, heads = (1, 4) if sizes.small else (4, 48)
+    lengths = (2048,) if sizes.small else (8192, 16384, 32768)
+    variants = [("qk_sparse", "kept", kept) for kept in (0.7, 0.5, 0.3, 0.2)]
+    variants += [("hash_sparse", "buckets", count) for count in (4, 16, 64)]
+    for n, (pattern, name, value) in product(lengths, variants):
+        if sizes.small and value not in (0.5, 16):
+            continue
+        shape = (batch, heads, heads, n, n, dim, dtype)
+        yield Case("seeds", pattern, TRAINING, *shape, peers, ((name, value),))
+    for n, direction in product((2048,) if sizes.small else (32768, 131072), (FORWARD, TRAINING)):
+        heads = 4 if sizes.small else 32
+        settings = (("min_len", 512 if sizes.small else 4096),)
+        yield Case("seeds", "hyper", direction, 1, heads, heads, n, n, dim, dtype, peers, settings)
 
 
 def planning(sizes: Sizes) -> Iterable[Case]:
@@ -176,7 +199,9 @@ def first_call(sizes: Sizes) -> Iterable[Case]:
     shape = (1, 4, 4, n, n, 64, sizes.dtype)
     yield Case("first_call", "causal window", "import", *shape, ("attngen",), settings)
     yield Case("first_call", "causal window", FORWARD, *shape, ("attngen", "flex"), settings)
-    yield Case("first_call", "causal window", TRAINING, *shape, sizes.peers("flex") if sizes.cuda else ("attngen",), settings)
+    yield Case(
+        "first_call", "causal window", TRAINING, *shape, sizes.peers("flex") if sizes.cuda else ("attngen",), settings
+    )
     for pattern, given in (("causal", ()), ("causal documents", (("documents", 64),))):
         yield Case("first_call", pattern, "cross-compile", *shape, ("attngen",), given)
 
@@ -197,6 +222,7 @@ CASES: dict[str, Callable[[Sizes], Iterable[Case]]] = {
     "documents": documents,
     "scores": scores,
     "decode": decode,
+    "seeds": seeds,
     "planning": planning,
     "first_call": first_call,
     "overhead": overhead,

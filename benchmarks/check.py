@@ -112,7 +112,9 @@ class Reference:
         for name, dims in spec.plain_dims.items():
             for dim, axis in dims:
                 if axis in "bh" and captures[name].shape[dim] > 1:
-                    start, stop = (group.batch, group.batch + 1) if axis == "b" else (group.heads.start, group.heads.stop)
+                    start, stop = (
+                        (group.batch, group.batch + 1) if axis == "b" else (group.heads.start, group.heads.stop)
+                    )
                     captures[name] = captures[name].narrow(dim, start, stop - start)
         return captures
 

@@ -91,11 +91,11 @@ def attention(case: Case, peers: tuple[str, ...], context: Context) -> Iterator[
     bound, limit = rates.bound(done)
     records = []
     for peer, timing in timings.items():
-        built, error = ready[peer]
+        built, relative = ready[peer]
         unit, figure = throughput(case, done, context.device)
         records.append(
             Record(
-                case.id, peer, OK, error=error, timing=timing, figure=figure / timing.median, unit=unit,
+                case.id, peer, OK, error=relative, timing=timing, figure=figure / timing.median, unit=unit,
                 bound_seconds=bound, bound_limit=limit, bound_fraction=bound / timing.median, notes=built.notes,
                 described=describe(case) | {"pairs": done.pairs, "flops": done.flops, "bytes": done.bytes},
             )
@@ -239,6 +239,4 @@ def synchronize(device: torch.device) -> None:
 
 
 def _scaled(timing: Timing, factor: float) -> Timing:
-    return Timing(
-        timing.median * factor, timing.p20 * factor, timing.p80 * factor, timing.best * factor, timing.runs
-    )
+    return Timing(timing.median * factor, timing.p20 * factor, timing.p80 * factor, timing.best * factor, timing.runs)

@@ -59,19 +59,19 @@ def sdpa(inputs: Inputs) -> Built:
         arguments["is_causal"] = True
     if pattern.sdpa == "mask" and pattern.sdpa_bias is None:
         arguments["attn_mask"] = dense_mask(inputs)
-    q, k, v = inputs.q, inputs.k, inputs.v
-    if pattern.sdpa_bias is None:
+    q, k, v, bias = inputs.q, inputs.k, inputs.v, pattern.sdpa_bias
+    if bias is None:
         return Built(lambda: F.scaled_dot_product_attention(q, k, v, **arguments))
     mask, captures = dense_mask(inputs), {**inputs.captures, "n": case.n_k}
     if pattern.learned:
         hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -torch.inf)
 
         def run() -> torch.Tensor:
-            total = pattern.sdpa_bias(captures) + hidden  # changes at each step, so it is part of the call
+            total = bias(captures) + hidden  # changes at each step, so it is part of the call
             return F.scaled_dot_product_attention(q, k, v, attn_mask=total, **arguments)
 
         return Built(run)
-    total = pattern.sdpa_bias(captures).masked_fill(~mask, -torch.inf).to(q.dtype)
+    total = bias(captures).masked_fill(~mask, -torch.inf).to(q.dtype)
     return Built(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=total, **arguments))
 
 
@@ -124,7 +124,9 @@ def flex(mode: str | None = None) -> Build:
         function, block_mask = compiled_flex(mode), block_mask_of(inputs)
         score = pattern.flex_score(inputs.captures) if pattern.flex_score else None
         gqa = case.heads_q != case.heads_kv
-        return Built(lambda: function(inputs.q, inputs.k, inputs.v, score_mod=score, block_mask=block_mask, enable_gqa=gqa))
+        return Built(
+            lambda: function(inputs.q, inputs.k, inputs.v, score_mod=score, block_mask=block_mask, enable_gqa=gqa)
+        )
 
     return build
 

@@ -107,7 +107,9 @@ def commit() -> str | None:
         return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD")[:12] + ("+changes" if git("status", "--porcelain", "--", "../attngen", "../templates", ".") else "")
+        return git("rev-parse", "HEAD")[:12] + (
+            "+changes" if git("status", "--porcelain", "--", "../attngen", "../templates", ".") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -21,6 +21,7 @@ Row = Mapping[str, Any]  # a record as the file has it
 
 COLOURS = {
     "attngen": "#d6336c",
+    "attngen-dense": "#faa2c1",
     "flex": "#1971c2",
     "flex-max-autotune": "#74c0fc",
     "sdpa": "#2f9e44",
@@ -65,7 +66,10 @@ def load(folder: Path) -> list[dict[str, Any]]:
 
 def markdown(suites: Iterable[Data]) -> str:
     """Everything as one page."""
-    parts = ["# Measured", "Made from the JSON files beside this page; `benchmarks/results/README.md` says how to run it again."]
+    parts = [
+        "# Measured",
+        "Made from the JSON files beside this page; `benchmarks/results/README.md` says how to run it again.",
+    ]
     parts.append(
         "Times are medians with the 20th and 80th percentile. Every implementation was checked against float64 before it was "
         "timed. FLOP/s count attended pairs only, 4 D a pair forward and 10 D backward; GB/s count each live tensor once. "
@@ -86,7 +90,10 @@ def markdown(suites: Iterable[Data]) -> str:
 
 def table(data: Data) -> str:
     """A row per case, attngen first, then the peers by their time."""
-    rows = ["| case | implementation | time | figure | of the bound | ratio to the best peer | schedule, or memory |", "|---|---|---|---|---|---|---|"]
+    rows = [
+        "| case | implementation | time | figure | of the bound | ratio to the best peer | schedule, or memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for case, records in by_case(data).items():
         timed = [r for r in records if r["status"] == OK]
         timed.sort(key=lambda r: (r["peer"] != "attngen", r["timing"]["median"]))
@@ -127,7 +134,9 @@ def _notes(r: Row) -> str:
     if notes.get("peak bytes") is not None:
         return f"peak {notes['peak bytes'] / 2**20:.3g} MiB"
     return ", ".join(
-        f"{name} {value['registers']} registers, {value['spills']} spills" if isinstance(value, dict) else f"{name} {value}"
+        f"{name} {value['registers']} registers, {value['spills']} spills"
+        if isinstance(value, dict)
+        else f"{name} {value}"
         for name, value in notes.items()
     )
 
@@ -185,7 +194,10 @@ def _lines(data: Data, timed: list[Row], groups: list[str], path: Path) -> None:
         of_group = [r for r in timed if r["described"]["group"] == group]
         for peer in _peers(of_group):
             points = sorted(
-                (r["described"]["n_k"], *(r["figure"] * r["timing"]["median"] / r["timing"][p] for p in ("median", "p80", "p20")))
+                (
+                    r["described"]["n_k"],
+                    *(r["figure"] * r["timing"]["median"] / r["timing"][p] for p in ("median", "p80", "p20")),
+                )
                 for r in of_group
                 if r["peer"] == peer
             )

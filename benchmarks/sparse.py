@@ -85,7 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
         for name, share in shares.items():
             figure = timings[name].median / share**2 / base
             measured = {name: asdict(timings[name])}
-            lines.append(Line(f"{name}: time per live pair over that at 50%, N {given.n}", figure, "x", 1.25, False, measured))
+            lines.append(
+                Line(f"{name}: time per live pair over that at 50%, N {given.n}", figure, "x", 1.25, False, measured)
+            )
     else:
         names = given.only or list(TARGETS)
         timings = measure(given.n, ["dense", *names], given.rounds)

@@ -14,6 +14,7 @@ import torch
 from benchmarks import measure, prepare
 from benchmarks.cases import Case
 from benchmarks.measure import FAILED, OK, Context, Record, describe, failure
+from benchmarks.seeds import seeds
 
 Measure = Callable[[Case, tuple[str, ...], Context], Iterator[Record]]
 
@@ -21,6 +22,7 @@ MEASURES: Mapping[str, Measure] = {
     "planning": prepare.planning,
     "first_call": prepare.first_call,
     "overhead": measure.overhead,
+    "seeds": seeds,
 }  # every other suite measures attention itself
 
 SCHEMA = 1

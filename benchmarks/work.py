@@ -110,9 +110,8 @@ def measure_rates(device: torch.device, dtype: str, stopwatch: Any, runs: int = 
     """A large matrix product and a large copy on random data, the best of a few runs each."""
     cuda = device.type == "cuda"
     n, elements = (8192, 2**30) if cuda else (1024, 2**25)
-    a, b = (torch.randn(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-    product = min(stopwatch(lambda: None, lambda _: a @ b) for _ in range(runs))
-    del a, b
+    left, right = (torch.randn(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    product = min(stopwatch(lambda: None, lambda _: left @ right) for _ in range(runs))
     source = torch.randn(elements, device=device, dtype=torch.float32)
     target = torch.empty_like(source)
     copied = min(stopwatch(lambda: None, lambda _: target.copy_(source)) for _ in range(runs))

@@ -41,7 +41,9 @@ def main(n: int, block: int, samples: int, min_len: int) -> None:
         attn(q, k, v, seed=0)  # the first call analyses and compiles
         out, taken = timed(lambda: attn(q, k, v, seed=1), leaves)  # noqa: B023
         error = (out - exact).norm() / exact.norm()
-        print(f"{name} inputs, N {n}, B1 H8 D64, {device}: exact {dense:.3f} s, HyperAttention {taken:.3f} s: {dense / taken:.1f}x")
+        print(
+            f"{name} inputs, N {n}, B1 H8 D64, {device}: exact {dense:.3f} s, HyperAttention {taken:.3f} s: {dense / taken:.1f}x"
+        )
         print(f"  relative error {error:.3f}")
 
 

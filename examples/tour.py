@@ -73,7 +73,7 @@ def main(out: Path) -> None:
         )
 
     heading(f"tuned on this {device} and remembered")
-    report = ag.tune(spec, shapes=["B1 H8 N2048 D64"], dtype=torch.float32, trials=6, captures=captures)
+    report = ag.tune(spec, shapes=["B1 H8 N2048 D64"], dtype=torch.float32, trials=4, captures=captures)
     print(report)
 
     heading("the second run finds the record")

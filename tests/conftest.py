@@ -16,10 +16,17 @@ settings.load_profile("attngen")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the golden files of generated source")
+    parser.addoption("--gpu-part", metavar="K/N", help="of the GPU tests only the K-th of N parts (with -m gpu)")
+    parser.addoption(
+        "--rehearse-gpu",
+        action="store_true",
+        help="without a GPU: run the GPU tests in the interpreter, at small sizes",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
+    _keep_part(config, items)
+    if not torch.cuda.is_available() and not config.option.rehearse_gpu:
         skip = pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False")
         for item in items:
             if "gpu" in item.keywords:
@@ -29,6 +36,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(slow)
+
+
+def _keep_part(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deal the GPU tests out in turn, so that each part has some of every kind."""
+    if not config.option.gpu_part:
+        return
+    part, _, parts = config.option.gpu_part.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise pytest.UsageError(f"--gpu-part: expected K/N with 1 <= K <= N, as in 2/4, got {config.option.gpu_part!r}")
+    of_gpu = [item for item in items if "gpu" in item.keywords]
+    left_out = {item for place, item in enumerate(of_gpu) if place % int(parts) != int(part) - 1}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)

@@ -34,13 +34,17 @@ def inputs(size: tuple[int, ...], seed: int = 0, dim: int = 16, dim_v: int = 24)
     return tuple(torch.randn(shape, generator=generator) for shape in shapes)
 
 
-def compare(spec: ag.Spec, size: tuple[int, ...], captures: dict[str, Any], backend: str = "cpu", seed: int = 0) -> None:
+def compare(
+    spec: ag.Spec, size: tuple[int, ...], captures: dict[str, Any], backend: str = "cpu", seed: int = 0
+) -> None:
     """out, lse and all gradients against the oracle; the spec's text reads back as the same spec."""
     check(spec, ag.compile(spec, backend=backend), *inputs(size, seed), captures, size[5])
     assert ag.Spec.from_text(str(spec)).key == spec.key
 
 
-def visited(spec: ag.Spec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int, **captures: Any) -> tuple[int, int]:
+def visited(
+    spec: ag.Spec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int, **captures: Any
+) -> tuple[int, int]:
     """(tiles visited, tiles that hold an attended pair) over all pieces, batches and heads of a call."""
     from attngen.expression import evaluate
     from attngen.keys.call import recorded
@@ -56,6 +60,8 @@ def visited(spec: ag.Spec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bl
         needed += int(pad.unflatten(-1, (-1, block)).unflatten(2, (-1, block)).any(-1).any(3).sum())
         for b in range(pq.shape[0]):
             for h in range(pq.shape[1]):
-                tiles = ag.tile_map(piece.spec, pq.shape[2], pk.shape[2], block, block, b=b, h=h, q_offset=offset, **read)
+                tiles = ag.tile_map(
+                    piece.spec, pq.shape[2], pk.shape[2], block, block, b=b, h=h, q_offset=offset, **read
+                )
                 seen += int((tiles > 0).sum())
     return seen, needed

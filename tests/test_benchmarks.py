@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,8 @@ import torch
 
 import attngen as ag
 from attngen.expression import evaluate
-from attngen.reference import dense_env
 from attngen.inputs import bind
+from attngen.reference import dense_env
 from benchmarks import measure, prepare, report, report_files, suite
 from benchmarks.__main__ import main
 from benchmarks.cases import BACKWARD, CASES, FORWARD, TRAINING, Case, Sizes, cases_of
@@ -22,6 +23,7 @@ from benchmarks.check import Reference, WrongResult
 from benchmarks.measure import Context, clean
 from benchmarks.patterns import PATTERNS
 from benchmarks.peers import PEERS, Built, Unavailable
+from benchmarks.seeds import KEY_SETS
 from benchmarks.suite import Mixed, Results
 from benchmarks.timing import Candidate, HostStopwatch, race
 from benchmarks.work import Inputs, Rates, work
@@ -40,12 +42,23 @@ class Clock:
         return self.now
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """On a busy machine handing tiny work to several threads takes longer than doing it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_rates", lambda *a: Rates(flops=1e9, bytes=1e9, exps=None))
 
 
-def tiny(pattern: str = "causal", direction: str = FORWARD, peers: tuple[str, ...] = ("attngen", "quick"), **changed: Any) -> Case:
+def tiny(
+    pattern: str = "causal", direction: str = FORWARD, peers: tuple[str, ...] = ("attngen", "quick"), **changed: Any
+) -> Case:
     settings = {"causal window": (("width", 9),), "window": (("width", 9),), "causal documents": (("documents", 5),)}
     settings["lengths"] = (("lengths", (3, 30)),)
     batch = 1 if pattern == "learned bias" else 2
@@ -105,9 +118,14 @@ def run(cases: list[Case], kept: Results, where: Context, budget: float = 1e9) -
 def test_suites_are_data(name: str, small: bool, cuda: bool):
     cases = cases_of(name, Sizes(small, cuda))
     assert cases and len({case.id for case in cases}) == len(cases)
-    known = {*PEERS, *prepare.PLANNERS}
+    known = {*PEERS, *prepare.PLANNERS, "attngen-dense"}
     for case in cases:
-        assert case.suite == name and case.pattern in PATTERNS and set(case.peers) <= known and case.peers[0] == "attngen"
+        assert (
+            case.suite == name
+            and case.pattern in {**PATTERNS, **KEY_SETS}
+            and set(case.peers) <= known
+            and case.peers[0] == "attngen"
+        )
         assert case.heads_q % case.heads_kv == 0 and hash(case) and json.dumps(measure.describe(case))
     chosen = cases_of(name, Sizes(small, cuda), ["flex"])
     assert {case.peers for case in chosen} == {("attngen", "flex")}
@@ -130,7 +148,6 @@ def test_counted_pairs_are_the_attended_ones(pattern: str):
         b, i = torch.arange(inputs.case.batch).view(-1, 1, 1), torch.arange(40).view(-1, 1)
         got = PATTERNS[pattern].flex_mask(inputs.captures)(b, 0, i, keys)
         assert torch.equal(got.expand(inputs.case.batch, 40, 40), mask[:, 0])
-
 
 
 def test_work_and_bound():
@@ -319,13 +336,25 @@ def test_overhead_counts_calls(tmp_path: Path):
     assert record["figure"] == pytest.approx(3000.0) and record["unit"] == "us"
 
 
-@pytest.mark.parametrize(("pattern", "peer"), [("causal window", "dense-mask"), ("causal documents", "create_block_mask")])
-def test_planning(tmp_path: Path, pattern: str, peer: str):
-    case = tiny(pattern, "plan", suite="planning", n_q=256, n_k=256, batch=1, peers=("attngen", peer))
+@pytest.mark.parametrize("pattern", ["causal window", "causal documents"])
+def test_planning(tmp_path: Path, pattern: str):
+    case = tiny(pattern, "plan", suite="planning", n_q=256, n_k=256, batch=1, peers=("attngen", "dense-mask"))
     kept = Results(tmp_path / "planning.json", SETTING, False)
     where = Context(CPU, HostStopwatch(), Clock(), seconds=0.01)
     suite.run([case], kept, where, 1e9, lambda text: None)
     assert {name: r["status"] for name, r in kept.of(case.id).items()} == dict.fromkeys(case.peers, "ok")
+
+
+@pytest.mark.parametrize(("pattern", "setting"), [("qk_sparse", ("kept", 0.5)), ("hash_sparse", ("buckets", 4))])
+def test_sparse_systems_stand_against_dense_attention(tmp_path: Path, pattern: str, setting: tuple[str, Any]):
+    peers = ("attngen", "attngen-dense", "quick")
+    case = tiny(suite="seeds", direction=TRAINING, peers=peers, heads_kv=4)
+    case = replace(case, pattern=pattern, settings=(setting,))
+    kept = Results(tmp_path / "seeds.json", SETTING, False)
+    where = replace(context(Clock()), stopwatch=HostStopwatch(), seconds=0.01, clock=time.perf_counter)
+    suite.run([case], kept, where, 1e9, lambda text: None)
+    assert {name: r["status"] for name, r in kept.of(case.id).items()} == dict.fromkeys(peers, "ok")
+    assert kept.of(case.id)["attngen"]["best_peer"] in peers
 
 
 def test_planning_refuses_what_does_not_fit():
@@ -360,7 +389,9 @@ def test_first_calls_child():
 def folder(tmp_path: Path) -> Iterator[Path]:
     clock = Clock()
     where = context(clock, off=takes(clock, 0.001, wrong=0.1))
-    cases = [tiny(p, n_q=n, n_k=n, peers=("attngen", "quick", "slow", "off")) for p in ("causal", "full") for n in (16, 32)]
+    cases = [
+        tiny(p, n_q=n, n_k=n, peers=("attngen", "quick", "slow", "off")) for p in ("causal", "full") for n in (16, 32)
+    ]
     run(cases, results(tmp_path), where)
     kept = Results(tmp_path / "windows.json", SETTING, False)
     suite.run([tiny("window", suite="windows")], kept, where, 1e9, lambda text: None)
@@ -381,10 +412,25 @@ def test_tables_and_charts_come_from_the_json(folder: Path, capsys: pytest.Captu
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     small = tiny(peers=("attngen", "sdpa"))
     monkeypatch.setitem(CASES, "dense", lambda sizes: [small])
-    arguments = ["dense", "--device", "cpu", "--out", str(tmp_path), "--seconds", "0.01", "--peers", "sdpa", "sdpa-cudnn"]
+    arguments = [
+        "dense",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+        "--seconds",
+        "0.01",
+        "--peers",
+        "sdpa",
+        "sdpa-cudnn",
+    ]
     assert main(arguments) == 0 and main([*arguments, "--resume"]) == 0
     kept = json.loads((tmp_path / "dense.json").read_text())
-    assert {r["peer"]: r["status"] for r in kept["records"]} == {"attngen": "ok", "sdpa": "ok", "sdpa-cudnn": "not available"}
+    assert {r["peer"]: r["status"] for r in kept["records"]} == {
+        "attngen": "ok",
+        "sdpa": "ok",
+        "sdpa-cudnn": "not available",
+    }
     ours = next(r for r in kept["records"] if r["peer"] == "attngen")
     assert "model's choice" in ours["notes"]["origin"] and isinstance(ours["notes"]["schedule"], dict)
     assert {"device", "driver", "torch", "triton", "attngen", "commit", "generator"} <= set(kept["setting"])

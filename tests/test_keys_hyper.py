@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attngen as ag
 from attngen.inputs import bind
@@ -18,7 +20,9 @@ SMALL = (1, 1, 2, 70, 70, 0)
 
 
 @pytest.mark.parametrize("size", [*SIZES, (1, 2, 1, 77, 160, 0)])
-@pytest.mark.parametrize(("block", "samples", "min_len"), [(8, 6, 10), (16, 0, 10), (7, 500, 5), (500, 9, 5), (8, 8, 1000)])
+@pytest.mark.parametrize(
+    ("block", "samples", "min_len"), [(8, 6, 10), (16, 0, 10), (7, 500, 5), (500, 9, 5), (8, 8, 1000)]
+)
 def test_without_causality(size: tuple[int, ...], block: int, samples: int, min_len: int):
     compare(ag.Spec(keys=ag.hyper(block, samples, min_len)), size, dict(seed=5))
 
@@ -76,10 +80,10 @@ def test_neighbouring_buckets_differ_in_one_bit():
     place = gray_decode(codes)
     assert torch.equal(place.sort().values, codes)
     ordered = place.argsort()  # the code at each place
-    flips = [bin(int(a) ^ int(b)).count("1") for a, b in zip(ordered[:-1], ordered[1:], strict=True)]
+    flips = [bin(int(a) ^ int(b)).count("1") for a, b in pairwise(ordered)]
     assert flips == [1] * 127
     encoded = (codes ^ (codes >> 1)).argsort()
-    assert sum(bin(int(a) ^ int(b)).count("1") > 1 for a, b in zip(encoded[:-1], encoded[1:], strict=True)) == 31
+    assert sum(bin(int(a) ^ int(b)).count("1") > 1 for a, b in pairwise(encoded)) == 31
 
 
 def parts(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,7 +117,7 @@ def test_the_error_falls_as_one_over_the_root_of_the_samples():
         attn = ag.compile(ag.Spec(keys=ag.hyper(16, samples, 8)))
         runs = [(attn(q, k, v, seed=seed).double() - exact).square().mean() for seed in range(12)]
         errors.append(torch.stack(runs).mean().sqrt().item())
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert 1.5 < coarse / fine < 2.6, errors
 
 
@@ -170,6 +174,30 @@ def test_work_is_the_patterns(mask: Any):
     size = (1, 1, 1, 1000, 1000, 0)
     seen, needed = visited(ag.Spec(keys=ag.hyper(64, 64, 128), mask=mask), *inputs(size), block=32, seed=1)
     assert needed <= seen <= 1.1 * needed
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many elements the largest tensor had that an operation made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().size():
+                self.numel = max(self.numel, tensor.untyped_storage().size() // tensor.element_size())
+        return result
+
+
+@pytest.mark.parametrize("mask", [None, ag.causal()])
+def test_no_tensor_has_a_sample_per_query(mask: Any):
+    """A bias of N x samples, or anything N x N, is never made, forward or backward."""
+    n, samples = 2048, 512
+    leaves = [x.requires_grad_() for x in inputs((1, 1, 1, n, n, 0))]
+    with Largest() as largest:
+        out = ag.compile(ag.Spec(keys=ag.hyper(64, samples, 256), mask=mask))(*leaves, seed=1)
+        torch.autograd.grad(out.sum(), leaves)
+    assert 0 < largest.numel <= n * 128 < n * samples
 
 
 def test_preparation_is_linear():

@@ -15,7 +15,9 @@ KEEPS = {
     "few": lambda shape, g: torch.rand(shape, generator=g) < 0.03,
     "none": lambda shape, g: torch.zeros(shape, dtype=torch.bool),
     "all": lambda shape, g: torch.ones(shape, dtype=torch.bool),
-    "one head empty": lambda shape, g: (torch.rand(shape, generator=g) < 0.5) & (torch.arange(shape[1]).view(1, -1, 1) > 0),
+    "one head empty": lambda shape, g: (
+        (torch.rand(shape, generator=g) < 0.5) & (torch.arange(shape[1]).view(1, -1, 1) > 0)
+    ),
 }
 BUCKETS = {
     "random": lambda shape, g: torch.randint(0, 5, shape, generator=g),
@@ -191,10 +193,22 @@ def test_bad_buckets():
     attn = ag.compile(ag.Spec(keys=ag.hash_sparse(5)))
     attn(*inputs(SIZES[3]), **good)
     for wrong in (good["k_bucket"] - 1, good["k_bucket"] + 1):
-        with pytest.raises(ag.InputError, match="k_bucket: expected bucket numbers in 0 .. 4"):
+        with pytest.raises(ag.InputError, match=r"k_bucket: expected bucket numbers in 0 \.\. 4"):
             attn(*inputs(SIZES[3]), **{**good, "k_bucket": wrong})
     with pytest.raises(ag.InputError, match="q_bucket: expected int"):
         attn(*inputs(SIZES[3]), **{**good, "q_bucket": good["q_bucket"].float()})
+
+
+@pytest.mark.parametrize("size", [(0, 1, 1, 9, 9, 0), (1, 1, 1, 0, 9, 0), (1, 1, 1, 9, 0, 0), (1, 1, 1, 0, 0, 0)])
+@pytest.mark.parametrize("mask", [None, ag.causal()])
+def test_nothing_at_all(size: tuple[int, ...], mask: Any):
+    batch, heads, _, _, n_k, _ = size
+    compare(ag.Spec(keys=ag.qk_sparse(), mask=mask), size, keeps(size, "half", "half"))
+    compare(ag.Spec(keys=ag.hash_sparse(), mask=mask), size, buckets(size, "random"))
+    compare(ag.Spec(keys=ag.hyper(4, 3, 5), mask=mask), size, dict(seed=0))
+    compare(ag.Spec(keys=ag.codebook(), mask=mask), size, dict(count=torch.ones(batch, heads, n_k)))
+    out = ag.compile(ag.Spec(keys=ag.sparse_k(3), mask=mask))(*inputs(size), u=torch.ones(batch, heads, n_k))
+    assert out.shape == (batch, 1, size[3], 24) and not (out.any() and n_k == 0)
 
 
 def test_bad_specs():
@@ -202,7 +216,13 @@ def test_bad_specs():
         ag.Spec(keys=ag.qk_sparse(), mask=lambda b, h, i, j: ag.Tensor("keep_q", 1)[i] > 0)
     with pytest.raises(ag.SpecError, match="dropout"):
         ag.Spec(keys=ag.qk_sparse(), dropout=0.1)
-    for text in ("nothing()", "hash_sparse(buckets=__import__)", "hash_sparse(n=3)", "hash_sparse(buckets=3", "hyper(block=0)"):
+    for text in (
+        "nothing()",
+        "hash_sparse(buckets=__import__)",
+        "hash_sparse(n=3)",
+        "hash_sparse(buckets=3",
+        "hyper(block=0)",
+    ):
         with pytest.raises(ag.SpecError):
             ag.Spec.from_text(f"keys: {text}")
     with pytest.raises(ag.SpecError, match="expected a key set"):

@@ -42,7 +42,9 @@ def _seen_by_triton(arg: Any, value: Any) -> Any:
     return (kind, value == 1, value % 16 == 0) if arg.specialize else kind
 
 
-def launch(spec: ag.Spec, batch: int, n: int, n_k: int, heads: int = 4, kv: int = 2, q_offset: int = 0, **captures: Any) -> None:
+def launch(
+    spec: ag.Spec, batch: int, n: int, n_k: int, heads: int = 4, kv: int = 2, q_offset: int = 0, **captures: Any
+) -> None:
     q, k, v = torch.zeros(batch, heads, n, 64), torch.zeros(batch, kv, n_k, 64), torch.zeros(batch, kv, n_k, 64)
     call = bind(spec, q, k, v, q_offset=q_offset, captures=captures)
     schedule = complete_for("sm_90", 64, 64, q.dtype, ag.Schedule())
@@ -51,7 +53,9 @@ def launch(spec: ag.Spec, batch: int, n: int, n_k: int, heads: int = 4, kv: int 
 
 
 def test_params_lengths_batches_and_heads_compile_nothing(compiled: set[Any]):
-    spec = ag.Spec(mask=ag.causal() & ag.window(ag.Param("width")), score=[ag.soft_cap(ag.Param("cap", float)), ag.alibi()])
+    spec = ag.Spec(
+        mask=ag.causal() & ag.window(ag.Param("width")), score=[ag.soft_cap(ag.Param("cap", float)), ag.alibi()]
+    )
     launch(spec, 2, 200, 200, width=7, cap=3.0, slope=torch.zeros(4))
     first = set(compiled)
     assert {key[0] for key in first} and len(first) == 5  # forward, delta, dq, dkv, the gradient of slope

@@ -68,9 +68,10 @@ def state_of(logits: torch.Tensor, v: torch.Tensor) -> State:
 
 def write(state: State, lse: torch.Tensor, out: torch.Tensor) -> float:
     """The finished rows: lse [heads, rows] in natural base, out [heads, rows, Dv]. Returns a sum that is finite if out is."""
-    lse.copy_((state.m + state.l.log2()).mul_(0.6931471805599453).view(lse.shape))
+    ln_2 = 0.6931471805599453
+    torch.add(state.l.log().view(lse.shape), state.m.view(lse.shape), alpha=ln_2, out=lse)
     # The largest logit adds 1 to l: it is 0 for a row without a key and at least 1 for any other.
-    torch.div(state.o.view(out.shape), state.l.clamp(min=1).view(out.size(0), out.size(1), 1), out=out)
+    torch.div(state.o.view(out.shape), state.l.clamp_(min=1).view(out.size(0), out.size(1), 1), out=out)
     return float(state.o.sum())
 
 
@@ -88,7 +89,7 @@ def masked_logits(
     logits = product(q, k)
     for x in range(len(owner)):
         if owner[x] == chunk:
-            columns = logits.view(tile)[:, :, low[x] : high[x]]
+            columns = logits.view(tile).narrow(2, low[x], high[x] - low[x])
             torch.minimum(columns, cap[x], out=columns)
     return logits
 
@@ -109,7 +110,7 @@ def _attend_unit(
     out: torch.Tensor,
 ) -> float:
     tile = [place[3], place[5], -1]
-    k, v = k.select(0, place[0]).select(0, place[1]), v.select(0, place[0]).select(0, place[1])
+    k, v = k[place[0], place[1]], v[place[0], place[1]]
     rows = rows_of(tile_of(q, place), factor, k)
     logits = masked_logits(rows, k[start[0] : stop[0]], tile, 0, cap, owner, low, high)
     state = state_of(logits, v[start[0] : stop[0]])
@@ -184,7 +185,7 @@ def _differentiate_unit(
     pair = place[0] * k.size(1) + place[1]
     dk, dv = dk.select(0, pair), dv.select(0, pair)
     tile = [place[3], place[5], -1]
-    k, v = k.select(0, place[0]).select(0, place[1]), v.select(0, place[0]).select(0, place[1])
+    k, v = k[place[0], place[1]], v[place[0], place[1]]
     rows, do_rows = rows_of(tile_of(q, place), factor, k), rows_of(tile_of(do, place), 1.0, k)
     q_t, do_t = rows.t().contiguous(), do_rows.t().contiguous()
     delta, lse = tile_of(delta, place).reshape(-1, 1), tile_of(lse, place).reshape(-1, 1)

@@ -165,7 +165,7 @@ class Pieces:
 
         spec = self.spec
         declared = {**spec.tensors, **spec.params}
-        parts = {
+        parts: dict[str, Any] = {
             "mask": Expr(mask.sym, {**declared, **mask.declared}),
             "score": Expr(score.sym, {**declared, **score.declared}),
         }

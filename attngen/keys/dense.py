@@ -87,7 +87,9 @@ def _gather(keys: Any, call: Call, given: Mapping[str, Any]) -> Weights:
     """A key weighs the sum of exp(log_weight) over the places of the list that name it."""
     index = _heads(_need(given, "index"), call).long()
     log_weight = given.get("log_weight")
-    each = torch.ones(index.shape, dtype=torch.float64) if log_weight is None else _heads(log_weight, call).double().exp()
+    each = (
+        torch.ones(index.shape, dtype=torch.float64) if log_weight is None else _heads(log_weight, call).double().exp()
+    )
     each = torch.where(index >= 0, each, 0.0)
     total = torch.zeros((*call.q.shape[:2], call.k.shape[2]), dtype=torch.float64)
     return _log(total.scatter_add(-1, index.clamp(min=0), each)).unsqueeze(-2), None
@@ -182,6 +184,8 @@ def _sparse_k(keys: Any, call: Call, given: Mapping[str, Any]) -> Weights:
 
 def _clipped(u: torch.Tensor, seen: torch.Tensor, k: int) -> torch.Tensor:
     """clip(u - tau, 0, 1) that sums to k over the seen keys (all ones if there are no more than k), tau by bisection."""
+    if 0 in seen.shape:
+        return seen.double()
     values = torch.where(seen, u.detach(), -torch.inf)
     high = values.amax(-1, keepdim=True)
     low = torch.where(seen, u.detach(), torch.inf).amin(-1, keepdim=True) - 1

@@ -23,7 +23,21 @@ import torch
 
 from attngen.errors import InputError
 from attngen.expression import Expr
-from attngen.keys.base import KeySet, Pieces, Result, b, by_distance, h, i, j, moved, moved_by, offset_column, positive, split_causal
+from attngen.keys.base import (
+    KeySet,
+    Pieces,
+    Result,
+    b,
+    by_distance,
+    h,
+    i,
+    j,
+    moved,
+    moved_by,
+    offset_column,
+    positive,
+    split_causal,
+)
 from attngen.keys.rows import flat_rows, take_flat
 from attngen.merging import merge_rows
 
@@ -67,7 +81,9 @@ class Hyper(KeySet):
         q_rank, k_rank = draws.ranks(call.q, layout.length), draws.ranks(call.k, layout.length)
         plan: dict[str, Any] = {"levels": layout.pairs}
         for level, pairs in enumerate(layout.pairs):
-            plan |= {f"{name}.{level}": value for name, value in self._level(call, draws, pairs, q_rank, k_rank).items()}
+            plan |= {
+                f"{name}.{level}": value for name, value in self._level(call, draws, pairs, q_rank, k_rank).items()
+            }
         if layout.levels:
             plan["start"] = (torch.arange(layout.leaves, device=call.q.device) * layout.leaf).to(torch.int32)
             plan["start"] = plan["start"].repeat(call.q.shape[0])

@@ -67,7 +67,9 @@ class Gather(KeySet):
         index = given.get("index")
         if not isinstance(index, torch.Tensor) or index.dim() != 3:
             got = f"shape {list(index.shape)}" if isinstance(index, torch.Tensor) else type(index).__name__
-            raise InputError("index", "int [B, Hkv, K] or [B, Hq, K]", got, "" if index is not None else "pass index=...")
+            raise InputError(
+                "index", "int [B, Hkv, K] or [B, Hq, K]", got, "" if index is not None else "pass index=..."
+            )
         heads = call.q.shape[1] if index.shape[1] == call.q.shape[1] else call.k.shape[1]
         shape = (call.q.shape[0], heads, index.shape[2])
         index = check_tensor("index", index, "int", shape, "[B, Hkv or Hq, K]", call.q.device)

@@ -159,7 +159,9 @@ class HashSparse(KeySet):
             q_position, k_position, q_rank, k_rank, start, stop = (pieces.tensor(name, 3) for name in names)
             positions = {"i": q_position[b, h, i], "j": k_position[b, h, j]}
             ranks = {"i": q_rank[b, h, i], "j": k_rank[b, h, j]}
-            mask = moved_by(pieces.mask, lambda atom: ranks if by_distance(atom) else positions) & (ranks["j"] >= start[b, h, i])
+            mask = moved_by(pieces.mask, lambda atom: ranks if by_distance(atom) else positions) & (
+                ranks["j"] >= start[b, h, i]
+            )
             if split_causal(pieces.spec.mask) is None:  # a causal mask ends the bucket itself
                 mask = mask & (ranks["j"] < stop[b, h, i])
             return {"mask": mask, "score": moved(pieces.score, **positions)}

@@ -32,8 +32,8 @@ from attngen.keys.base import (
     s,
     to_query_heads,
 )
-from attngen.keys.rows import flat_rows, take, take_flat
 from attngen.keys.permuted import attend_kept, kept_first
+from attngen.keys.rows import flat_rows, take, take_flat
 from attngen.merging import merge
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ class SparseK(KeySet):
 
     def prepare(self, spec: Spec, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
         u = self._scores(call, given)
+        if 0 in (call.q.shape[2], call.k.shape[2]):
+            return {}
         if self.incremental:
             if call.q.shape[2] != call.k.shape[2] or isinstance(call.q_offset, torch.Tensor) or call.q_offset != 0:
                 got = f"{call.q.shape[2]} queries, {call.k.shape[2]} keys, q_offset {call.q_offset}"
@@ -81,7 +83,7 @@ class SparseK(KeySet):
     def run(self, pieces: Pieces, plan: Mapping[str, Any], given: Mapping[str, Any]) -> Result:
         call = pieces.call
         u = self._scores(call, given)
-        if u.shape[2] == 0 or call.q.shape[2] == 0:
+        if 0 in (call.q.shape[2], call.k.shape[2]):
             return pieces.attend("window", self._near(pieces), call.q, call.k, call.v, call.q_offset)
         chosen = self._incremental(pieces, plan, u) if self.incremental else self._chosen(pieces, plan, u)
         if self.window is None:
@@ -111,11 +113,13 @@ class SparseK(KeySet):
         """
         call, past = pieces.call, plan["past"]
         batch, heads_kv, n = u.shape
-        chunks, heads = -(-n // CHUNK), call.q.shape[1]
+        chunks, _heads = -(-n // CHUNK), call.q.shape[1]
         length = chunks * CHUNK
         q = torch.nn.functional.pad(call.q, (0, 0, 0, length - n))
         own = torch.arange(length, device=u.device).view(chunks, CHUNK)
-        index = torch.cat([past, own.expand(batch, heads_kv, -1, -1)], -1)  # [B, Hkv, chunks, past + CHUNK], -1 for none
+        index = torch.cat(
+            [past, own.expand(batch, heads_kv, -1, -1)], -1
+        )  # [B, Hkv, chunks, past + CHUNK], -1 for none
         valid = (index >= 0) & (index < n)
         rows = index.clamp(0, n - 1)
         scores = u.gather(-1, rows.flatten(2)).view(rows.shape)
@@ -142,7 +146,9 @@ class SparseK(KeySet):
 
         def build(full: bool) -> Any:
             u_, tau_, whole_ = (pieces.tensor(name, 3, None) for name in ("u", "tau", "tau_whole"))
-            position, start, length_ = (pieces.tensor(name, d) for name, d in (("k_position", 3), ("start", 1), ("length", 1)))
+            position, start, length_ = (
+                pieces.tensor(name, d) for name, d in (("k_position", 3), ("start", 1), ("length", 1))
+            )
             places = {"b": pieces.tensor("batch", 1)[b], "i": i + start[b], "j": position[b, h, j]}
             distance = places["i"] - places["j"]
             p = u_[b, h, j] - tau_[b, h, i]
@@ -154,7 +160,9 @@ class SparseK(KeySet):
             return lambda: {"mask": mask & (above if full else (p > 0) & below), "score": score}
 
         whole = pieces.attend("p = 1", build(True), q, k, v, **extra)
-        weighed = v * u.gather(-1, rows.flatten(2)).view(rows.shape).transpose(1, 2).flatten(0, 1).unsqueeze(-1).to(v.dtype)
+        weighed = v * u.gather(-1, rows.flatten(2)).view(rows.shape).transpose(1, 2).flatten(0, 1).unsqueeze(-1).to(
+            v.dtype
+        )
         if 2 * v.shape[-1] <= 256:
             out, lse = pieces.attend("p < 1", build(False), q, k, torch.cat([weighed, v], -1), **extra)
             first, second = out.chunk(2, -1)
@@ -166,7 +174,9 @@ class SparseK(KeySet):
         out, lse = (x.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3) for x in (out, lse))
         return out[:, :, :n], lse[:, :, :n]
 
-    def _thresholds(self, scores: torch.Tensor, index: torch.Tensor, valid: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    def _thresholds(
+        self, scores: torch.Tensor, index: torch.Tensor, valid: torch.Tensor, own: torch.Tensor
+    ) -> torch.Tensor:
         """tau of every query, [B, Hkv, chunks, CHUNK]: O(N * (past + CHUNK)) memory."""
         seen = valid.unsqueeze(-2) & (index.unsqueeze(-2) <= own.unsqueeze(-1))
         return threshold(torch.where(seen, scores.unsqueeze(-2), -torch.inf), self.k)

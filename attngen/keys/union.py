@@ -35,12 +35,16 @@ class Union(KeySet):
         names = [name for spec in self.specs if spec.keys is not None for name in spec.keys.captures()]
         for name in names:
             if names.count(name) > 1 and name != "seed":
-                raise SpecError(f"union: two pieces read the capture {name!r}", fix="one piece of a kind that has captures")
+                raise SpecError(
+                    f"union: two pieces read the capture {name!r}", fix="one piece of a kind that has captures"
+                )
         declared: dict[str, Any] = {}
         for spec in self.specs:
             for name, declaration in {**spec.tensors, **spec.params}.items():
                 if name in names:
-                    raise SpecError(f"union: {name!r} is a capture of a key set, and declared as `{declaration.text()}`")
+                    raise SpecError(
+                        f"union: {name!r} is a capture of a key set, and declared as `{declaration.text()}`"
+                    )
                 if declared.setdefault(name, declaration).text() != declaration.text():
                     raise SpecError(f"{name!r} is declared twice: `{declared[name].text()}` and `{declaration.text()}`")
 
@@ -115,7 +119,9 @@ def _check_disjoint(specs: tuple[Spec, ...], call: Call, captures: Mapping[str, 
             if twice.any():
                 at = twice.nonzero()[0].tolist()
                 first = int(seen[tuple(at)]) - 1
-                raise InputError("union", "disjoint pieces", f"pieces {first} and {number} both attend (b, h, i, j) = {at}")
+                raise InputError(
+                    "union", "disjoint pieces", f"pieces {first} and {number} both attend (b, h, i, j) = {at}"
+                )
             seen = torch.where(mask & (seen == 0), number + 1, seen)
 
 
