@@ -14,7 +14,7 @@ from attngen.spec import Spec
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
-LARGEST_POSITION = 2**30
+LARGEST_POSITION, LARGEST_PARAM = 2**28, 2**30  # below them, sums of a few positions and a param fit 32 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,9 @@ def bind(
         what = f"a tensor, {wanted.text()}" if isinstance(wanted, Tensor) else f"a number, {wanted.text()}"
         raise InputError(missing[0], what, "nothing", f"pass {missing[0]}=... at the call")
     q_offset = _check_offset(q_offset, q)
+    for name, tensor in (("q", q), ("k", k)):
+        if tensor.shape[2] >= LARGEST_POSITION:
+            raise InputError(name, f"a length below {LARGEST_POSITION}", tensor.shape[2])
     # Positions i reach q_offset + n_q; with an offset per batch that is on the device, and loads by i check themselves.
     positions = q.shape[2] + (q_offset if not isinstance(q_offset, torch.Tensor) else 0)
     shape = (*q.shape[:2], positions, k.shape[2])
@@ -136,7 +139,7 @@ def _check_param(name: str, kind: str, value: Any) -> Any:
         return float(value)
     if not isinstance(value, (int, torch.SymInt)):
         raise InputError(name, "a Python int", f"{type(value).__name__} {value!r}")
-    if not -LARGEST_POSITION < value < LARGEST_POSITION:
+    if not -LARGEST_PARAM < value < LARGEST_PARAM:
         raise InputError(name, "an int of at most 30 bits, so that sums with positions fit 32", value)
     return value
 
@@ -157,5 +160,5 @@ def _check_offset(q_offset: Any, q: torch.Tensor) -> Any:
     if isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.SymInt)):
         raise InputError("q_offset", "an int or an int tensor [B]", type(q_offset).__name__)
     if not -LARGEST_POSITION < q_offset < LARGEST_POSITION:
-        raise InputError("q_offset", "an int of at most 30 bits", q_offset)
+        raise InputError("q_offset", "an int of at most 28 bits", q_offset)
     return q_offset

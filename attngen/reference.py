@@ -59,11 +59,16 @@ def dense(
     logits = (call.q.to(dtype) @ keys.mT) * spec.scale_for(call.q.shape[-1])
     if gain is not None:
         logits = logits * gain
-    if spec.score != S:
-        logits = torch.broadcast_to(_value(spec.score, {**env, "s": logits}, dtype, call), logits.shape)
     mask = torch.broadcast_to(torch.as_tensor(evaluate(spec.mask, env, real=dtype), device=call.q.device), logits.shape)
     if log_weight is not None:
         mask = mask & ~log_weight.isneginf()
+    if spec.score != S:
+        # Of attended pairs only: elsewhere a score may be undefined, and nan would come back through its derivative.
+        pairs = mask.nonzero(as_tuple=True)
+        places = {axis: torch.broadcast_to(env[axis], logits.shape)[pairs] for axis in "bhij"}
+        scores = _value(spec.score, {**env, **places, "s": logits[pairs]}, dtype, call)
+        logits = torch.zeros_like(logits).index_put(pairs, scores.expand(pairs[0].shape))
+    if log_weight is not None:
         logits = logits + torch.where(log_weight.isneginf(), 0.0, log_weight)
     logits = torch.where(mask, logits, -torch.inf)
     columns = [logits]

@@ -31,10 +31,13 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 when every case has a record, 1 when some are left for --resume, 2 when the files belong to another machine."""
+    """0 when every case has a record, 1 when some are left for --resume, 2 when it cannot start: no GPU, or files of another machine."""
     given = _parser().parse_args(arguments)
     device = torch.device(given.device if given.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            print("--device cuda: torch sees no GPU here")
+            return 2
         device = torch.device("cuda", torch.cuda.current_device())
         torch.backends.cuda.matmul.allow_tf32 = False
     size = given.size or ("full" if device.type == "cuda" else "small")

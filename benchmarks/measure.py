@@ -80,7 +80,7 @@ def attention(case: Case, peers: tuple[str, ...], context: Context) -> Iterator[
     for peer in peers:
         context.starting(peer)
         try:
-            built = context.peers[peer](inputs)
+            built = named(context.peers, peer)(inputs)
             ready[peer] = built, reference.error(*results(built.run, inputs))
         except Exception as error:
             yield failure(case, peer, error)
@@ -123,7 +123,7 @@ def _overhead(case: Case, peers: tuple[str, ...], context: Context, calls: int =
     for peer in peers:
         context.starting(peer)
         try:
-            built = context.peers[peer](inputs)
+            built = named(context.peers, peer)(inputs)
             reference.error(*results(built.run, inputs))
             ready[peer] = built
         except Exception as error:
@@ -218,6 +218,13 @@ def failure(case: Case, peer: str, error: Exception) -> Record:
     if isinstance(error, Unavailable):
         return Record(case.id, peer, UNAVAILABLE, clean(str(error)), described=described)
     return Record(case.id, peer, FAILED, clean(f"{type(error).__name__}: {error}"), described=described)
+
+
+def named(table: Mapping[str, Any], peer: str) -> Any:
+    """The table's entry. Unavailable for a peer that this suite does not have."""
+    if peer not in table:
+        raise Unavailable("it has no part in this suite")
+    return table[peer]
 
 
 def describe(case: Case) -> dict[str, Any]:

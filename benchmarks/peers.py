@@ -121,7 +121,7 @@ def flex(mode: str | None = None) -> Build:
             raise Unavailable("FlexAttention has no backward on a CPU")
         if case.n_q == 1 and inputs.q.device.type == "cpu":
             raise Unavailable("not tried: FlexAttention's decoding is a GPU kernel")
-        function, block_mask = compiled_flex(mode), block_mask_of(inputs)
+        function, block_mask = compiled_flex(mode), block_mask_of(inputs, compiled=inputs.case.n_k > 32768)
         score = pattern.flex_score(inputs.captures) if pattern.flex_score else None
         gqa = case.heads_q != case.heads_kv
         return Built(
@@ -141,7 +141,7 @@ def compiled_flex(mode: str | None) -> Callable[..., torch.Tensor]:
 
 
 def block_mask_of(inputs: Inputs, compiled: bool = False) -> Any:
-    """FlexAttention's metadata for the pattern's mask, None for full attention."""
+    """FlexAttention's metadata for the pattern's mask, None for full attention. Not compiled, it makes dense masks."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     case, pattern = inputs.case, inputs.pattern

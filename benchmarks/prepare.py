@@ -17,7 +17,19 @@ import torch
 from attngen.analysis import Axis, facts
 from attngen.analysis import run as run_walk
 from benchmarks.cases import FORWARD, Case
-from benchmarks.measure import FAILED, OK, Context, Record, clean, describe, failure, on_host, synchronize, with_ratio
+from benchmarks.measure import (
+    FAILED,
+    OK,
+    Context,
+    Record,
+    clean,
+    describe,
+    failure,
+    named,
+    on_host,
+    synchronize,
+    with_ratio,
+)
 from benchmarks.peers import Unavailable, block_mask_of, compiled_flex, dense_mask
 from benchmarks.timing import Candidate, Timing, race
 from benchmarks.work import Inputs
@@ -36,7 +48,7 @@ def planning(case: Case, peers: tuple[str, ...], context: Context) -> Iterator[R
     for peer in peers:
         context.starting(peer)
         try:
-            plan = PLANNERS[peer](inputs)
+            plan = named(PLANNERS, peer)(inputs)
             _expect_tiles(peer, plan(), inputs)
             peaks[peer] = peak_memory(plan, context.device)
             ready[peer] = plan
@@ -181,6 +193,9 @@ def first_call(case: Case, peers: tuple[str, ...], context: Context) -> Iterator
 
 
 def _new_processes(case: Case, peer: str, context: Context) -> tuple[list[float], dict[str, Any]]:
+    named({"attngen": None, "flex": None}, peer)
+    if case.direction in ("import", "cross-compile"):
+        named({"attngen": None}, peer)
     if case.direction == "import":
         return [_import_seconds() for _ in range(3)], {}
     seconds: list[float] = []

@@ -75,8 +75,6 @@ def machine() -> dict[str, Any]:
 
 def setting(device: torch.device) -> dict[str, Any]:
     """What measurements on this device depend on, and what two runs must share for their results to stand in one table."""
-    import triton
-
     from attngen.choice import generator_hash
     from attngen.store import device_of
 
@@ -90,7 +88,7 @@ def setting(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "torch": str(torch.__version__),
-        "triton": triton.__version__,
+        "triton": _version("triton"),
         "attngen": _version("attngen"),
         "generator": generator_hash("triton" if cuda else "cpu"),
         "flashinfer": _version("flashinfer-python"),
@@ -107,9 +105,8 @@ def commit() -> str | None:
         return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD")[:12] + (
-            "+changes" if git("status", "--porcelain", "--", "../attngen", "../templates", ".") else ""
-        )
+        changed = git("status", "--porcelain", "--", "../attngen", "../templates", ".", ":(exclude)results")
+        return git("rev-parse", "HEAD")[:12] + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -78,7 +78,7 @@ def markdown(suites: Iterable[Data]) -> str:
     )
     for data in suites:
         parts.append(f"## {data['suite']}")
-        parts.append(", ".join(f"{name} {value}" for name, value in data["setting"].items() if value is not None))
+        parts.append(", ".join(f"{name} {value}" for name, value in data["setting"].items() if value not in (None, "")))
         parts.append(f"![{data['suite']}]({data['suite']}.png)")
         parts.append(table(data))
         others = [r for r in data["records"] if r["status"] != OK]

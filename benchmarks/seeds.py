@@ -15,7 +15,19 @@ import torch
 import attngen as ag
 from benchmarks.cases import TRAINING, Case
 from benchmarks.check import Reference, WrongResult
-from benchmarks.measure import FAILED, OK, Context, Record, candidate, clean, describe, failure, results, with_ratio
+from benchmarks.measure import (
+    FAILED,
+    OK,
+    Context,
+    Record,
+    candidate,
+    clean,
+    describe,
+    failure,
+    named,
+    results,
+    with_ratio,
+)
 from benchmarks.peers import Built
 from benchmarks.timing import race
 from benchmarks.work import Inputs
@@ -66,7 +78,7 @@ def seeds(case: Case, peers: tuple[str, ...], context: Context) -> Iterator[Reco
                 results(ready[peer][0].run, inputs)
             else:
                 assert reference is not None
-                built = context.peers[peer.removesuffix("-dense")](inputs)
+                built = named(context.peers, peer.removesuffix("-dense"))(inputs)
                 ready[peer] = built, reference.error(*results(built.run, inputs))
         except Exception as error:
             ready.pop(peer, None)

@@ -66,9 +66,15 @@ class Results:
         self.write()
 
     def lost(self) -> tuple[str, str] | None:
-        """The case and peer during which an earlier process ended; a race (peer "") is nobody's fault."""
+        """The case and peer during which earlier processes ended, twice: once may have been a time limit. A race (peer "")
+        is nobody's fault.
+        """
         case, peer = self.data.pop("running", None) or ("", "")
-        return (case, peer) if peer else None
+        if not peer:
+            return None
+        ends = self.data.setdefault("ended", [])
+        ends.append([case, peer])
+        return (case, peer) if ends.count([case, peer]) > 1 else None
 
     def write(self) -> None:
         """Atomically."""
@@ -90,7 +96,7 @@ def run(
     if len(by_id) != len(cases):
         raise ValueError("two cases of one suite have the same id")
     if (lost := results.lost()) and lost[0] in by_id:
-        results.add(failure(by_id[lost[0]], lost[1], RuntimeError("the process ended or was killed meanwhile")))
+        results.add(failure(by_id[lost[0]], lost[1], RuntimeError("the process ended or was killed meanwhile, twice")))
     begun, longest = context.clock(), 0.0
     for number, case in enumerate(cases, 1):
         known = results.of(case.id)
@@ -105,7 +111,8 @@ def run(
         if not _case(case, peers, results, context, say, f"[{number}/{len(cases)}]"):
             return False
         longest = max(longest, context.clock() - started)
-    results.data.pop("running", None)
+    for name in ("running", "ended"):
+        results.data.pop(name, None)
     results.write()
     return True
 

@@ -120,6 +120,35 @@ def test_query_offset(backend: str, offset: Any):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
+    "mask",
+    [
+        "(i * i + j) % 7 < 3",
+        "(i * 7919 + j * 104729) % 17 < 9",
+        "2147483648 * i > 150323855360000 + j",
+        "i + j < 3000000000",
+        "5000 * i - 4999 * j < 350000000",
+    ],
+)
+def test_integers_beyond_32_bits(backend: str, mask: str):
+    spec = ag.Spec(mask=mask)
+    check(spec, attention(spec, backend), *qkv(torch.float32, n_q=20, n_k=40), {}, q_offset=70_000)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mask_of_nothing_with_a_learned_table(backend: str):
+    spec = ag.Spec(mask="i > j and i < j", score=[ag.t5_bias(max_distance=40), ag.alibi(), ag.bias("j")])
+    captures = dict(rel_bias=table, slope=torch.ones(HEADS), bias=torch.ones(N_K))
+    check(spec, attention(spec, backend), *qkv(torch.float32, n_q=20, n_k=40), captures)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_undefined_on_masked_pairs(backend: str):
+    spec = ag.Spec(mask=ag.causal(), score="s * sqrt(i - j + 1)")
+    check(spec, attention(spec, backend), *qkv(torch.float32, n_q=20, n_k=40), {})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
     ("d", "dv"), [(16, 16), (80, 80), (96, 64), (192, 128), (20, 40), (256, 256), (7, 3), (64, 80)], ids=str
 )
 def test_head_dims(backend: str, d: int, dv: int):

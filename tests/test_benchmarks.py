@@ -296,10 +296,13 @@ def test_a_process_that_died_blames_the_peer_it_ran(tmp_path: Path):
     case = tiny(peers=("attngen", "quick", "dies"))
     with pytest.raises(KeyboardInterrupt):
         run([case], results(tmp_path), context(clock, dies=dies))
+    with pytest.raises(KeyboardInterrupt):  # once may have been a time limit
+        run([case], results(tmp_path, resume=True), context(clock, dies=dies))
     finished, _ = run([case], results(tmp_path, resume=True), context(clock, dies=dies))
     kept = results(tmp_path, resume=True).of(case.id)
     assert finished and kept["dies"]["status"] == "failed" and "killed" in kept["dies"]["reason"]
     assert kept["attngen"]["status"] == kept["quick"]["status"] == "ok"
+    assert not {"running", "ended"} & set(json.loads((tmp_path / "dense.json").read_text()))
 
 
 def test_results_of_two_machines_do_not_mix(tmp_path: Path):
@@ -376,6 +379,14 @@ def test_first_call_in_new_processes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len({command["TRITON_CACHE_DIR"] for command in commands}) == 4  # each with empty caches
 
 
+def test_a_peer_of_another_suite_is_listed_as_that(tmp_path: Path):
+    for name, peer in (("first_call", "sdpa"), ("planning", "sdpa"), ("dense", "dense-mask")):
+        case = tiny("full", "import" if name == "first_call" else FORWARD, suite=name, peers=(peer,))
+        kept = Results(tmp_path / f"{name}.json", SETTING, False)
+        suite.run([case], kept, context(Clock()), 1e9, lambda text: None)
+        assert kept.of(case.id)[peer]["reason"] == "it has no part in this suite"
+
+
 def test_first_calls_child():
     (case,) = (c for c in cases_of("first_call", Sizes(True, False)) if c.direction == FORWARD)
     answer = prepare.child({"case": case.id, "peer": "attngen", "device": "cpu", "small": True})
@@ -403,7 +414,7 @@ def test_tables_and_charts_come_from_the_json(folder: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.split() == ["dense.png", "windows.png", "README.md"]
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in ("dense.png", "windows.png"))
     page = (folder / "README.md").read_text()
-    rows = [line for line in page.splitlines() if line.startswith("| causal forward B2 Hq4 Hkv2 D16 float32 N16")]
+    rows = [line for line in page.splitlines() if line.startswith("| causal forward Hq4 Hkv2 D16 float32 B2 N16")]
     assert len(rows) == 1 and "| attngen | 2 ms (2 ms .. 2 ms) |" in rows[0] and "| 1.50 (quick) |" in rows[0]
     assert "- off wrong: out (batch" in page and "device a test" in page
     assert "|  | slow | 500 ms" in page

@@ -95,6 +95,7 @@ def test_negative_numbers_divide_as_in_python():
         (lambda: i >= j & i - j < 5, "put comparisons in parentheses"),
         (lambda: (i >= j) + 1, "takes int or float"),
         (lambda: ag.where(i, 1, 2), "takes bool"),
+        (lambda: parse("abs(i, j) > 0", {}), "abs takes 1 arguments, got 2"),
         (lambda: ag.log(Expr(I) * 0), "not a finite real"),
         (lambda: i // 0, "by zero"),
         (lambda: i**50, "whole number"),

@@ -380,7 +380,9 @@ def test_more_than_2_31_elements(place: Place):
     wants = torch.autograd.grad(want, ends, seed[:, :, piece].double())
     for got, expected in zip((out.detach(), *grads), (want.detach(), *wants), strict=True):
         assert got.isfinite().all()
-        assert relative(got[:, :, -last:], expected[:, :, -last:]) < 1e-2
+        assert (
+            relative(got[:, :, -last:], expected[:, :, -last:]) < 2e-2
+        )  # rounding; a wrong address would give about 1
 
 
 def test_a_stride_past_2_31(place: Place):
@@ -573,7 +575,7 @@ def test_compute_sanitizer(place: Place, tool: str):
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that a tensor's end is an allocation's end
     done = subprocess.run(
         [sanitizer, "--tool", tool, "--error-exitcode", "9", *small],
-        env=environment, capture_output=True, text=True, timeout=420, check=False,
+        env=environment, capture_output=True, text=True, timeout=420, check=False, cwd=Path(__file__).parent.parent,
     )  # fmt: skip
     if "Device not supported" in done.stdout + done.stderr:
         pytest.skip("compute-sanitizer does not work on this machine")

@@ -134,6 +134,9 @@ def _capture_gradient(
     env = dense_env(call, torch.float32)
     shifted = isinstance(call.q_offset, torch.Tensor) or call.q_offset != 0
     for site in sites(facts.load_grads.get(name, ()), schedule.deterministic is not False):
+        program = facts.program_queries if site.by_keys else facts.program_keys
+        if not (program.full or program.partial):
+            continue  # no pair attends, so none contributes
         kernel = "dkv" if site.by_keys else "dq"
         shape = site.buffer_shape(batch, heads, n_q, n_k, schedule.tile("dq").block_m, tuple(tensor.shape))
         make = torch.zeros if site.zeroed or 0 in call.q.shape else torch.empty

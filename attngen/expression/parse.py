@@ -7,6 +7,7 @@ Limits on length, operators and nesting keep hostile texts cheap.
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -132,8 +133,8 @@ class _Reader:
             raise SpecError(f"`{node.id}` is a function", fix=f"call it: {node.id}(...)")
         raise SpecError(
             f"`{node.id[:64]}` is not known",
-            fix="declare it: `param NAME: int` or `tensor NAME: float[1]` on a line of its own, "
-            "or params=[ag.Param(...)], tensors=[ag.Tensor(...)]",
+            fix="declare it: params=[ag.Param(NAME)] or tensors=[ag.Tensor(NAME, ndim)] beside a textual mask; in a whole spec "
+            "(Spec.from_text, the command line) `param NAME: int` or `tensor NAME: float[1]` on a line of its own",
         )
 
     def _read_Subscript(self, node: ast.Subscript) -> Any:
@@ -143,7 +144,8 @@ class _Reader:
         if not isinstance(tensor, Tensor):
             raise SpecError(
                 f"the tensor `{node.value.id[:64]}` is not declared",
-                fix="declare it: `tensor NAME: int[2]` on a line of its own, or tensors=[ag.Tensor(NAME, 2, dtype=torch.int32)]",
+                fix="declare it: tensors=[ag.Tensor(NAME, 2, dtype=torch.int32)] beside a textual mask; in a whole spec "
+                "(Spec.from_text, the command line) `tensor NAME: int[2]` on a line of its own",
             )
         places = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
         return tensor[tuple(self.read(place) for place in places)]
@@ -153,7 +155,11 @@ class _Reader:
             raise SpecError("unknown function", fix=f"the functions are {', '.join(FUNCTIONS)}")
         if node.keywords:
             raise SpecError(f"{node.func.id} takes no keyword arguments")
-        return FUNCTIONS[node.func.id](*[self.read(arg) for arg in node.args])
+        function, args = FUNCTIONS[node.func.id], [self.read(arg) for arg in node.args]
+        wanted = inspect.signature(function).parameters.values()
+        if all(p.kind is not p.VAR_POSITIONAL for p in wanted) and len(args) != len(wanted):
+            raise SpecError(f"{node.func.id} takes {len(wanted)} arguments, got {len(args)}")
+        return function(*args)
 
     def _read_BinOp(self, node: ast.BinOp) -> Any:
         if type(node.op) not in _BINARY:

@@ -10,6 +10,7 @@ import sympy
 
 from attngen.expression import B, H, I, J, S, Uniform
 from attngen.lowering.printer import AND, COMPARE, Axes, Place, Printer
+from attngen.lowering.width import needs_64_bits
 
 Segments = tuple[tuple[Any, Any], ...]  # (first, count) in tiles
 EVERYTHING: Axes = frozenset({"b", "h", "i", "j", "walk"})
@@ -172,6 +173,9 @@ class Holes:
         symbols = {p.sym: names[n] for n, p in spec.params.items()}
         trusted = {B, H, J} if offset_tensor else {B, H, I, J}  # with offsets on the device nobody has checked i
         self.printer = Printer([self.program, self.head], own, symbols, trusted, names)
+        walk = facts.program_keys if sides.walked is KEY else facts.program_queries
+        printed = [*spec.expressions.args, *(line for _, line in walk.lines)]
+        self.printer.wide = needs_64_bits(printed, frozenset(p.sym for p in spec.params.values()))
         self.form = "general"
         rest = sympy.Add(*[term for term in sympy.Add.make_args(spec.score) if term != S])
         if spec.score == S and (spec.scale is None or spec.scale > 0):

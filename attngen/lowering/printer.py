@@ -112,6 +112,7 @@ class Printer:
         self.trusted = frozenset(trusted)
         self.tensor_names = dict(tensor_names or {})
         self.symbols = {B: "b", H: "h", I: "i", J: "j", S: "s", **(symbols or {})}
+        self.wide = False  # whether integers are computed in 64 bits, see `needs_64_bits`
         self.helpers: set[str] = set()
         self.used: set[str] = set()
         self.exists: str | None = None
@@ -127,7 +128,7 @@ class Printer:
         """A printer for the body of a loop, in which `axes` are known. `exists`: an axis all of whose lanes exist there."""
         child = Printer([*self.places, Place(axes)], self.rows, self.symbols, self.trusted, self.tensor_names)
         child.helpers, child.loaded, child.bounded = self.helpers, self.loaded, self.bounded
-        child.placed, child.exists = self.placed, exists
+        child.placed, child.exists, child.wide = self.placed, exists, self.wide
         child._taken, child._shared, child._outer = self._taken, self._shared, self
         child._names = dict(self._names)
         return child
@@ -255,6 +256,8 @@ class Printer:
         if expr.is_Symbol:
             variable = self.symbols.get(expr, expr.name)
             self.used.add(variable)
+            if self.wide and kind(expr) == "int" and expr not in (B, H) and not variable.startswith("BLOCK_"):
+                variable = f"{variable}.to(tl.int64)"
             return Text(variable, ATOM, self.axes(expr), kind(expr))
         if expr.is_Rational or expr.is_infinite:
             return self._number(expr)

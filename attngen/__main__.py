@@ -1,0 +1,5 @@
+"""`python -m attngen` is the `attngen` command."""
+
+from attngen.cli import main
+
+main()
