@@ -14,7 +14,8 @@ from attngen.spec import Spec
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
-LARGEST_POSITION, LARGEST_PARAM = 2**28, 2**30  # below them, sums of a few positions and a param fit 32 bits
+LARGEST_POSITION = 2**28
+LARGEST_PARAM = 2**30 - 2**16  # below these, sums of a few positions and twice a param fit 32 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +141,7 @@ def _check_param(name: str, kind: str, value: Any) -> Any:
     if not isinstance(value, (int, torch.SymInt)):
         raise InputError(name, "a Python int", f"{type(value).__name__} {value!r}")
     if not -LARGEST_PARAM < value < LARGEST_PARAM:
-        raise InputError(name, "an int of at most 30 bits, so that sums with positions fit 32", value)
+        raise InputError(name, f"an int below {LARGEST_PARAM}, so that sums with positions fit 32 bits", value)
     return value
 
 

@@ -40,7 +40,8 @@ class Spec:
     score: what becomes of the scaled logit s: an expression in s, a function of (s, b, h, i, j), text, or a sequence of
         these applied in order. None: s itself.
     scale: factor on q.k; None is 1 / sqrt(head dim).
-    sink: a logit per (b, h, i) that joins the softmax's denominator with value 0 (attention sinks), e.g. `sink[h]`.
+    sink: a logit per (b, h, i) that joins the softmax's denominator with value 0 (attention sinks), e.g. `sink[h]`; a
+        function takes (b, h, i).
     dropout: probability in [0, 1) that a weight is zeroed after the softmax, a number or a float Param; the call then
         takes `seed=`.
     keys: which keys a query sees where that is found at run time (`ag.qk_sparse()`, `ag.hyper()`, ...), before the mask

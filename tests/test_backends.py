@@ -40,6 +40,13 @@ MASKS: dict[str, tuple[Any, dict[str, Any]]] = {
     "neighborhood": (ag.neighborhood_2d(10, 2), {}),
     "tree": (ag.tree(), dict(ancestor=torch.rand(60, 60, generator=torch.Generator().manual_seed(1)) < 0.4, start=30)),
     "key padding": (ag.Spec(mask="j < n[b]", tensors=[ag.Tensor("n", 1, "int")]), dict(n=torch.tensor([0, 31]).int())),
+    "long rows": (
+        ag.Spec(
+            mask="((i + h) % 4 < 2 or (i + h) % 3 < 2) and max(i, j) - min(i, 40) < width or i - j + 4 <= width",
+            params=[ag.Param("width")],
+        ),
+        dict(width=12),
+    ),
     "nothing": ("false", {}),
 }
 table = torch.randn(32, HEADS, generator=torch.Generator().manual_seed(2))

@@ -308,9 +308,9 @@ class Printer:
         for sign, operand, operand_needs in operands[1:]:
             if len(text.text) + len(operand.text) > WIDTH:
                 if len(operand.text) > len(text.text) and operand.strength != ATOM:
-                    operand = self.spread(self._assign(None, operand, self._stem(operand)))
+                    operand = self._assign(None, operand, self._stem(operand))
                 elif text.strength != ATOM:
-                    text = self.spread(self._assign(None, text, self._stem(text)))
+                    text = self._assign(None, text, self._stem(text))
             joined = text.at(needed) + sign + operand.at(operand_needs)
             text, needed = Text(joined, strength, text.axes | operand.axes, kind_), strength
         return text
@@ -406,7 +406,7 @@ class Printer:
         if not exponent.is_Integer:
             raise AssertionError(f"no Triton text for {expr}")
         if value.strength != ATOM:
-            value = self.spread(self._assign(base, self._print(base), self._stem(value)))
+            value = self._assign(base, self._print(base), self._stem(value))
         return Text(" * ".join([value.text] * int(exponent)), PRODUCT, axes, value.kind)
 
     def _call(self, expr: Any) -> Text:
@@ -425,7 +425,7 @@ class Printer:
         texts = self._operands(expr.args, axes)
         if sum(len(t.text) for t in texts) > WIDTH:
             texts = [
-                t if len(t.text) < WIDTH // 4 else self.spread(self._assign(None, t, self._stem(t))) for t in texts
+                t if len(t.text) < WIDTH // 4 else self._assign(None, t, self._stem(t)) for t in texts
             ]
         if isinstance(expr, (Minimum, Maximum)):
             call = "tl.minimum" if isinstance(expr, Minimum) else "tl.maximum"

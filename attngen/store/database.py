@@ -338,6 +338,8 @@ class Store:
             said = str(problem)
             if "locked" in said or "busy" in said:
                 said = "is locked by another process"
+            elif self.path.is_dir():
+                said = "is a folder"
             elif "malformed" in said or "not a database" in said:
                 said = f"is damaged or no SQLite file ({said})"
             raise _Unusable(f"{self.path}: {said}") from problem
