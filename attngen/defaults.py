@@ -8,9 +8,10 @@ from typing import Any
 
 from attngen.schedule import Target, Tile
 
-# float16 and bfloat16: (family, kernel, largest head dim of the class) -> tile, as cross-compiled by triton 3.6 and 3.9
-# for full, causal and windowed masks. The deeper key blocks of sm_90 and sm_100 don't fit the registers of the older ones.
-# Classes above 128 that aren't 192 or 256 still spill in dkv (head dims of several pieces); those were seen with 3.9 only.
+# float16 and bfloat16: (family, kernel, largest head dim of the class) -> tile. Without spills for head dims 64, 128, 192
+# and 256 forward and 64 and 128 backward, under triton 3.6 and 3.9 (tests/test_lowering.py); the other classes were seen
+# with 3.9 only, and above 128 those that aren't 192 or 256 still spill in dkv (head dims of several pieces). The deeper key
+# blocks of sm_90 and sm_100 don't fit the registers of the older ones.
 HALF: Mapping[tuple[str, str, int], Tile] = MappingProxyType(
     {
         ("sm_80", "forward", 64): Tile(128, 64, 8, 3),
