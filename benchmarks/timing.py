@@ -40,12 +40,20 @@ class Timing:
 
 
 def interleaved(
-    candidates: Mapping[str, Callable[[], object]], rounds: int = 11, warmup: int = 2, clock: Clock = time.perf_counter
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int = 11,
+    warmup: int = 2,
+    clock: Clock = time.perf_counter,
+    repeat: int = 1,
 ) -> dict[str, Timing]:
-    """Run every candidate once a round, in turn, so that a disturbance hits all of them; `warmup` rounds do not count."""
+    """Run every candidate once a round, in turn, so that a disturbance hits all of them; `warmup` rounds do not count.
+
+    `repeat`: runs of a candidate at its turn. With 1 each run starts in the caches and pages that another candidate left;
+    with more, most runs follow one of their own kind, as in a program that uses one implementation.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(warmup + rounds):
-        for name, run in candidates.items():
+        for name, run in [item for item in candidates.items() for _ in range(repeat)]:
             start = clock()
             run()
             if turn >= warmup:
