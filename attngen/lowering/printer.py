@@ -424,9 +424,7 @@ class Printer:
         to_float = kind(expr) == "float"
         texts = self._operands(expr.args, axes)
         if sum(len(t.text) for t in texts) > WIDTH:
-            texts = [
-                t if len(t.text) < WIDTH // 4 else self._assign(None, t, self._stem(t)) for t in texts
-            ]
+            texts = [t if len(t.text) < WIDTH // 4 else self._assign(None, t, self._stem(t)) for t in texts]
         if isinstance(expr, (Minimum, Maximum)):
             call = "tl.minimum" if isinstance(expr, Minimum) else "tl.maximum"
             text = self._as(texts[0], to_float).text
