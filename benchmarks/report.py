@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from attngen.store import device_of
+
 
 @dataclass(frozen=True)
 class Line:
@@ -63,7 +65,7 @@ def save(lines: list[Line], json_path: str | None, markdown_path: str | None) ->
 def machine() -> dict[str, Any]:
     """What a figure depends on besides the code."""
     return {
-        "processor": _processor(),
+        "processor": device_of("cpu").name,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -122,16 +124,6 @@ def _version(package: str) -> str | None:
 
             return attngen.__version__
         return None
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _short(value: Any) -> str:

@@ -2,6 +2,6 @@
 
 from attngen.lowering.captures import Site, collect, sites
 from attngen.lowering.render import render
-from attngen.lowering.source import Arg, Grid, Source, cache_dir
+from attngen.lowering.source import Arg, Grid, Source
 
-__all__ = ["Arg", "Grid", "Site", "Source", "cache_dir", "collect", "render", "sites"]
+__all__ = ["Arg", "Grid", "Site", "Source", "collect", "render", "sites"]

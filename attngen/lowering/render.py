@@ -129,7 +129,6 @@ def render(
             R=sides.resident,
             W=sides.walked,
             grouped=sides.grouped,
-            reverse=False,
             load_offset=offset_tensor and any(arg.role == "offset" for arg in args),
             uses_resident_position=sides.resident.axis in holes.printer.used,
             uses_resident_safe=f"{sides.resident.axis}_safe" in holes.printer.used,

@@ -19,6 +19,8 @@ from typing import Any
 
 import jinja2
 
+from attngen.store import cache_folder
+
 
 @dataclass(frozen=True)
 class Arg:
@@ -72,7 +74,7 @@ class Source:
 
     def write(self, folder: Path | str | None = None) -> Path:
         """The file, named by its content; written atomically if it is not there yet."""
-        folder = Path(folder) if folder is not None else cache_dir() / "source"
+        folder = Path(folder) if folder is not None else cache_folder() / "source"
         path = folder / f"{self.name}_{self.key[:16]}.py"
         if not path.exists() or path.read_text(encoding="utf-8") != self.text:
             folder.mkdir(parents=True, exist_ok=True)
@@ -85,18 +87,6 @@ class Source:
     def load(self, folder: Path | str | None = None) -> Any:
         """The kernel: a triton.jit function, or its interpreted form when TRITON_INTERPRET is set."""
         return getattr(_module(str(self.write(folder)), os.environ.get("TRITON_INTERPRET", "0")), self.name)
-
-
-def cache_dir() -> Path:
-    """Where generated files go: ATTNGEN_CACHE_DIR, else the platform's cache folder."""
-    given = os.environ.get("ATTNGEN_CACHE_DIR")
-    if given:
-        return Path(given)
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "attngen"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "attngen"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "attngen"
 
 
 @cache
