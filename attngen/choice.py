@@ -21,7 +21,7 @@ def shape_bucket(call: Call) -> tuple[int, ...]:
     from attngen.store import bucket
 
     batch, heads_q, n_q, _ = call.q.shape
-    return tuple(bucket(int(size)) for size in (batch, heads_q, call.k.shape[1], n_q, call.k.shape[2]))
+    return tuple(bucket(int(size)) for size in (batch, heads_q, call.k.shape[1], n_q, call.n_k))
 
 
 def choose(call: Call, facts: Facts, backend: str, pins: Schedule, db: str | None) -> tuple[Schedule, str]:
@@ -60,7 +60,7 @@ def _records(call: Call, backend: str, db: str | None) -> dict[str, Any]:
     """What the database has for this call, by piece; empty if it can't be read (the store warns once)."""
     from attngen.store import Key, Shape, open_store
 
-    if min(call.q.shape[:3]) == 0 or call.k.shape[2] == 0:
+    if min(call.q.shape[:3]) == 0 or call.n_k == 0:
         return {}
     store = open_store(db)
     shape = Shape(
@@ -70,7 +70,7 @@ def _records(call: Call, backend: str, db: str | None) -> dict[str, Any]:
                 *call.q.shape[:2],
                 call.k.shape[1],
                 call.q.shape[2],
-                call.k.shape[2],
+                call.n_k,
                 call.q.shape[3],
                 call.v.shape[3],
             )

@@ -29,7 +29,7 @@ def explain(attention: CompiledAttention, call: Call) -> str:
     spec = attention.spec
     stages = attention.specialise(call)
     schedule, known = stages.schedule, stages.facts
-    batch, n_q, n_k = call.q.shape[0], call.q.shape[2], call.k.shape[2]
+    batch, n_q, n_k = call.q.shape[0], call.q.shape[2], call.n_k
     backend = pick(attention.backend, call.q.device)
     tile = _tile(call, schedule, backend)
     parts = [("spec", f"{spec}\nkey {spec.key[:16]}")]
@@ -68,7 +68,7 @@ def _tile(call: Call, schedule: Schedule, backend: str) -> tuple[int, int]:
         from attngen.backends.cpu_tiles import GRAIN
 
         block_n = GRAIN
-    while (call.q.shape[2] // block_m + 1) * (call.k.shape[2] // block_n + 1) > MOST_TILES:
+    while (call.q.shape[2] // block_m + 1) * (call.n_k // block_n + 1) > MOST_TILES:
         block_m, block_n = 2 * block_m, 2 * block_n
     return block_m, block_n
 
@@ -76,7 +76,7 @@ def _tile(call: Call, schedule: Schedule, backend: str) -> tuple[int, int]:
 def _map(call: Call, tile: tuple[int, int]) -> str:
     block_m, block_n = tile
     tiles = tile_map(
-        call.spec, call.q.shape[2], call.k.shape[2], block_m, block_n, q_offset=call.q_offset, **_mask_captures(call)
+        call.spec, call.q.shape[2], call.n_k, block_m, block_n, q_offset=call.q_offset, **_mask_captures(call)
     )
     return f"{picture.text(tiles, 32)}\n{picture.LEGEND}   (tiles of {block_m} x {block_n})\n{picture.summary(tiles)}"
 
@@ -88,7 +88,7 @@ def _sizes(call: Call) -> dict[str, Any]:
         heads_q=heads,
         heads_kv=call.k.shape[1],
         n_q=n_q,
-        n_k=call.k.shape[2],
+        n_k=call.n_k,
         head_dim=head_dim,
         head_dim_v=call.v.shape[3],
         dtype=call.q.dtype,

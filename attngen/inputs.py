@@ -20,7 +20,7 @@ LARGEST_PARAM = 2**30 - 2**16  # below these, sums of a few positions and twice 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A checked call: q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv]; captures by name, broadcast dims expanded;
+    """A checked call: q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] (with pages: [pages, Hkv, page size, *]); captures by name, broadcast dims expanded;
     params by name; q_offset an int or an int tensor [B].
     """
 
@@ -37,6 +37,13 @@ class Call:
         """Query heads per key/value head."""
         return self.q.shape[1] // self.k.shape[1]
 
+    @property
+    def n_k(self) -> int:
+        """Keys per batch: of a paged cache as many as the page table has room for."""
+        if self.spec.page_size is None:
+            return self.k.shape[2]
+        return self.captures["page_table"].shape[1] * self.spec.page_size
+
 
 def bind(
     spec: Spec,
@@ -48,7 +55,7 @@ def bind(
     captures: Mapping[str, Any],
 ) -> Call:
     """Check everything and expand broadcast captures. InputError names the argument, what was expected and what came."""
-    _check_qkv(q, k, v)
+    _check_qkv(q, k, v, spec.page_size)
     known = {**spec.tensors, **spec.params}
     unknown = [name for name in captures if name not in known]
     if unknown:
@@ -61,12 +68,13 @@ def bind(
         what = f"a tensor, {wanted.text()}" if isinstance(wanted, Tensor) else f"a number, {wanted.text()}"
         raise InputError(missing[0], what, "nothing", f"pass {missing[0]}=... at the call")
     q_offset = _check_offset(q_offset, q)
-    for name, tensor in (("q", q), ("k", k)):
-        if tensor.shape[2] >= LARGEST_POSITION:
-            raise InputError(name, f"a length below {LARGEST_POSITION}", tensor.shape[2])
+    n_k = k.shape[2] if spec.page_size is None else _room(captures["page_table"], q, spec.page_size)
+    for name, length in (("q", q.shape[2]), ("k", n_k)):
+        if length >= LARGEST_POSITION:
+            raise InputError(name, f"a length below {LARGEST_POSITION}", length)
     # Positions i reach q_offset + n_q; with an offset per batch that is on the device, and loads by i check themselves.
     positions = q.shape[2] + (q_offset if not isinstance(q_offset, torch.Tensor) else 0)
-    shape = (*q.shape[:2], positions, k.shape[2])
+    shape = (*q.shape[:2], positions, n_k)
     tensors = {
         name: _check_capture(spec, d, captures[name], shape, q_offset, q.device) for name, d in spec.tensors.items()
     }
@@ -76,7 +84,15 @@ def bind(
     return Call(spec, q, k, v, tensors, params, q_offset)
 
 
-def _check_qkv(q: Any, k: Any, v: Any) -> None:
+def _room(page_table: Any, q: torch.Tensor, page_size: int) -> int:
+    """How many keys a page table int [B, pages] has room for."""
+    if not isinstance(page_table, torch.Tensor) or page_table.dim() != 2 or page_table.shape[0] != q.shape[0]:
+        got = f"shape {list(page_table.shape)}" if isinstance(page_table, torch.Tensor) else type(page_table).__name__
+        raise InputError("page_table", f"int [B = {q.shape[0]}, pages]", got)
+    return page_table.shape[1] * page_size
+
+
+def _check_qkv(q: Any, k: Any, v: Any, page_size: int | None) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, torch.Tensor):
             raise InputError(name, "a torch.Tensor", type(tensor).__name__)
@@ -88,7 +104,10 @@ def _check_qkv(q: Any, k: Any, v: Any) -> None:
             raise InputError(name, f"{q.dtype} like q", tensor.dtype)
         if tensor.device != q.device:
             raise InputError(name, f"device {q.device} like q", tensor.device)
-        if tensor.shape[0] != q.shape[0]:
+        if page_size is not None and name != "q":
+            if tensor.shape[2] != page_size or tensor.shape[0] != k.shape[0]:
+                raise InputError(name, f"[pages, heads, page size = {page_size}, *]", f"shape {list(tensor.shape)}")
+        elif tensor.shape[0] != q.shape[0]:
             raise InputError(name, f"batch {q.shape[0]} like q", f"shape {list(tensor.shape)}")
         if not 1 <= tensor.shape[3] <= MAX_HEAD_DIM:
             raise InputError(name, f"a head dim from 1 to {MAX_HEAD_DIM}", tensor.shape[3])

@@ -29,7 +29,14 @@ def oracle(
         from attngen.keys.dense import oracle_of_keys
 
         return oracle_of_keys(spec, q, k, v, q_offset, captures)
-    return dense(bind(spec, q, k, v, q_offset=q_offset, captures=captures), torch.float64)
+    call = bind(spec, q, k, v, q_offset=q_offset, captures=captures)
+    log_weight = None
+    if spec.page_size is not None or spec.lists is not None:
+        from attngen.lists import as_log_weight, without_pages
+
+        log_weight = as_log_weight(call)
+        call = without_pages(call)
+    return dense(call, torch.float64, log_weight)
 
 
 def plain(

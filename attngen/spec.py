@@ -21,6 +21,8 @@ from attngen.errors import SpecError
 from attngen.expression import B, H, I, J, Load, S, loads, to_text
 from attngen.expression.builder import Declaration, Expr, Param, Tensor, wrap
 from attngen.expression.parse import parse
+from attngen.lists import Lists
+from attngen.lists import read as read_lists
 
 if TYPE_CHECKING:
     from attngen.keys import KeySet
@@ -46,6 +48,8 @@ class Spec:
         takes `seed=`.
     keys: which keys a query sees where that is found at run time (`ag.qk_sparse()`, `ag.hyper()`, ...), before the mask
         takes some away; its own captures are given at the call.
+    lists: what the kernels' loops visit in the place of the mask's intervals (`attngen.lists`), page_size: k and v are pages
+        (`attngen.keys.paged`): what key sets are made of, seldom written by hand.
     schedule: a `Schedule` that pins what the tuner may not change; no part of the key.
     params, tensors: declarations for the names in textual expressions.
 
@@ -62,6 +66,8 @@ class Spec:
         sink: Expr | str | Callable[..., Any] | None = None,
         dropout: float | Expr | str | None = None,
         keys: KeySet | str | None = None,
+        lists: Lists | str | None = None,
+        page_size: int | str | None = None,
         schedule: Schedule | None = None,
         name: str = "",
         params: Iterable[Param] = (),
@@ -98,6 +104,13 @@ class Spec:
         self.keys = _read_keys(keys)
         if self.keys is not None:
             used |= self.keys.declared()
+        self.lists = read_lists(lists)
+        self.page_size = _read_page_size(page_size)
+        own = {} if self.lists is None else self.lists.tensors
+        own |= {} if self.page_size is None else {"page_table": Tensor("page_table", 2, "int")}
+        for taken in own.keys() & used.keys():
+            raise SpecError(f"{taken!r} is the name of a list", fix="give the spec's own tensor another name")
+        used |= own
         for part in parts:
             for known in part.declared.values():
                 if known.name in used and used[known.name].text() != known.text():
@@ -116,7 +129,10 @@ class Spec:
     @cached_property
     def text(self) -> str:
         """The canonical text, one `name: value` a line."""
-        lines = [d.text() for d in [*self.params.values(), *self.tensors.values()] if d is not _SEED]
+        own = set() if self.lists is None else set(self.lists.names)
+        own |= set() if self.page_size is None else {"page_table"}
+        declared = [*self.params.values(), *self.tensors.values()]
+        lines = [d.text() for d in declared if d is not _SEED and d.name not in own]
         lines.append(f"mask: {to_text(self.mask)}")
         if self.score != S:
             lines.append(f"score: {to_text(self.score)}")
@@ -128,6 +144,10 @@ class Spec:
             lines.append(f"dropout: {to_text(self.dropout)}")
         if self.keys is not None:
             lines.append(f"keys: {self.keys.text}")
+        if self.lists is not None:
+            lines.append(f"lists: {self.lists.text}")
+        if self.page_size is not None:
+            lines.append(f"page_size: {self.page_size}")
         return "\n".join(lines)
 
     @cached_property
@@ -176,7 +196,7 @@ class Spec:
 
             param NAME: int|float
             tensor NAME: float|int|bool[NDIM]
-            mask|score|scale|sink|dropout|keys: VALUE
+            mask|score|scale|sink|dropout|keys|lists|page_size: VALUE
 
         Raises SpecError.
         """
@@ -184,7 +204,8 @@ class Spec:
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Spec:
-        """Read a named spec from a TOML file: keys name, mask, score, scale, sink, dropout, keys; tables [params] (name = "int"
+        """Read a named spec from a TOML file: keys name, mask, score, scale, sink, dropout, keys,
+        lists, page_size; tables [params] (name = "int"
         or "float"), [tensors] (name = "float[1]"), [schedule]. Raises SpecError.
         """
         from attngen.schedule import Schedule
@@ -210,7 +231,7 @@ class Spec:
         )
 
 
-_FIELDS = ("mask", "score", "scale", "sink", "dropout", "keys")
+_FIELDS = ("mask", "score", "scale", "sink", "dropout", "keys", "lists", "page_size")
 _SEED = object.__new__(Param)  # "seed" is a reserved name: only dropout declares it
 _SEED.name, _SEED.number_kind = "seed", "int"
 Expr.__init__(_SEED, sympy.Symbol("seed", integer=True))
@@ -248,6 +269,14 @@ def _read_keys(keys: KeySet | str | None) -> KeySet | None:
     if not isinstance(keys, KeySet):
         raise SpecError(f"keys: expected a key set such as ag.qk_sparse(), got {type(keys).__name__}")
     return keys
+
+
+def _read_page_size(page_size: int | str | None) -> int | None:
+    if isinstance(page_size, str) and page_size.strip().isdecimal():
+        page_size = int(page_size)
+    if page_size is None or (type(page_size) is int and 1 <= page_size <= 256):
+        return page_size
+    raise SpecError(f"page_size: an int from 1 to 256, got {page_size!r}")
 
 
 def _read_score(score: Score, declared: dict[str, Declaration]) -> Expr:
@@ -309,7 +338,7 @@ def _read_lines(text: str) -> dict[str, Any]:
                 text=line,
                 width=max(1, len(head)),
                 fix="a line is `param NAME: int`, `tensor NAME: float[1]`, or one each of `mask:`, `score:`, `scale:`, "
-                "`sink:`, `dropout:`, `keys:`",
+                "`sink:`, `dropout:`, `keys:`, `lists:`, `page_size:`",
             )
     if "scale" in fields:
         try:

@@ -92,7 +92,7 @@ def _tables(step: Step, call: Call, facts: Facts, schedule: Schedule) -> dict[st
     offset: Any = call.q_offset
     if isinstance(offset, torch.Tensor):
         offset = offset.view(-1, 1, 1)
-    queries, keys = Axis("i", offset, call.q.shape[2]), Axis("j", 0, call.k.shape[2])
+    queries, keys = Axis("i", offset, call.q.shape[2]), Axis("j", 0, call.n_k)
     device = call.q.device
     env: dict[str, Any] = {
         **call.captures,
@@ -129,7 +129,7 @@ def _capture_gradient(
 ) -> torch.Tensor:
     """The gradient of one captured tensor, float32 and of its (expanded) shape: from the score's loads, and the sink's."""
     name = step.name.removeprefix("gradient of ")
-    tensor, (batch, heads, n_q, _), n_k = call.captures[name], call.q.shape, call.k.shape[2]
+    tensor, (batch, heads, n_q, _), n_k = call.captures[name], call.q.shape, call.n_k
     total = torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
     env = dense_env(call, torch.float32)
     shifted = isinstance(call.q_offset, torch.Tensor) or call.q_offset != 0
@@ -156,7 +156,7 @@ def _capture_gradient(
 def launch(source: Source, call: Call, tensors: dict[str, Any]) -> None:
     """Build a kernel's arguments from their description and launch it; nothing is launched for an empty grid."""
     batch, heads, n_q, head_dim = call.q.shape
-    lengths = {"batch": batch, "heads": heads, "group": call.group, "n_q": n_q, "n_k": call.k.shape[2]}
+    lengths = {"batch": batch, "heads": heads, "group": call.group, "n_q": n_q, "n_k": call.n_k}
     programs = source.grid.programs(
         lengths[source.grid.length], heads if source.grid.heads == "q" else call.k.shape[1], batch
     )

@@ -143,8 +143,9 @@ class Pieces:
         q_offset: int | torch.Tensor = 0,
         **given: Any,
     ) -> Result:
-        """out and lse of a piece. `build` makes the mask and the score of its spec, once per `role` (a hashable that says
-        everything that `build` depends on); `given`: the captures it declared with `tensor`.
+        """out and lse of a piece. `build` makes the mask and the score of its spec, and if it has them `lists` and `page_size`,
+        once per `role` (a hashable that says everything that `build` depends on); `given`: the captures it declared with
+        `tensor`, and the tensors of its lists.
         """
         found = self.attention.pieces.get(role)
         if found is None:
@@ -159,7 +160,7 @@ class Pieces:
             RECORD.append((role, found, q, k, v, q_offset, named))
         return found(q, k, v, return_lse=True, q_offset=q_offset, **named)
 
-    def _compile(self, mask: Any, score: Any) -> CompiledAttention:
+    def _compile(self, mask: Any, score: Any, **more: Any) -> CompiledAttention:
         from attngen.runtime import compile
         from attngen.spec import Spec
 
@@ -169,7 +170,7 @@ class Pieces:
             "mask": Expr(mask.sym, {**declared, **mask.declared}),
             "score": Expr(score.sym, {**declared, **score.declared}),
         }
-        inner = Spec(**parts, scale=spec.scale, schedule=spec.schedule, name=spec.name)
+        inner = Spec(**parts, **more, scale=spec.scale, schedule=spec.schedule, name=spec.name)
         attention = self.attention
         return compile(inner, schedule=attention.pins, backend=attention.backend, db=attention.db)
 
