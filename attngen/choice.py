@@ -11,7 +11,7 @@ import torch
 from attngen.analysis import Facts
 from attngen.errors import AttngenError
 from attngen.inputs import Call
-from attngen.schedule import Schedule, Target, complete
+from attngen.schedule import Schedule, Target, complete, fit
 
 PIECES = {"forward": "", "backward": ("dq_", "dkv_")}
 
@@ -27,9 +27,8 @@ def shape_bucket(call: Call) -> tuple[int, ...]:
 def choose(call: Call, facts: Facts, backend: str, pins: Schedule, db: str | None) -> tuple[Schedule, str]:
     """A complete schedule for this call on this backend, and in words where it came from."""
     if backend == "interpret":
-        return complete_for(
-            "interpreter", call.q.shape[3], call.v.shape[3], call.q.dtype, pins
-        ), "the interpreter's small tiles"
+        schedule = complete_for("interpreter", call.q.shape[3], call.v.shape[3], call.q.dtype, pins)
+        return fit(schedule, call.spec.lists, pins), "the interpreter's small tiles"
     tuned, origins = Schedule(), []
     for piece, record in _records(call, backend, db).items():
         tuned = tuned.over(Schedule(**record.record.schedule))
@@ -41,6 +40,7 @@ def choose(call: Call, facts: Facts, backend: str, pins: Schedule, db: str | Non
     else:
         target = Target.of_device(call.q.device)
         schedule = complete(target, call.q.shape[3], call.v.shape[3], call.q.dtype, pins, tuned)
+        schedule = fit(schedule, call.spec.lists, pins)
     origins = origins or ["the model's choice: no tuned record for this spec, dtype, head dims and device"]
     if pins.decided():
         origins.insert(0, f"pinned: {pins}")

@@ -20,7 +20,7 @@ import torch
 from attngen.analysis import facts as analyse
 from attngen.errors import ScheduleError
 from attngen.lowering import Source, render
-from attngen.schedule import Schedule, Target, complete
+from attngen.schedule import Schedule, Target, complete, fit
 
 PASSES = {"forward": ("forward",), "backward": ("delta", "dq", "dkv")}
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -122,10 +122,16 @@ def cross_compile(
     """
     gpu = Target.named(target)
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
-    chosen = complete(gpu, head_dim, head_dim_v, dtype, schedule, spec.schedule)
+    pins = (schedule or Schedule()).over(spec.schedule)
+    chosen = fit(complete(gpu, head_dim, head_dim_v, dtype, pins), spec.lists, pins)
     known = analyse(spec)
     results = []
-    for kernel in (k for p in passes for k in PASSES.get(p, (p,))):
+    kernels = [kernel for name in passes for kernel in PASSES.get(name, (name,))]
+    if "forward" in kernels and chosen.split not in (None, 1):
+        kernels.insert(kernels.index("forward") + 1, "merge")
+    if spec.page_size is not None:  # paged caches are for inference
+        kernels = [kernel for kernel in kernels if kernel in ("forward", "merge")]
+    for kernel in kernels:
         source = render(spec, known, kernel, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype, schedule=chosen)
         results.append(compile_source(source, gpu, dtype, {n: t.kind for n, t in spec.tensors.items()}))
     return results

@@ -1,7 +1,7 @@
 """Lists that take the place of a mask's closed-form intervals: which tiles, or which rows, a kernel's two loops visit.
 
 A spec made by a key set may name one of them; its data are captured tensors with fixed names. `B'` and `H'` are 1 where a
-list serves the whole batch or all query heads. Lists are in both directions, since the backward of k and v walks queries;
+list serves the whole batch or all heads; a list of tiles else has one for each query head. Lists are in both directions, since the backward of k and v walks queries;
 those of the direction that nobody walks may be empty tensors.
 """
 
@@ -27,7 +27,9 @@ class TileLists:
     query_tiles int32 [B', H', X]: key-tile numbers, all lists one after the other. query_runs int32 [B', H', Tq, 3]: of each
     query tile the first element of its list, how many full tiles it has (every pair in range attends, whatever the mask
     says), and how many partial ones behind them. key_tiles int32 [B', H', Y], key_runs int32 [B', H', Tk, 3]: the same for
-    key tiles, whose lists hold query-tile numbers. A tile is in a list once; both parts of a list ascend.
+    key tiles, whose lists hold query-tile numbers. A tile is in a list once; both parts of a list ascend. A listed tile that
+    reaches past the end of the walked axis is partial: so the ragged last key tile in query_runs, and the ragged last query
+    tile in key_runs (where it is what is walked).
     """
 
     block_m: int
@@ -60,7 +62,8 @@ class RowLists:
     query rows that list it. weighted: edge_weight float [B', H', E] is added to the logit of that element of query_edges,
     and key_places int [B', H', F] has, for each element of key_edges, its place in query_edges.
 
-    by_query_head: H' is the number of query heads, so that heads which share keys have lists of their own.
+    H' is 1 or the number of kv heads. by_query_head: it is the number of query heads: heads that share keys have lists of
+    their own.
     """
 
     weighted: bool = False
@@ -137,6 +140,8 @@ def as_log_weight(call: Call) -> torch.Tensor | None:
     if isinstance(lists, TileLists):
         table = table.repeat_interleave(lists.block_m, 2)[:, :, :n_q]
         table = table.repeat_interleave(lists.block_n, 3)[..., :n_k]
+    if table.shape[1] not in (1, call.q.shape[1]):  # one list for the heads that share keys
+        table = table.repeat_interleave(call.group, 1)
     return torch.where(table > 0, torch.log(torch.where(table > 0, table, 1.0)), -torch.inf)
 
 

@@ -18,8 +18,8 @@ from attngen.spec import Spec
 
 @dataclass(frozen=True)
 class Step:
-    """One launch. kind: "tables" (torch operations that summarise captured data), "kernel" (a generated one), or "capture"
-    (a generated kernel for each load of a captured tensor, and torch operations that add up what they leave).
+    """One launch. kind: "tables" (torch operations that summarise captured data), "runs" (torch operations that share out the
+    tiles, see `balance`), "kernel" (a generated one), or "capture" (a generated kernel for each load of a captured tensor, and torch operations that add up what they leave).
     """
 
     name: str
@@ -65,15 +65,26 @@ class Plan:
         return "\n".join(str(step) for step in self.steps)
 
 
-def forward_plan(spec: Spec, facts: Facts) -> Plan:
-    """Tables if the mask reads data, then the forward kernel."""
+def forward_plan(spec: Spec, facts: Facts, split: int | str | None = None) -> Plan:
+    """Tables if the mask reads data, then the forward kernel; with a split, for stream-K who computes what before it, and
+    the merge of the partial states behind it.
+    """
     captures = (*spec.tensors,)
     steps = []
     tables: tuple[str, ...] = ()
-    if facts.walk_keys.needs_tables:
+    if spec.lists is None and facts.walk_keys.needs_tables:
         tables = ("tables of forward",)
         steps.append(Step("tables of forward", "tables", captures, tables))
-    steps.append(Step("forward", "kernel", ("q", "k", "v", *captures, *tables), ("out", "lse")))
+    reads, states = ("q", "k", "v", *captures, *tables), ("states", "maxima")
+    if split in (None, 1):
+        steps.append(Step("forward", "kernel", reads, ("out", "lse")))
+        return Plan.ordered(steps, ("out", "lse"))
+    runs: tuple[str, ...] = ()
+    if split == "stream":
+        runs = ("starts", "begins", "firsts", "owners")
+        steps.append(Step("equal runs of tiles", "runs", (*captures, *tables), runs))
+    steps.append(Step("forward", "kernel", (*reads, *runs), states))
+    steps.append(Step("merge", "kernel", (*states, *captures, *runs), ("out", "lse")))
     return Plan.ordered(steps, ("out", "lse"))
 
 
@@ -87,7 +98,7 @@ def backward_plan(spec: Spec, facts: Facts, wanted: Iterable[str]) -> Plan:
         ("dkv", facts.walk_queries, ("dk", "dv")),
     ):
         tables: tuple[str, ...] = ()
-        if walk.needs_tables:
+        if spec.lists is None and walk.needs_tables:
             tables = (f"tables of {kernel}",)
             steps.append(Step(tables[0], "tables", captures, tables))
         steps.append(Step(kernel, "kernel", (*shared, *tables), results))

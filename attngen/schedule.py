@@ -12,6 +12,7 @@ from typing import Any
 from attngen.errors import ScheduleError
 
 KERNELS = ("forward", "dq", "dkv")
+MOST_SPLITS = 1024
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
@@ -83,6 +84,9 @@ class Schedule:
 
     block_m, block_n: query rows and keys a forward program holds at once; num_warps, num_stages: as in Triton.
     dq_*, dkv_*: the same for the backward's two passes (a query tile walking keys; a key tile walking queries).
+    split: into how many parts a forward program's keys are cut, each a partial state that a second launch merges (1: not at
+        all), or "stream": equal runs of key tiles over `programs` programs whatever the lengths (stream-K; None: one per SM).
+    pack: forward rows are (query, head) pairs of the heads that share keys, so that keys are read once per kv head.
     deterministic: gradients without atomics (default). False allows atomics for scattered captured-tensor gradients.
     precision: of float32 products: "ieee" (default), "tf32" or "tf32x3". Half types are not affected.
     Raises ScheduleError for values no target can have.
@@ -100,6 +104,9 @@ class Schedule:
     dkv_block_n: int | None = None
     dkv_num_warps: int | None = None
     dkv_num_stages: int | None = None
+    split: int | str | None = None
+    programs: int | None = None
+    pack: bool | None = None
     deterministic: bool | None = None
     precision: str | None = None
 
@@ -108,8 +115,13 @@ class Schedule:
             value = getattr(self, field.name)
             if value is None:
                 continue
-            if field.name == "deterministic":
+            if field.name in ("deterministic", "pack"):
                 _expect(field.name, isinstance(value, bool), "True or False", value)
+            elif field.name == "split":
+                holds = value == "stream" or (type(value) is int and 1 <= value <= MOST_SPLITS)
+                _expect(field.name, holds, f'1 to {MOST_SPLITS}, or "stream"', value)
+            elif field.name == "programs":
+                _expect(field.name, type(value) is int and 1 <= value <= 65536, "1 to 65536", value)
             elif field.name == "precision":
                 _expect(field.name, value in PRECISIONS, f"one of {', '.join(PRECISIONS)}", value)
             elif "block" in field.name:
@@ -161,6 +173,24 @@ def complete(target: Target, head_dim: int, head_dim_v: int, dtype: Any, *choice
         for name in ("block_m", "block_n"):
             if getattr(tile, name) > 256:
                 raise ScheduleError(f"{kernel} {name}: at most 256 on a GPU, got {getattr(tile, name)}")
+    return schedule
+
+
+def fit(schedule: Schedule, lists: Any, pins: Schedule | None = None) -> Schedule:
+    """The schedule with blocks that divide the tiles of a list (`attngen.lists.TileLists`); other specs leave it as it is.
+    ScheduleError for a pinned block that does not.
+    """
+    sizes = {"block_m": getattr(lists, "block_m", None), "block_n": getattr(lists, "block_n", None)}
+    for prefix in ("", "dq_", "dkv_"):
+        for name, size in sizes.items():
+            block = getattr(schedule, prefix + name)
+            if size is None or block is None or size % block == 0:
+                continue
+            if pins is not None and getattr(pins, prefix + name) is not None:
+                raise ScheduleError(f"{prefix}{name}: expected a divisor of the listed tiles' {size}, got {block}")
+            while size % block:
+                block //= 2
+            schedule = replace(schedule, **{prefix + name: block})
     return schedule
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ import torch
 from attngen import debug
 from attngen.analysis import Facts
 from attngen.analysis.tables import Axis
+from attngen.balance import slots, stream_k
 from attngen.errors import InputError, ScheduleError
 from attngen.expression import evaluate
 from attngen.inputs import Call
 from attngen.lowering import Source, render
-from attngen.lowering.captures import Site, collect, sites
+from attngen.lists import RowLists, TileLists
+from attngen.lowering.captures import EDGES, Site, collect, sites
 from attngen.plan import Plan, Step, backward_plan, forward_plan
 from attngen.reference import dense_env
 from attngen.schedule import Schedule
@@ -31,7 +34,9 @@ def forward(call: Call, facts: Facts, schedule: Schedule) -> tuple[torch.Tensor,
         "out": call.q.new_empty((batch, heads, n_q, call.v.shape[3])),
         "lse": call.q.new_empty((batch, heads, n_q), dtype=torch.float32),
     }
-    _run(forward_plan(call.spec, facts), call, facts, schedule, buffers)
+    if call.spec.page_size is not None and min(call.k.shape[0], call.n_k) == 0:  # not even a page to load nothing from
+        return buffers["out"].zero_(), buffers["lse"].fill_(-torch.inf)
+    _run(forward_plan(call.spec, facts, schedule.split), call, facts, schedule, buffers)
     return buffers["out"], buffers["lse"]
 
 
@@ -73,7 +78,11 @@ def _run(plan: Plan, call: Call, facts: Facts, schedule: Schedule, buffers: dict
     for step in plan.steps:
         if step.kind == "tables":
             buffers[step.writes[0]] = _tables(step, call, facts, schedule)
+        elif step.kind == "runs":
+            buffers |= _runs(call, facts, schedule, buffers)
         elif step.kind == "kernel":
+            if "states" in step.writes:
+                buffers |= _states(call, facts, schedule, buffers)
             _launch(step.name, call, facts, schedule, {**buffers, **_tables_of(step.name, buffers)})
         else:
             buffers[step.writes[0]] = _capture_gradient(step, call, facts, schedule, buffers)
@@ -93,26 +102,120 @@ def _tables(step: Step, call: Call, facts: Facts, schedule: Schedule) -> dict[st
     if isinstance(offset, torch.Tensor):
         offset = offset.view(-1, 1, 1)
     queries, keys = Axis("i", offset, call.q.shape[2]), Axis("j", 0, call.n_k)
-    device = call.q.device
-    env: dict[str, Any] = {
-        **call.captures,
-        **call.params,
-        "b": torch.arange(call.q.shape[0], device=device).view(-1, 1, 1),
-        "h": torch.arange(call.q.shape[1], device=device).view(1, -1, 1),
-    }
+    device, env = call.q.device, _environment(call)
     if kernel == "dkv":
         return facts.walk_queries.prepare(env, keys, queries, tile.block_n, device)
     return facts.walk_keys.prepare(env, queries, keys, tile.block_m, device)
 
 
+def _environment(call: Call) -> dict[str, Any]:
+    """What walks and tables read."""
+    return {
+        **call.captures,
+        **call.params,
+        "b": torch.arange(call.q.shape[0], device=call.q.device).view(-1, 1, 1),
+        "h": torch.arange(call.q.shape[1], device=call.q.device).view(1, -1, 1),
+    }
+
+
+def _runs(call: Call, facts: Facts, schedule: Schedule, buffers: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Equal runs of all outputs' key tiles over the programs of a stream-K launch, without waiting for the device."""
+    source = _source_of("forward", call, facts, schedule, buffers)
+    sizes = _sizes(call, schedule)
+    counts = tile_counts(call, facts, source, schedule, _tables_of("forward", buffers))
+    runs = stream_k(counts, sizes["programs"])
+    assert len(counts) == source.grid.outputs(sizes)
+    return {"starts": runs.starts, "begins": runs.begin, "firsts": runs.first, "owners": runs.owners}
+
+
+def tile_counts(
+    call: Call, facts: Facts, source: Source, schedule: Schedule, tables: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """How many key tiles each output of the forward kernel visits: int64 [outputs], in the order of its programs."""
+    lists, batch, block_n = call.spec.lists, call.q.shape[0], schedule.tile("forward").block_n
+    per_head = source.grid.heads == "q"
+    heads = call.q.shape[1] if per_head else call.k.shape[1]
+    tiles, device = source.grid.tiles(_sizes(call, schedule)), call.q.device
+    if lists is None:
+        rows, group = call.q.shape[2], call.group if source.grid.rows == "packed" else 1
+        offset = call.q_offset.view(-1, 1, 1) if isinstance(call.q_offset, torch.Tensor) else call.q_offset
+        start = torch.arange(tiles, device=device).view(1, 1, -1) * source.grid.block
+        last = ((start + source.grid.block - 1) // group).clamp(max=rows - 1)
+        scope = {**_environment(call), **tables}
+        found = facts.program_keys.evaluate(start // group + offset, last + offset, 0, call.n_k, block_n, scope)
+        counts = sum((x for part in (found[1], found[3]) for x in part), torch.zeros((1, 1, 1), dtype=torch.int64, device=device))
+    else:
+        runs = call.captures["query_runs"]
+        if isinstance(lists, TileLists):
+            counts = runs[..., 1:].sum(-1) * (lists.block_n // block_n)
+            counts = counts.repeat_interleave(lists.block_m // source.grid.block, -1)[..., :tiles]
+        else:
+            counts = (-(-runs[..., 1] // block_n)).repeat_interleave(tiles // max(call.q.shape[2], 1), -1)
+        if not per_head and counts.shape[1] == call.q.shape[1] != heads:
+            counts = counts[:, :: call.group]
+        if per_head and counts.shape[1] not in (1, heads):
+            counts = counts.repeat_interleave(call.group, 1)
+    return counts.long().expand(batch, heads, tiles).reshape(-1)
+
+
+def _states(call: Call, facts: Facts, schedule: Schedule, buffers: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Buffers for the partial states of a split forward, float32."""
+    source = _source_of("forward", call, facts, schedule, buffers)
+    sizes = _sizes(call, schedule)
+    outputs = source.grid.outputs(sizes)
+    number = outputs * sizes["splits"] if source.grid.sliced == "split" else slots(outputs, sizes["programs"])
+    new = partial(torch.empty, dtype=torch.float32, device=call.q.device)
+    return {
+        "states": new((number, source.grid.block, call.v.shape[3])),
+        "maxima": new((number, 2, source.grid.block)),
+    }
+
+
+def _sizes(call: Call, schedule: Schedule) -> dict[str, int]:
+    """The lengths that kernels and grids take."""
+    batch, heads, n_q, _ = call.q.shape
+    return {
+        "batch": batch,
+        "heads": heads,
+        "group": call.group,
+        "n_q": n_q,
+        "n_k": call.n_k,
+        "pages": call.k.shape[0],
+        "splits": schedule.split if isinstance(schedule.split, int) else 1,
+        "programs": schedule.programs or _processors(call.q.device),
+    }
+
+
+@lru_cache(maxsize=8)
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 def _launch(
     kernel: str, call: Call, facts: Facts, schedule: Schedule, tensors: dict[str, Any], site: Site | None = None
 ) -> None:
+    source = _source_of(kernel, call, facts, schedule, tensors, site)
+    launch(source, call, {**_captures(call), **tensors}, schedule)
+
+
+def _captures(call: Call) -> dict[str, torch.Tensor]:
+    """The captured tensors; those of lists contiguous, and empty ones of a size that a stride can be made from."""
+    own = () if call.spec.lists is None else call.spec.lists.names
+    return {name: t.contiguous() if name in own else t for name, t in call.captures.items()}
+
+
+def _source_of(
+    kernel: str,
+    call: Call,
+    facts: Facts,
+    schedule: Schedule,
+    tensors: Mapping[str, Any],
+    site: Site | None = None,
+) -> Source:
     aligned = all(_aligned(tensors[name]) for name in _VIEWS[kernel])
     by_offset = isinstance(call.q_offset, torch.Tensor)
     dims = call.q.shape[3], call.v.shape[3]
-    source = _source(call.spec, facts, kernel, *dims, call.q.dtype, schedule, aligned, by_offset, site)
-    launch(source, call, {**call.captures, **tensors})
+    return _source(call.spec, facts, kernel, *dims, call.q.dtype, schedule, aligned, by_offset, site)
 
 
 _VIEWS = {
@@ -121,6 +224,7 @@ _VIEWS = {
     "dq": ("q", "do", "k", "v", "dq"),
     "dkv": ("k", "v", "q", "do", "dk", "dv"),
     "capture": ("q", "do", "k", "v"),
+    "merge": ("out",),
 }
 
 
@@ -133,12 +237,18 @@ def _capture_gradient(
     total = torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
     env = dense_env(call, torch.float32)
     shifted = isinstance(call.q_offset, torch.Tensor) or call.q_offset != 0
+    if isinstance(call.spec.lists, RowLists) and name == "edge_weight":
+        list_heads = heads if call.spec.lists.by_query_head else call.k.shape[1]
+        grad = total.new_zeros((batch, list_heads, tensor.shape[2]))
+        _launch("capture", call, facts, schedule, {**buffers, "grad": grad}, EDGES)
+        return grad.sum_to_size(tensor.shape)
     for site in sites(facts.load_grads.get(name, ()), schedule.deterministic is not False):
         program = facts.program_queries if site.by_keys else facts.program_keys
-        if not (program.full or program.partial):
+        if call.spec.lists is None and not (program.full or program.partial):
             continue  # no pair attends, so none contributes
         kernel = "dkv" if site.by_keys else "dq"
-        shape = site.buffer_shape(batch, heads, n_q, n_k, schedule.tile("dq").block_m, tuple(tensor.shape))
+        rows = 1 if isinstance(call.spec.lists, RowLists) else schedule.tile("dq").block_m
+        shape = site.buffer_shape(batch, heads, n_q, n_k, rows, tuple(tensor.shape))
         make = torch.zeros if site.zeroed or 0 in call.q.shape else torch.empty
         grad = make(shape, dtype=torch.float32, device=tensor.device)
         _launch("capture", call, facts, schedule, {**buffers, **_tables_of(kernel, buffers), "grad": grad}, site)
@@ -153,14 +263,11 @@ def _capture_gradient(
     return total
 
 
-def launch(source: Source, call: Call, tensors: dict[str, Any]) -> None:
+def launch(source: Source, call: Call, tensors: dict[str, Any], schedule: Schedule) -> None:
     """Build a kernel's arguments from their description and launch it; nothing is launched for an empty grid."""
-    batch, heads, n_q, head_dim = call.q.shape
-    lengths = {"batch": batch, "heads": heads, "group": call.group, "n_q": n_q, "n_k": call.n_k}
-    programs = source.grid.programs(
-        lengths[source.grid.length], heads if source.grid.heads == "q" else call.k.shape[1], batch
-    )
-    if programs * batch * heads == 0:
+    head_dim, lengths = call.q.shape[3], _sizes(call, schedule)
+    programs = source.grid.programs(lengths)
+    if programs * lengths["batch"] * lengths["heads"] == 0:
         return
     arguments: list[Any] = []
     for arg in source.args:

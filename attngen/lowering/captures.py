@@ -11,6 +11,9 @@ decides how the contributions are added up, always in a fixed order:
 | i and j, in one index  | "bins"  | [B, heads, query tiles, size of that dimension]; zeroed before |
 | i and j, otherwise     | "pairs" | [B or 1, heads or 1, n_q, n_k]; zeroed before; summed over batch or heads that no index uses |
 
+With a list of keys per query a tile is one query, "pairs" are added with atomics (a key may be listed twice), and the
+weights of listed keys are a site of their own: "edges", [B, list heads, listed keys], zeroed before.
+
 `collect` adds a buffer up to the tensor's shape.
 """
 
@@ -64,7 +67,11 @@ class Site:
     @property
     def zeroed(self) -> bool:
         """Whether the buffer has to be zero before the launch; otherwise every element is written."""
-        return self.kind in ("pairs", "bins", "atomic")
+        return self.kind in ("pairs", "bins", "atomic", "edges")
+
+
+# The weights of listed keys are added to the score: their slope is 1.
+EDGES = Site(None, 1, "edges", ())
 
 
 def sites(load_grads: Any, deterministic: bool = True) -> tuple[Site, ...]:

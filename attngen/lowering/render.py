@@ -5,26 +5,16 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-import sympy
-
 from attngen.expression import B, H
+from attngen.lists import RowLists
 from attngen.lowering.captures import Site
-from attngen.lowering.kernels import (
-    KEY,
-    LOG2E,
-    QUERIES_WALK_KEYS,
-    QUERY,
-    SIDES,
-    Holes,
-    Loop,
-    Sides,
-    View,
-    chunks,
-    decode,
-)
+from attngen.lowering.kernels import Holes
+from attngen.lowering.printer import PRODUCT
+from attngen.lowering.sides import HEADS, KEY, ONE_KEY, PACKED, QUERY, Loop, Sides, View, chunks, decode, sides_of
 from attngen.lowering.source import Arg, Grid, Source, environment, tidy
 
 TENSORS = {
@@ -33,6 +23,7 @@ TENSORS = {
     "dq": ("q", "do", "k", "v", "dq"),
     "dkv": ("k", "v", "q", "do", "dk", "dv"),
     "capture": ("q", "do", "k", "v"),
+    "merge": ("out",),
 }
 _SHAPES = {
     "q": ("B", "heads", "n_q", "D"),
@@ -47,7 +38,9 @@ _ROWS = {  # float32 [B, heads, n_q], contiguous
     "dq": ("lse", "delta"),
     "dkv": ("lse", "delta"),
     "capture": ("lse", "delta"),
+    "merge": ("lse",),
 }
+ROWS_OF_LISTS = 16  # rows of a tile that serves one query or key: the least a matrix product takes
 LONGEST = 10  # characters of a captured tensor's or param's name that the kernel keeps, for lines that fit
 
 _GRADS = {
@@ -57,13 +50,19 @@ _GRADS = {
     "pairs": "[B or 1, heads or 1, n_q, n_k]",
     "bins": "[B, heads, tiles, bins]",
     "atomic": "[B, heads, bins]",
+    "edges": "[B, list heads, listed keys]",
 }
+_STATES = (
+    Arg("states", "tensor", "states", "*fp32", comment="[slots, BLOCK_M, Dv]: unnormalised sums"),
+    Arg("maxima", "tensor", "maxima", "*fp32", comment="[slots, 2, BLOCK_M]: m and l"),
+)
 _TITLES = {
     "forward": "forward: a query tile walks its keys with the online softmax",
     "delta": "backward, first step: delta = rowsum(dO * O) - dlse",
     "dq": "backward: a query tile walks its keys and sums dQ",
     "dkv": "backward: a key tile walks its queries and sums dK and dV",
     "capture": "backward: the gradient of a captured tensor",
+    "merge": "forward, second step: merge the partial softmax states of each output",
 }
 
 
@@ -80,40 +79,68 @@ def render(
     offset_tensor: bool = False,
     site: Site | None = None,
 ) -> Source:
-    """The source of `kernel`: "forward", "delta", "dq", "dkv", or "capture" for one `site` (see `captures`).
+    """The source of `kernel`: "forward" and for a split one "merge", "delta", "dq", "dkv", or "capture" for one `site` (see
+    `captures`).
 
     schedule: a complete one. aligned: the last dimension of every [B, heads, n, d] tensor has stride 1 and all other
     strides are multiples of 16, so rows are loaded in whole vectors; False takes any strides. offset_tensor: q_offset is
     an int32 tensor [B]. The text does not depend on lengths, batch, head counts, params or the scale.
     """
-    by_keys = site is not None and site.by_keys
-    tile = schedule.tile("dkv" if by_keys else {"delta": "dq", "capture": "dq"}.get(kernel, kernel))
-    sides = SIDES.get(kernel, Sides(KEY, QUERY, False) if by_keys else QUERIES_WALK_KEYS)
-    tensors = TENSORS[kernel] if not by_keys else ("k", "v", "q", "do")
-    owned = (
-        [not site.uses(symbol) for symbol in (B, H)] if site is not None and site.kind == "pairs" else [False, False]
+    by_keys = kernel == "dkv" or (site is not None and site.by_keys)
+    tile = schedule.tile("dkv" if by_keys else {"delta": "dq", "capture": "dq", "merge": "forward"}.get(kernel, kernel))
+    by_rows = isinstance(spec.lists, RowLists) and kernel != "delta"
+    if by_rows:  # one query, or key, a tile: its rows are the heads
+        tile = replace(tile, **{"block_n" if by_keys else "block_m": ROWS_OF_LISTS})
+    forward = kernel in ("forward", "merge")
+    sides = sides_of(
+        by_keys,
+        kernel == "dkv",
+        packed=(forward and bool(schedule.pack)) or (by_rows and (kernel != "capture" or site.kind == "edges")),
+        listed=by_rows,
+        by_query_head=by_rows and spec.lists.by_query_head,
     )
-    lines, owner = decode(sides, *owned)
+    sliced = "" if not forward or schedule.split in (None, 1) else "stream" if schedule.split == "stream" else "split"
+    tensors = TENSORS[kernel] if kernel != "capture" or not by_keys else ("k", "v", "q", "do")
+    owned = (
+        [not site.uses(symbol) for symbol in (B, H)]
+        if site is not None and site.kind == "pairs" and not by_rows
+        else [False, False]
+    )
+    lines, owner = _programs(kernel, sides, sliced, owned)
     walk = facts.walk_keys if sides.walked is KEY else facts.walk_queries
     tables = [symbol.name for table in walk.tables for symbol in table.symbols]
-    names = _safe_names([*spec.params, *spec.tensors, *tables])
-    holes = Holes(spec, facts, sides, offset_tensor=offset_tensor, names=names)
-    if kernel != "delta":
+    own_names = () if spec.lists is None else spec.lists.names
+    names = _safe_names([*spec.params, *(n for n in spec.tensors if n not in (*own_names, "page_table")), *tables])
+    holes = Holes(
+        spec,
+        facts,
+        sides,
+        blocks=(tile.block_m, tile.block_n),
+        offset_tensor=offset_tensor,
+        names=names,
+        sliced=sliced if kernel == "forward" else "",
+    )
+    if kernel not in ("delta", "merge"):
         slope = 1 if kernel == "forward" else facts.score_ds if site is None else site.slope
         holes.fill(slope, site if site is not None and site.kind in ("bins", "atomic") else None)
     d, dv = chunks(head_dim), chunks(head_dim_v)
     columns = "d" if d == dv else "e"
     views = {
-        t: View(t, dv, columns, _head(t), not aligned)
-        if _shape(t)[3] == "Dv"
-        else View(t, d, "d", _head(t), not aligned)
+        t: View(
+            t,
+            dv if _shape(t)[3] == "Dv" else d,
+            columns if _shape(t)[3] == "Dv" else "d",
+            _head(t),
+            not aligned,
+            packed=sides.resident.packed and _head(t) == "h",
+            paged=spec.page_size is not None and _head(t) == "kv_head",
+        )
         for t in tensors
     }
     sink = ""
-    if kernel == "forward" and spec.sink is not None:
-        terms = sympy.Add.make_args(spec.sink)
-        sink = holes.printer.operand(sympy.Add(*[LOG2E * term for term in terms]))
-    args = _arguments(spec, holes, kernel, tensors, names, aligned, offset_tensor, site, owner)
+    if spec.sink is not None and (kernel == "merge" or (kernel == "forward" and sliced != "split")):
+        sink = holes.printer.value(spec.sink).at(PRODUCT)
+    args = _arguments(spec, holes, kernel, tensors, names, aligned, offset_tensor, site, owner, sliced)
     text = (
         environment()
         .get_template(f"{kernel}.jinja")
@@ -142,23 +169,58 @@ def render(
             sink=sink,
             resident_tensors=[views[t] for t in tensors[:2]],
             walked_tensors=[views[t] for t in tensors[2:4]],
-            decode=[line for line in lines if "k" in tensors or "kv_head" not in line],  # delta reads no keys
+            decode=[line for line in lines if kernel != "delta" or "kv_head" not in line],  # delta reads no keys
             walks="k" in tensors,
+            sliced=sliced,
+            head_dim_v=head_dim_v,
+            page_size=spec.page_size if "k" in tensors else None,
+            listed=by_rows,
+            list_head="h" if by_rows and spec.lists.by_query_head else "kv_head",
             owner=owner,
             site=site,
             site_bins=" * ".join(f"{names[site.tensor]}_size_{d}" for d in site.dims) if site is not None else "",
             boost=holes.boost,
         )
     )
-    length = sides.resident.length
-    block = tile.block_m if length == "n_q" else tile.block_n
-    heads = "kv" if sides.grouped else "one" if owned[1] else "q"
-    grid = Grid(length, block, heads, not owned[0])
+    block = tile.block_n if by_keys else tile.block_m
+    heads = "kv" if sides.grouped or sides.resident.packed else "one" if owned[1] else "q"
+    kind = "single" if by_rows else "packed" if sides.resident.packed else "rows"
+    kind = "heads" if by_rows and sides.resident.packed else kind
+    grid = Grid(sides.resident.length, block, heads, not owned[0], kind, sliced if kernel == "forward" else "")
     return Source(kernel, tidy(text), args, grid, tile.num_warps, tile.num_stages)
+
+
+def _programs(kernel: str, sides: Sides, sliced: str, owned: list[bool]) -> tuple[tuple[str, ...], Loop | None]:
+    """How a program finds what it computes, and the loop around all of it if it computes several outputs."""
+    if kernel == "merge" and sliced == "stream":
+        owners = ("first_slot = tl.load(owners + 2 * program)", "last_slot = tl.load(owners + 2 * program + 1)")
+        return (*decode(sides, "program")[0], *owners), None
+    if kernel == "merge" or not sliced:
+        return decode(sides, "program", *owned)
+    lines, _ = decode(sides, "output")
+    if sliced == "split":
+        return ("output = program // splits", "split = program % splits", *lines), None
+    run = (
+        "begin = tl.load(begins + program)",
+        "end = tl.load(begins + program + 1)",
+        "first_output = tl.load(firsts + program)",
+        "last_output = tl.load(firsts + program + 1)",
+    )
+    outputs = Loop(
+        "the outputs that this program has tiles of",
+        "output",
+        "first_output, last_output + 1",
+        (*lines, "start = tl.load(starts + output)"),
+    )
+    return run, outputs
 
 
 def _shape(tensor: str) -> tuple[str, ...]:
     return _SHAPES[_LIKE.get(tensor, tensor)]
+
+
+def _dims(tensor: str, paged: bool) -> tuple[str, ...]:
+    return ("pages", "heads // group", "PAGE_SIZE", _shape(tensor)[3]) if paged else _shape(tensor)
 
 
 def _head(tensor: str) -> str:
@@ -175,23 +237,35 @@ def _arguments(
     offset_tensor: bool,
     site: Site | None,
     owner: Loop | None,
+    sliced: str,
 ) -> tuple[Arg, ...]:
     out: list[Arg] = []
-    out += [Arg(t, "tensor", t, "*q", comment=f"[{', '.join(_shape(t))}]") for t in tensors]
-    out += [Arg(t, "tensor", t, "*fp32", comment="[B, heads, n_q]") for t in _ROWS[kernel]]
+    if kernel == "forward" and sliced == "split":
+        tensors = tensors[:-1]  # out is written by merge
+    paged = {"k", "v"} if spec.page_size is not None else set()
+    out += [Arg(t, "tensor", t, "*q", comment=f"[{', '.join(_dims(t, t in paged))}]") for t in tensors]
+    rows = () if kernel == "forward" and sliced == "split" else _ROWS[kernel]
+    out += [Arg(t, "tensor", t, "*fp32", comment="[B, heads, n_q]") for t in rows]
+    if sliced:
+        out += _STATES
+        runs = {"forward": ("starts", "begins", "firsts"), "merge": ("owners",)}[kernel]
+        out += [Arg(name, "tensor", name, "*i32") for name in (runs if sliced == "stream" else ())]
     if site is not None:
         out.append(Arg("grad", "tensor", "grad", "*fp32", comment=_GRADS[site.kind]))
     for t in tensors:
         for dim, axis in enumerate("bhn" if aligned else "bhnd"):
             out.append(Arg(f"{t}_stride_{axis}", "stride", t, "i32", dim, specialize=aligned))
-    if site is not None and site.kind == "pairs":
-        out += [Arg(f"grad_stride_{axis}", "stride", "grad", "i32", dim, False) for dim, axis in enumerate("bh")]
+    if site is not None and site.kind in ("pairs", "edges"):
+        out += [Arg(f"grad_stride_{axis}", "stride", "grad", "i64", dim, False) for dim, axis in enumerate("bh")]
     lengths = ["heads", "n_q", *(("group", "n_k") if kernel != "delta" else ())]
     lengths += ["batch"] if owner is not None and "batch" in owner.range else []
+    lengths += ["splits"] if sliced == "split" else []
+    lengths += ["pages"] if spec.page_size is not None and kernel != "merge" else []
     out += [Arg(length, "length", length, "i32", specialize=False) for length in lengths]
     if kernel == "delta":
         return tuple(out)
-    out.append(Arg("scale", "scale", "scale", "fp32", specialize=False))
+    if kernel != "merge":
+        out.append(Arg("scale", "scale", "scale", "fp32", specialize=False))
     used = holes.printer.used | {"q_offset"}
     if used & {"i", "i_safe"} or any("q_offset" in line for line in (*holes.program.lines, *holes.head.lines)):
         if offset_tensor:
@@ -202,7 +276,15 @@ def _arguments(
         if names[name] in used:
             kind = "i32" if param.sym.is_integer else "fp32"
             out.append(Arg(names[name], "param", name, kind, specialize=False))
-    for name in holes.tables:
+    listed = isinstance(spec.lists, RowLists)
+    for name in holes.reader.lists:
+        what = f"{name.removesuffix('_runs')} {'rows, 2' if listed else 'tiles, 3'}" if "runs" in name else "listed"
+        out.append(Arg(name, "tensor", name, "*capture", comment=f"[B or 1, heads or 1, {what}]"))
+        out += [Arg(f"{name}_stride_{axis}", "stride", name, "i64", dim, False) for dim, axis in enumerate("bh")]
+    if spec.page_size is not None and kernel != "merge":
+        out.append(Arg("page_table", "tensor", "page_table", "*capture", comment="[B, pages of a row]"))
+        out.append(Arg("page_table_stride_b", "stride", "page_table", "i32", 0, False))
+    for name in holes.reader.tables:
         out.append(Arg(f"{names[name]}_table", "table", name, "*i32", comment="[B or 1, heads or 1, tiles]"))
         out += [Arg(f"{names[name]}_stride_{axis}", "stride", name, "i32", dim, False) for dim, axis in enumerate("bh")]
     for name, tensor in spec.tensors.items():
@@ -253,6 +335,8 @@ def _reserved() -> frozenset[str]:
         words |= set(re.findall(r"[A-Za-z_]\w*", text))
     for side in (QUERY, KEY):
         words |= {side.tile, side.block, side.length, side.index, side.lane, side.stored}
+    for side in (QUERY, KEY, PACKED, HEADS, ONE_KEY):
+        words |= {word for line in side.rows for word in re.findall(r"[A-Za-z_]\w*", line)}
     words |= {
         "grad",
         "first",

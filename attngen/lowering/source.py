@@ -11,6 +11,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,7 +28,7 @@ class Arg:
     """One kernel argument.
 
     role: "tensor" (a pointer to the tensor `of`), "stride" and "size" (of dimension `dim` of the tensor `of`), "length"
-    (the int `of`: n_q, n_k, heads, group, batch), "scale" (the float factor on q.k), "offset" (q_offset, an int, or a pointer to
+    (the int `of`: n_q, n_k, heads, group, batch, splits, pages), "scale" (the float factor on q.k), "offset" (q_offset, an int, or a pointer to
     int32 [B]), "param" (the spec's Param `of`).
     type: "*q" pointer in the dtype of q, "*fp32", "*i32", "*capture" pointer in the captured tensor's dtype; "i32", "fp32".
     specialize: whether Triton may compile for a value's divisibility by 16 (or 1); no other value ever recompiles.
@@ -44,16 +45,37 @@ class Arg:
 
 @dataclass(frozen=True)
 class Grid:
-    """One program per (batch, head, tile), all on one axis."""
+    """One program per (batch, head, tile), all on one axis; of a split kernel, so many per tile, or a fixed number."""
 
     length: str  # "n_q" or "n_k"
     block: int
     heads: str  # "q" or "kv": which head count; "one": a program serves all heads
     batched: bool = True  # False: a program serves the whole batch
+    rows: str = "rows"  # "packed": (query, head of the group) pairs; "heads": the heads of one query; "single": one row
+    sliced: str = ""  # "split" or "stream"
 
-    def programs(self, length: int, heads: int, batch: int) -> int:
-        """The number of programs to launch."""
-        return -(-length // self.block) * (heads if self.heads != "one" else 1) * (batch if self.batched else 1)
+    def tiles(self, sizes: Mapping[str, int]) -> int:
+        """Tiles of one (batch, head). sizes: batch, heads, group, n_q, n_k."""
+        group, length = sizes["group"], sizes[self.length]
+        return {
+            "rows": -(-length // self.block),
+            "packed": -(-length * group // self.block),
+            "heads": length * -(-group // self.block),
+            "single": length,
+        }[self.rows]
+
+    def outputs(self, sizes: Mapping[str, int]) -> int:
+        """Tiles of all batches and heads, computed by whatever number of programs."""
+        group = sizes["group"]
+        heads = {"q": sizes["heads"], "kv": sizes["heads"] // group, "one": 1}[self.heads]
+        return self.tiles(sizes) * heads * (sizes["batch"] if self.batched else 1)
+
+    def programs(self, sizes: Mapping[str, int]) -> int:
+        """The number of programs to launch. sizes: also splits, programs."""
+        outputs = self.outputs(sizes)
+        if self.sliced == "stream":
+            return min(outputs, 1) * sizes["programs"]
+        return outputs * (sizes["splits"] if self.sliced == "split" else 1)
 
 
 @dataclass(frozen=True)

@@ -127,10 +127,10 @@ def dkv(
         partial1_stop = tl.minimum(hole1_stop, live_stop)
         partial1_count = tl.maximum(0, partial1_stop - live_first)
         partial2_count = tl.maximum(0, live_stop - hole2_first)
-        slope_h = tl.load(slope + h.to(tl.int64) * slope_stride_0).to(tl.float32)
-        hash_3 = mix(hash_2 ^ h.to(tl.uint32))
         partial_shift2 = hole2_first - partial1_count
         partial_count2 = partial1_count + partial2_count
+        slope_h = tl.load(slope + h.to(tl.int64) * slope_stride_0).to(tl.float32)
+        hash_3 = mix(hash_2 ^ h.to(tl.uint32))
 
         # full query tiles: every pair attends, so no mask
         for tile in range(hole1_stop, hole1_stop + full_count):

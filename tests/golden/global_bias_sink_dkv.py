@@ -190,8 +190,6 @@ def dkv(
         full_count2 = full1_count + full2_count
         full_shift3 = full3_first - full_count2
         full_count3 = full3_count + full_count2
-        bias_base = bias + h.to(tl.int64) * bias_stride_0
-        bias_at = bias_base + j_safe.to(tl.int64) * bias_stride_2  # [BLOCK_N]
         partial_shift2 = hole2_first - partial1_count
         partial_count2 = partial1_count + partial2_count
         partial_shift3 = live1_stop - partial_count2
@@ -202,6 +200,8 @@ def dkv(
         partial_count5 = partial5_count + partial_count4
         partial_shift6 = partial6_first - partial_count5
         partial_count6 = partial6_count + partial_count5
+        bias_base = bias + h.to(tl.int64) * bias_stride_0
+        bias_at = bias_base + j_safe.to(tl.int64) * bias_stride_2  # [BLOCK_N]
 
         # full query tiles: every pair attends, so no mask
         for step in range(full_count3):
