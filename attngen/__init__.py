@@ -12,6 +12,7 @@ from typing import Any
 from attngen.errors import (
     AttngenError,
     AttngenWarning,
+    GroupError,
     InputError,
     PackError,
     ScheduleError,
@@ -73,8 +74,22 @@ _LAZY = {
     "hyper": "attngen.keys.hyper",
     "lsh_buckets": "attngen.keys.permuted",
     "qk_sparse": "attngen.keys.permuted",
+    "ring": "attngen.parallel",
+    "shard": "attngen.shards",
     "sparse_k": "attngen.keys.sparse_k",
     "union": "attngen.keys.union",
+    "block_sparse": "attngen.keys.tiles",
+    "block_cluster": "attngen.keys.tiles",
+    "butterfly": "attngen.keys.layouts",
+    "big_bird": "attngen.keys.layouts",
+    "longformer": "attngen.keys.shapes",
+    "a_shape": "attngen.keys.shapes",
+    "vertical_slash": "attngen.keys.slashes",
+    "adaptive": "attngen.keys.slashes",
+    "pruned": "attngen.keys.pruned",
+    "estimate": "attngen.keys.estimate",
+    "Estimate": "attngen.keys.estimate",
+    "unshard": "attngen.shards",
 }
 
 
@@ -96,6 +111,7 @@ __all__ = [
     "AttngenError",
     "AttngenWarning",
     "Expr",
+    "GroupError",
     "InputError",
     "PackError",
     "Param",

@@ -11,6 +11,7 @@ import torch
 from attngen.analysis import Facts
 from attngen.errors import AttngenError
 from attngen.inputs import Call
+from attngen.reductions import check, decode_choice
 from attngen.schedule import Schedule, Target, complete, fit
 
 PIECES = {"forward": "", "backward": ("dq_", "dkv_")}
@@ -28,6 +29,7 @@ def choose(call: Call, facts: Facts, backend: str, pins: Schedule, db: str | Non
     """A complete schedule for this call on this backend, and in words where it came from."""
     if backend == "interpret":
         schedule = complete_for("interpreter", call.q.shape[3], call.v.shape[3], call.q.dtype, pins)
+        check(call.spec, facts, schedule)
         return fit(schedule, call.spec.lists, pins), "the interpreter's small tiles"
     tuned, origins = Schedule(), []
     for piece, record in _records(call, backend, db).items():
@@ -38,13 +40,21 @@ def choose(call: Call, facts: Facts, backend: str, pins: Schedule, db: str | Non
 
         schedule = pins.over(tuned).over(default_schedule(call, facts))
     else:
-        target = Target.of_device(call.q.device)
-        schedule = complete(target, call.q.shape[3], call.v.shape[3], call.q.dtype, pins, tuned)
+        target, processors = Target.of_device(call.q.device), multiprocessors(call.q.device)
+        decode = decode_choice(call, facts, processors) if call.q.dtype != torch.float32 else Schedule()
+        schedule = complete(target, call.q.shape[3], call.v.shape[3], call.q.dtype, pins, tuned, decode)
+        check(call.spec, facts, schedule)
         schedule = fit(schedule, call.spec.lists, pins)
     origins = origins or ["the model's choice: no tuned record for this spec, dtype, head dims and device"]
     if pins.decided():
         origins.insert(0, f"pinned: {pins}")
     return schedule, "; ".join(origins)
+
+
+@lru_cache(maxsize=32)
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side on a GPU if each fills a multiprocessor; elsewhere as many as is nice to test."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def complete_for(target: str, head_dim: int, head_dim_v: int, dtype: torch.dtype, pins: Schedule) -> Schedule:

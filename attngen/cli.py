@@ -44,29 +44,42 @@ Database = Annotated[str | None, typer.Option("--db", help="The record database;
 @app.command(epilog="Example: [b]attngen show 'i >= j and i - j < 1024' -n 8192 --png window.png[/b]")
 def show(
     spec: SpecArg,
-    n: Annotated[int, typer.Option("-n", help="Queries and keys.")] = 4096,
+    n: Annotated[
+        int | None, typer.Option("-n", help="Queries and keys. Default: 4096, and 1024 for a spec with keys.")
+    ] = None,
     n_k: Annotated[int | None, typer.Option(help="Keys, if not as many as queries.")] = None,
-    block_m: Annotated[int, typer.Option(help="Query tile.")] = 128,
-    block_n: Annotated[int, typer.Option(help="Key tile.")] = 64,
+    block_m: Annotated[int | None, typer.Option(help="Query tile. Default: 128, or n / 64 with keys.")] = None,
+    block_n: Annotated[int | None, typer.Option(help="Key tile. Default: 64, or n / 64 with keys.")] = None,
     q_offset: Annotated[int, typer.Option(help="Position of the first query.")] = 0,
     set_: Set = None,
     png: Annotated[Path | None, typer.Option(help="Also draw it into this PNG file.")] = None,
 ) -> None:
-    """Show a mask as the kernel will treat it: full, partial and empty tiles, and the density."""
+    """Show a mask as the kernel will treat it: full, partial and empty tiles, and the density. Of a spec with keys: the pairs
+    that batch 0, head 0 attends, with whatever the key set takes at the call made up.
+    """
     from attngen import picture
     from attngen.analysis import tile_map
     from attngen.specfile import read_spec
 
     value = read_spec(spec)
+    keyed = value.keys is not None
+    n = (1024 if keyed else 4096) if n is None else n
     n_k = n if n_k is None else n_k
+    block_m = block_m or (max(1, n // 64) if keyed else 128)
+    block_n = block_n or (max(1, n_k // 64) if keyed else 64)
     captures = _captures(value, f"B1 H1 Nq{n} Nk{max(n_k, n + q_offset)} D64", set_)
-    tiles = tile_map(value, n, n_k, block_m, block_n, q_offset=q_offset, **captures)
+    if keyed:
+        tiles, made = picture.of_keys(value, n, n_k, block_m, block_n, q_offset, captures)
+        console.print(f"[dim]made up for this picture: {made}[/dim]")
+    else:
+        tiles = tile_map(value, n, n_k, block_m, block_n, q_offset=q_offset, **captures)
     console.print(str(value), markup=False)
     console.print(picture.text(tiles), markup=False)
     console.print(f"{picture.LEGEND}   (query tiles of {block_m} down, key tiles of {block_n} across)")
     console.print(picture.summary(tiles))
     if png is not None:
-        picture.png(tiles, png, value.name or str(value).splitlines()[-1], block_m, block_n)
+        title = value.name or str(value).splitlines()[-1]
+        picture.png(tiles, png, f"{title}\nmade up: {made}" if keyed else title, block_m, block_n)
         console.print(f"written: {png}")
 
 
@@ -303,11 +316,18 @@ def _captures(spec: Any, shape: str, assignments: list[str] | None) -> dict[str,
         except ValueError:
             raise InputError("--set", "NAME=NUMBER or NAME=NUMBER,NUMBER,...", repr(assignment)) from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    captures = make_captures(spec, Sizes.of(shape), device, given)
+    captures: dict[str, Any] = {}
+    for part in _parts(spec):
+        captures |= make_captures(part, Sizes.of(shape), device, {**captures, **given})
     made = [name for name in captures if name not in given]
     if made:
         console.print(f"[dim]made up for this picture: {', '.join(made)} (give them with --set NAME=VALUE)[/dim]")
     return captures
+
+
+def _parts(spec: Any) -> tuple[Any, ...]:
+    """The pieces of a union, or the spec itself."""
+    return spec.keys.specs if getattr(spec.keys, "name", "") == "union" else (spec,)
 
 
 def _write_kernel(folder: Path, kernel: Any) -> None:

@@ -93,6 +93,16 @@ def default_tile(target: Target, kernel: str, head_dim: int, dtype: Any) -> Tile
     return _of_class(HALF, (_family(target), kernel), head_dim)
 
 
+def decode_tile(rows: int, head_dim: int) -> Tile:
+    """The forward's tile for a few query rows, whose time is that of reading the keys: long key tiles, and stages to have
+    several of them on their way.
+    """
+    block_m = min(max(16, 1 << (rows - 1).bit_length()), 64 if head_dim <= 64 else 32)  # more rows spill
+    if block_m > 16:
+        return Tile(block_m, 64 if head_dim <= 128 else 16, 8, 2)
+    return Tile(block_m, 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32, 4, 3 if head_dim <= 128 else 2)
+
+
 def _family(target: Target) -> str:
     """Targets that compile to the same kind of matrix instructions: sm_86, sm_89 and sm_120 are like sm_80."""
     return target.name if target.name in ("sm_90", "sm_100", "gfx942") else "sm_80"

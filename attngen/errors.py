@@ -47,6 +47,10 @@ class PackError(AttngenError, RuntimeError):
     """A pack of prebuilt kernels that is damaged, unsafe or of an unknown schema."""
 
 
+class GroupError(AttngenError, RuntimeError):
+    """A rank of a process group is lost, or did not answer within the group's time-out."""
+
+
 class AttngenWarning(UserWarning):
     """Something works, but not the way it should: said once, with the reason."""
 

@@ -3,14 +3,50 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from attngen.errors import InputError
+
+if TYPE_CHECKING:
+    from attngen.spec import Spec
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 LEGEND = "█ full tile   ▒ partial tile   · empty tile"
 _GLYPHS = "·▒█"
 _COLORS = ("#f4f1ea", "#e8a33d", "#27548a")
+
+
+MOST = 4096  # queries and keys of a picture that is made from all pairs
+
+
+def of_keys(
+    spec: Spec, n_q: int, n_k: int, block_m: int, block_n: int, q_offset: int, captures: dict[str, Any]
+) -> tuple[torch.Tensor, str]:
+    """Tiles that a spec with a key set attends: int8 [tiles_q, tiles_k], 0 no pair, 1 some, 2 all; and what was made up for
+    it, in words: q, k, and the captures of the key set. From the definition, not from a kernel. InputError.
+    """
+    from attngen.keys.dense import attended
+    from attngen.keys.made_up import made_up
+
+    if not 1 <= max(n_q, n_k) <= MOST or min(n_q, n_k) < 1:
+        raise InputError("-n", f"1 to {MOST} queries and keys, to draw every pair of a key set", (n_q, n_k))
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 1, n, 64, generator=generator) for n in (n_q, n_k))
+    words, pairs = ["random q and k"], torch.zeros(1, 1, n_q, n_k, dtype=torch.bool)
+    for part in spec.keys.specs if getattr(spec.keys, "name", "") == "union" else (spec,):  # type: ignore[union-attr]
+        named = {name: captures[name].cpu() if isinstance(captures[name], torch.Tensor) else captures[name]
+                 for name in (*part.tensors, *part.params)}  # fmt: skip
+        if part.keys is not None:
+            own, how = made_up(part.keys, q, k, q_offset)
+            named, words = {**named, **own}, [*words, *how]
+        pairs |= attended(part, q, k, k, q_offset, named)
+    grid = torch.nn.functional.pad(pairs[0, 0].float(), (0, -n_k % block_n, 0, -n_q % block_m), value=torch.nan)
+    cells = grid.unflatten(1, (-1, block_n)).unflatten(0, (-1, block_m)).transpose(1, 2).flatten(2)
+    share = cells.nanmean(-1)
+    tiles = torch.where(share == 0, EMPTY, torch.where(share == 1, FULL, PARTIAL)).to(torch.int8)
+    return tiles, "; ".join(words)
 
 
 def shrink(tiles: torch.Tensor, most: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 
 import attngen as ag
 from attngen.analysis import facts
+from attngen.lists import RowLists, TileLists
 from attngen.lowering import render, sites
 from attngen.schedule import Schedule
 
@@ -35,7 +36,11 @@ SPECS = {
         score=ag.bias("hij"),
         sink=lambda b, h, i: ag.Tensor("sink", 1)[h],
     ),
+    "tiles": ag.Spec(mask=ag.causal(), lists=TileLists(128, 64)),
+    "rows": ag.Spec(mask=ag.causal(), lists=RowLists(weighted=True)),
+    "paged": ag.Spec(mask=ag.causal() & ag.window(512), page_size=16, sink=lambda b, h, i: ag.Tensor("sink", 1)[h]),
 }
+DECISIONS = ("split", "pack")  # of the options: what the schedule decides
 # name -> (spec, kernel, head dim of q and k, of v, dtype, options)
 FILES: dict[str, tuple[str, str, int, int, torch.dtype, dict[str, Any]]] = {
     "full_forward": ("full", "forward", 64, 64, torch.bfloat16, {}),
@@ -52,6 +57,14 @@ FILES: dict[str, tuple[str, str, int, int, torch.dtype, dict[str, Any]]] = {
     "global_bias_sink_forward": ("global_bias_sink", "forward", 40, 24, torch.float16, {"aligned": False}),
     "global_bias_sink_dkv": ("global_bias_sink", "dkv", 40, 24, torch.float16, {"aligned": False}),
     "global_bias_sink_capture": ("global_bias_sink", "capture", 64, 64, torch.bfloat16, {}),
+    "tiles_forward": ("tiles", "forward", 64, 64, torch.bfloat16, {}),
+    "tiles_dkv": ("tiles", "dkv", 64, 64, torch.bfloat16, {}),
+    "rows_dq": ("rows", "dq", 64, 64, torch.bfloat16, {}),
+    "rows_dkv": ("rows", "dkv", 64, 64, torch.bfloat16, {}),
+    "paged_split_forward": ("paged", "forward", 128, 128, torch.bfloat16, {"split": 4}),
+    "paged_split_merge": ("paged", "merge", 128, 128, torch.bfloat16, {"split": 4}),
+    "stream_forward": ("causal_window", "forward", 80, 80, torch.bfloat16, {"split": "stream", "pack": True}),
+    "stream_merge": ("causal_window", "merge", 80, 80, torch.bfloat16, {"split": "stream", "pack": True}),
 }
 
 
@@ -62,7 +75,10 @@ def text(name: str) -> str:
     if kernel == "capture":
         (grads,) = known.load_grads.values()
         options = {**options, "site": sites(grads)[0]}
-    sizes = dict(head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype, schedule=TILES)
+    decided = {option: value for option, value in options.items() if option in DECISIONS}
+    options = {option: value for option, value in options.items() if option not in DECISIONS}
+    schedule = Schedule(**decided).over(TILES)
+    sizes = dict(head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype, schedule=schedule)
     return render(SPECS[spec_name], known, kernel, **sizes, **options).text
 
 

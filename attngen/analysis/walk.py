@@ -84,8 +84,10 @@ class WalkProgram:
 
         def tensors(expressions: Iterable[Any]) -> tuple[torch.Tensor, ...]:
             device = first.device
-            found = (torch.as_tensor(evaluate(e, scope, values), device=device).to(torch.int64) for e in expressions)
-            return tuple(x if x.ndim else x.view(1, 1, 1) for x in found)
+            found = (evaluate(e, scope, values) for e in expressions)
+            # A number is written by a kernel there: copying it to a GPU would wait for it.
+            found = (x.to(device) if isinstance(x, torch.Tensor) else torch.full((), x, device=device) for x in found)
+            return tuple(x.to(torch.int64) if x.ndim else x.to(torch.int64).view(1, 1, 1) for x in found)
 
         return (
             tensors(s.first for s in self.full),

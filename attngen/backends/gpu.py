@@ -12,6 +12,7 @@ from attngen import debug
 from attngen.analysis import Facts
 from attngen.analysis.tables import Axis
 from attngen.balance import slots, stream_k
+from attngen.choice import multiprocessors
 from attngen.errors import InputError, ScheduleError
 from attngen.expression import evaluate
 from attngen.inputs import Call
@@ -182,13 +183,8 @@ def _sizes(call: Call, schedule: Schedule) -> dict[str, int]:
         "n_k": call.n_k,
         "pages": call.k.shape[0],
         "splits": schedule.split if isinstance(schedule.split, int) else 1,
-        "programs": schedule.programs or _processors(call.q.device),
+        "programs": schedule.programs or multiprocessors(call.q.device),
     }
-
-
-@lru_cache(maxsize=8)
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _launch(

@@ -22,6 +22,15 @@ KINDS = {
     "gather": ("attngen.keys.listed", "Gather"),
     "sparse_k": ("attngen.keys.sparse_k", "SparseK"),
     "union": ("attngen.keys.union", "Union"),
+    "block_sparse": ("attngen.keys.tiles", "BlockSparse"),
+    "block_cluster": ("attngen.keys.tiles", "BlockCluster"),
+    "butterfly": ("attngen.keys.layouts", "Butterfly"),
+    "big_bird": ("attngen.keys.layouts", "BigBird"),
+    "longformer": ("attngen.keys.shapes", "Longformer"),
+    "a_shape": ("attngen.keys.shapes", "AShape"),
+    "vertical_slash": ("attngen.keys.slashes", "VerticalSlash"),
+    "adaptive": ("attngen.keys.slashes", "Adaptive"),
+    "pruned": ("attngen.keys.pruned", "Pruned"),
 }
 
 _HEAD = re.compile(r"([a-z_][a-z0-9_]{0,63})\s*\(")

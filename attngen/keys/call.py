@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,9 @@ def plan(
     q_offset: int | torch.Tensor,
     captures: Mapping[str, Any],
 ) -> KeyPlan:
-    """Prepare the key set of a call. Captures that only the mask or the score read may be left out."""
+    """Prepare the key set of a call. Captures that only the mask or the score read may be left out, unless the key set sorts
+    tiles by the mask: then it says which one is missing.
+    """
     from attngen.spec import Spec
 
     spec = attention.spec
@@ -36,7 +39,14 @@ def plan(
         raise InputError("plan", "a spec with keys=", "a spec without", "there is nothing to prepare")
     known = {*spec.keys.captures(), *spec.tensors, *spec.params}
     _check_names(spec, captures, known)
-    return _prepare(spec, bind(Spec(), q, k, v, q_offset=q_offset, captures={}), captures)
+    call = bind(Spec(), q, k, v, q_offset=q_offset, captures={})
+    named = {name: value for name, value in captures.items() if value is not None}
+    call = replace(
+        call,
+        captures={name: value for name, value in named.items() if name in spec.tensors},
+        params={name: value for name, value in named.items() if name in spec.params},
+    )
+    return _prepare(spec, call, captures)
 
 
 def run(

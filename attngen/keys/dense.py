@@ -12,6 +12,7 @@ import torch
 from attngen.errors import InputError
 from attngen.inputs import Call
 from attngen.keys.base import offset_column
+from attngen.keys.dense_tiles import DEFINITIONS as OF_TILES
 from attngen.reference import dense, dense_env
 
 if TYPE_CHECKING:
@@ -234,4 +235,5 @@ DEFINITIONS: dict[str, Callable[[Any, Call, Mapping[str, Any]], Weights]] = {
     "gather": _gather,
     "hyper": _hyper,
     "sparse_k": _sparse_k,
+    **OF_TILES,
 }

@@ -14,7 +14,7 @@ from attngen.lists import RowLists
 from attngen.lowering.captures import Site
 from attngen.lowering.kernels import Holes
 from attngen.lowering.printer import PRODUCT
-from attngen.lowering.sides import HEADS, KEY, ONE_KEY, PACKED, QUERY, Loop, Sides, View, chunks, decode, sides_of
+from attngen.lowering.sides import HEADS, KEY, KV_HEAD, ONE_KEY, PACKED, QUERY, Loop, Sides, View, chunks, decode, sides_of
 from attngen.lowering.source import Arg, Grid, Source, environment, tidy
 
 TENSORS = {
@@ -107,6 +107,7 @@ def render(
         else [False, False]
     )
     lines, owner = _programs(kernel, sides, sliced, owned)
+    reads_keys = "k" in tensors
     walk = facts.walk_keys if sides.walked is KEY else facts.walk_queries
     tables = [symbol.name for table in walk.tables for symbol in table.symbols]
     own_names = () if spec.lists is None else spec.lists.names
@@ -169,11 +170,11 @@ def render(
             sink=sink,
             resident_tensors=[views[t] for t in tensors[:2]],
             walked_tensors=[views[t] for t in tensors[2:4]],
-            decode=[line for line in lines if kernel != "delta" or "kv_head" not in line],  # delta reads no keys
-            walks="k" in tensors,
+            decode=[line for line in lines if reads_keys or line != KV_HEAD],
+            walks=reads_keys,
             sliced=sliced,
             head_dim_v=head_dim_v,
-            page_size=spec.page_size if "k" in tensors else None,
+            page_size=spec.page_size if reads_keys else None,
             listed=by_rows,
             list_head="h" if by_rows and spec.lists.by_query_head else "kv_head",
             owner=owner,
@@ -187,7 +188,13 @@ def render(
     kind = "single" if by_rows else "packed" if sides.resident.packed else "rows"
     kind = "heads" if by_rows and sides.resident.packed else kind
     grid = Grid(sides.resident.length, block, heads, not owned[0], kind, sliced if kernel == "forward" else "")
-    return Source(kernel, tidy(text), args, grid, tile.num_warps, tile.num_stages)
+    # A merge holds two states of a tile at once, and reads each once: as many warps as keep them in registers.
+    warps = max(4, min(16, block * head_dim_v // 1024)) if kernel == "merge" else tile.num_warps
+    return Source(kernel, tidy(text), args, grid, _power_of_two(warps), tile.num_stages)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 def _programs(kernel: str, sides: Sides, sliced: str, owned: list[bool]) -> tuple[tuple[str, ...], Loop | None]:
@@ -257,7 +264,9 @@ def _arguments(
             out.append(Arg(f"{t}_stride_{axis}", "stride", t, "i32", dim, specialize=aligned))
     if site is not None and site.kind in ("pairs", "edges"):
         out += [Arg(f"grad_stride_{axis}", "stride", "grad", "i64", dim, False) for dim, axis in enumerate("bh")]
-    lengths = ["heads", "n_q", *(("group", "n_k") if kernel != "delta" else ())]
+    lengths = ["heads", "n_q"]
+    lengths += ["group"] if kernel != "delta" else []
+    lengths += ["n_k"] if "k" in tensors else []
     lengths += ["batch"] if owner is not None and "batch" in owner.range else []
     lengths += ["splits"] if sliced == "split" else []
     lengths += ["pages"] if spec.page_size is not None and kernel != "merge" else []

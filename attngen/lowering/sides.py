@@ -136,9 +136,12 @@ def sides_of(by_keys: bool, grouped: bool, *, packed: bool, listed: bool, by_que
     return Sides(PACKED if packed else QUERY, KEY)
 
 
+KV_HEAD = "kv_head = h // group"
+
+
 def decode(sides: Sides, number: str, loop_b: bool = False, loop_h: bool = False) -> tuple[tuple[str, ...], Loop | None]:
     """Lines that find tile, batch and head from `number`, and the loop over those that one program owns."""
-    kv_head, tile = "kv_head = h // group", f"{sides.resident.tile} = {number} % tiles"
+    tile = f"{sides.resident.tile} = {number} % tiles"
     if sides.grouped or sides.resident.packed:
         return (
             tile,
@@ -147,16 +150,16 @@ def decode(sides: Sides, number: str, loop_b: bool = False, loop_h: bool = False
             f"b = {number} // tiles // kv_heads",
         ), None
     if not (loop_b or loop_h):
-        return (tile, f"h = {number} // tiles % heads", f"b = {number} // tiles // heads", kv_head), None
+        return (tile, f"h = {number} // tiles % heads", f"b = {number} // tiles // heads", KV_HEAD), None
     if not loop_b:
         comment = "the heads, which share the result"
-        return (tile, f"b = {number} // tiles"), Loop(comment, "g", "heads", ("h = tl.full([], g, tl.int32)", kv_head))
+        return (tile, f"b = {number} // tiles"), Loop(comment, "g", "heads", ("h = tl.full([], g, tl.int32)", KV_HEAD))
     if not loop_h:
         comment = "the batch, which shares the result"
-        return (tile, f"h = {number} // tiles", kv_head), Loop(
+        return (tile, f"h = {number} // tiles", KV_HEAD), Loop(
             comment, "g", "batch", ("b = tl.full([], g, tl.int32)",)
         )
-    both = ("pair = tl.full([], g, tl.int32)", "b = pair // heads", "h = pair % heads", kv_head)
+    both = ("pair = tl.full([], g, tl.int32)", "b = pair // heads", "h = pair % heads", KV_HEAD)
     return (tile,), Loop("batch and heads, which share the result", "g", "batch * heads", both)
 
 

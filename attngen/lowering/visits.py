@@ -72,7 +72,9 @@ class Reader:
             lines += ["inside = edge < edges"] if partial else []
             lines.append(f"{walked.index} = tl.load(listed + edge{there}).to(tl.int32)")
             if self.spec.lists.weighted:
-                place = "edge" if walked.noun == "key" else "tl.load(places + edge" + there + ")"
+                if walked.noun == "query":
+                    lines.append(f"place = tl.load(places + edge{there})")
+                place = "edge" if walked.noun == "key" else "place"
                 lines.append(f"weight = tl.load(weights + {place}{there.replace('0', '0.0')}).to(tl.float32)")
             lines += [rows] if self.spec.page_size is None else []
         if self.spec.page_size is None:
@@ -172,9 +174,11 @@ class Reader:
 
     # -- lists --------------------------------------------------------------------------------------------------------
 
-    def _base(self, name: str, head: str) -> str:
+    def _base(self, variable: str, name: str, head: str) -> None:
+        """Makes `variable` point to a head's part of a tensor of the lists."""
         self.lists.append(name)
-        return f"{name} + b.to(tl.int64) * {name}_stride_b + {head}.to(tl.int64) * {name}_stride_h"
+        self.head.lines.append(f"{variable} = {name} + b.to(tl.int64) * {name}_stride_b")
+        self.head.lines.append(f"{variable} += {head}.to(tl.int64) * {name}_stride_h")
 
     def _list_of_tiles(self) -> tuple[tuple[str, tuple[str, ...]] | None, tuple[str, tuple[str, ...]] | None]:
         lists, resident, lines = self.spec.lists, self.sides.resident, self.head.lines
@@ -182,9 +186,10 @@ class Reader:
         own, other = (self.blocks[0], self.blocks[1]) if by_query else (self.blocks[1], self.blocks[0])
         own_list, other_list = (lists.block_m, lists.block_n) if by_query else (lists.block_n, lists.block_m)
         row = resident.tile if own == own_list else f"{resident.tile} // {own_list // own}"
-        lines.append(f"run = {self._base(f'{resident.noun}_runs', 'h')}")
+        self._base("run", f"{resident.noun}_runs", "h")
         lines.append(f"run += {row} * 3")
-        lines.append(f"listed = {self._base(f'{resident.noun}_tiles', 'h')} + tl.load(run)")
+        self._base("listed", f"{resident.noun}_tiles", "h")
+        lines.append("listed += tl.load(run)")
         parts = other_list // other
         times = f" * {parts}" if parts > 1 else ""
         place = f"step // {parts}" if parts > 1 else "step"
@@ -203,15 +208,17 @@ class Reader:
         lists, resident, walked, lines = self.spec.lists, self.sides.resident, self.sides.walked, self.head.lines
         head, noun = ("h" if lists.by_query_head else "kv_head"), resident.noun
         row = "query" if noun == "query" else resident.tile
-        lines.append(f"run = {self._base(f'{noun}_runs', head)}")
+        self._base("run", f"{noun}_runs", head)
         lines.append(f"run += {row}.to(tl.int64) * 2")
         lines.append("first_edge = tl.load(run).to(tl.int64)")
         lines.append("edges = tl.load(run + 1).to(tl.int32)")
-        lines.append(f"listed = {self._base(f'{noun}_edges', head)} + first_edge")
+        self._base("listed", f"{noun}_edges", head)
+        lines.append("listed += first_edge")
         if lists.weighted:
-            lines.append(f"weights = {self._base('edge_weight', head)}" + (" + first_edge" if noun == "query" else ""))
+            self._base("weights", "edge_weight", head)
             if noun == "key":
-                lines.append(f"places = {self._base('key_places', head)} + first_edge")
+                self._base("places", "key_places", head)
+            lines.append(f"{'weights' if noun == 'query' else 'places'} += first_edge")
         if self.spec.mask != sympy.true or self.one_loop:
             lines.append(f"partial_count = tl.cdiv(edges, {walked.block})")
             return None, ("partial_count", ("tile = step",))

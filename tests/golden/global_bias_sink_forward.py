@@ -238,9 +238,10 @@ def forward(
         acc_1 = tl.dot(p.to(v_1.dtype), v_1, acc_1 * alpha[:, None])
 
     # the sink: one more key, with value 0
-    m_new = tl.maximum(m, (user_sink_h * LOG2E))
+    sink_2 = user_sink_h * LOG2E
+    m_new = tl.maximum(m, sink_2)
     alpha = tl.exp2(m - m_new)
-    l = l * alpha + tl.exp2((user_sink_h * LOG2E) - m_new)
+    l = l * alpha + tl.exp2(sink_2 - m_new)
     m = m_new
     acc_0 = acc_0 * alpha[:, None]
     acc_1 = acc_1 * alpha[:, None]

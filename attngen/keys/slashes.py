@@ -1,0 +1,248 @@
+"""Vertical-slash attention: chosen key columns and chosen distances, per head (MInference, arXiv 2407.02490).
+
+Without ever looking at all pairs: whether a slash line touches tile (r, c) depends on r - c only, so a bool per tile diagonal
+says it. Piece one lists those tiles, and masks inside them by distance and column exactly. Piece two gathers the columns
+and keeps their pairs outside of the listed tiles. The two are disjoint, and merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from attngen.errors import InputError, SpecError
+from attngen.keys.base import (
+    KeySet,
+    Pieces,
+    Result,
+    b,
+    check_range,
+    check_tensor,
+    h,
+    i,
+    j,
+    moved,
+    offset_column,
+    positive,
+    to_query_heads,
+)
+from attngen.keys.estimate import A_SHAPE, CLUSTER, Estimate
+from attngen.keys.rows import take
+from attngen.keys.tiles import Live, check_params, tile_lists
+from attngen.lists import TileLists
+from attngen.merging import merge
+
+if TYPE_CHECKING:
+    from attngen.inputs import Call
+    from attngen.spec import Spec
+
+
+@dataclass(frozen=True)
+class Slashes(KeySet):
+    """Base: heads that attend to columns, distances and whole tiles, in square tiles of `block`."""
+
+    def prepare_from(
+        self, spec: Spec, call: Call, vertical: torch.Tensor, slash: torch.Tensor, diagonal: torch.Tensor, **more: Any
+    ) -> dict[str, Any]:
+        """The plan for vertical int64 [B, H, Kv] and slash int64 [B, H, Ks], -1 for none, and tile diagonals int64
+        [B, H, T]: numbers r - c + tiles_k - 1 of those that the slash lines touch, tiles_q + tiles_k - 1 for none, any of
+        them several times.
+
+        more: `whole` bool [B, H], heads that see every pair of the tiles `index` int64 [B, H, tiles_q, K] (-1 for none)
+        instead.
+        """
+        block: int = self.block  # type: ignore[attr-defined]
+        device, (batch, heads, n_q, _), n_k = call.q.device, call.q.shape, call.k.shape[2]
+        tiles_q, tiles_k = -(-n_q // block), -(-n_k // block)
+        # A distance i - j has the place i - j - base; no pair that exists is outside of the table.
+        base = offset_column(call) - (n_k - 1)
+        slash_hit = _marked(torch.where(slash < 0, -1, slash - base), n_q + n_k - 1)
+        diagonal_hit = _marked(diagonal, tiles_q + tiles_k - 1)
+        column = torch.where(vertical < 0, n_k, vertical).sort(dim=-1).values
+        again = torch.nn.functional.pad(column[..., 1:] == column[..., :-1], (1, 0))
+        column = column.masked_fill(again, n_k).sort(dim=-1).values
+
+        diagonal = diagonal.sort(dim=-1).values
+        again = torch.nn.functional.pad(diagonal[..., 1:] == diagonal[..., :-1], (1, 0))
+        diagonal = diagonal.masked_fill(again, tiles_q + tiles_k - 1).unsqueeze(-2)
+        row = torch.arange(tiles_q, device=device)
+        listed = row.unsqueeze(-1) + (tiles_k - 1) - diagonal
+        listed = torch.where((diagonal < tiles_q + tiles_k - 1) & (listed >= 0) & (listed < tiles_k), listed, -1)
+        distinct, whole = True, more.get("whole")
+        if whole is not None:
+            index = more["index"]
+            wide = max(listed.shape[3], index.shape[3])
+            index, listed = (torch.nn.functional.pad(x, (0, wide - x.shape[3]), value=-1) for x in (index, listed))
+            listed, distinct = torch.where(whole.view(batch, heads, 1, 1), index, listed), False
+        live = Live(row.repeat_interleave(listed.shape[3]).view(1, 1, -1), listed.flatten(2), distinct)
+        offset = call.q_offset
+        offsets = offset if isinstance(offset, torch.Tensor) else torch.full((batch,), offset, device=device)
+        return {
+            **tile_lists(live, spec, call, (block, block), masked_inside=True),
+            "column_hit": _marked(vertical, n_k),
+            "slash_hit": slash_hit,
+            "diagonal_hit": diagonal_hit,
+            "base": (offsets - (n_k - 1)).to(torch.int32),
+            "shift": offsets.to(torch.int32),
+            "column": column.to(torch.int32),
+            "column_tile": (column.clamp(max=max(n_k - 1, 0)) // block - (tiles_k - 1)).to(torch.int32),
+            "length": torch.full((batch,), n_k, dtype=torch.int32, device=device),
+            **({} if whole is None else {"whole": whole}),
+        }
+
+    def run(self, pieces: Pieces, plan: Mapping[str, Any], given: Mapping[str, Any]) -> Result:
+        call, block = pieces.call, self.block  # type: ignore[attr-defined]
+        check_params(plan, call)
+        with_whole = "whole" in plan
+
+        def tiles() -> dict[str, Any]:
+            column, slash = (pieces.tensor(name, 3, torch.bool) for name in ("column_hit", "slash_hit"))
+            hit = column[b, h, j] | slash[b, h, i - j - pieces.tensor("base", 1)[b]]
+            if with_whole:
+                hit = hit | pieces.tensor("whole", 2, torch.bool)[b, h]
+            return {"mask": pieces.mask & hit, "score": pieces.score, "lists": TileLists(block, block)}
+
+        names = (*TileLists.names, "column_hit", "slash_hit", "base", *(("whole",) if with_whole else ()))
+        listed = pieces.attend(
+            ("slashes", block, with_whole), tiles, call.q, call.k, call.v, call.q_offset, **{n: plan[n] for n in names}
+        )
+        if plan["column"].shape[2] == 0 or 0 in call.q.shape or call.k.shape[2] == 0:
+            return listed
+
+        def columns() -> dict[str, Any]:
+            column, tile = pieces.tensor("column", 3), pieces.tensor("column_tile", 3)
+            diagonal, shift = pieces.tensor("diagonal_hit", 3, torch.bool), pieces.tensor("shift", 1)
+            there = column[b, h, j] < pieces.tensor("length", 1)[b]
+            apart = there & ~diagonal[b, h, i // block - tile[b, h, j]]
+            places = {"i": i + shift[b], "j": column[b, h, j]}
+            return {"mask": moved(pieces.mask, **places) & apart, "score": moved(pieces.score, **places)}
+
+        rows = plan["column"].long().clamp(max=call.k.shape[2] - 1)
+        k, v = (take(to_query_heads(x, call), rows, unique=False) for x in (call.k, call.v))
+        names = ("column", "column_tile", "diagonal_hit", "shift", "length")
+        return merge(listed, pieces.attend(("columns", block), columns, call.q, k, v, **{n: plan[n] for n in names}))
+
+
+def _marked(places: torch.Tensor, length: int) -> torch.Tensor:
+    """bool [B, H, length], true at the places [B, H, K] that are in range."""
+    inside = torch.where((places >= 0) & (places < length), places, length)
+    hit = torch.zeros((*places.shape[:2], length + 1), dtype=torch.bool, device=places.device)
+    return hit.scatter_(-1, inside, True)[..., :length].contiguous()
+
+
+def touched(first: torch.Tensor, last: torch.Tensor, block: int, call: Call, most: int) -> torch.Tensor:
+    """Tile diagonals that distances first .. last (int64 [B, H, K], first < 0 for none) touch, at most `most` each: numbers
+    r - c + tiles_k - 1 in [B, H, K * most], tiles_q + tiles_k - 1 for none.
+    """
+    tiles_q, tiles_k = -(-call.q.shape[2] // block), -(-call.k.shape[2] // block)
+    # Pairs of tile (r, c) are offset + (r - c) * block - (block - 1) .. offset + (r - c) * block + (block - 1) apart.
+    low = torch.div(first - offset_column(call), block, rounding_mode="floor")
+    high = torch.div(last - offset_column(call) + block - 1, block, rounding_mode="floor")
+    found = low.unsqueeze(-1) + torch.arange(most, device=first.device)
+    place = found + (tiles_k - 1)
+    real = (found <= high.unsqueeze(-1)) & (first >= 0).unsqueeze(-1) & (place >= 0) & (place < tiles_q + tiles_k - 1)
+    return torch.where(real, place, tiles_q + tiles_k - 1).flatten(2)
+
+
+@dataclass(frozen=True)
+class VerticalSlash(Slashes):
+    """Columns and distances given at the call."""
+
+    block: int = 64
+
+    name: ClassVar[str] = "vertical_slash"
+    prepared: ClassVar[tuple[str, ...]] = ("vertical", "slash")
+
+    def __post_init__(self) -> None:
+        TileLists(self.block, self.block)
+
+    def prepare(self, spec: Spec, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
+        found = []
+        for name, size, what in (("vertical", "Kv", "rows of k"), ("slash", "Ks", "distances i - j")):
+            value = given.get(name)
+            if not isinstance(value, torch.Tensor) or value.dim() != 3:
+                got = f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+                fix = f"pass {name}=... at the call" if value is None else ""
+                raise InputError(name, f"int [B, H, {size}]", got, fix)
+            shape = (*call.q.shape[:2], value.shape[2])
+            value = check_tensor(name, value, "int", shape, f"[B, H, {size}]", call.q.device)
+            check_range(name, value, -1, call.k.shape[2] if name == "vertical" else 2**28, f"{what}, or -1 for none")
+            found.append(value.long())
+        vertical, slash = found
+        return self.prepare_from(spec, call, vertical, slash, touched(slash, slash, self.block, call, 2))
+
+
+@dataclass(frozen=True)
+class Adaptive(Slashes):
+    """Per head an A-shape, vertical lines and slashes, or clusters of tiles, as an `Estimate` says."""
+
+    block: int = 64
+
+    name: ClassVar[str] = "adaptive"
+    prepared: ClassVar[tuple[str, ...]] = ("estimate",)
+
+    def __post_init__(self) -> None:
+        TileLists(self.block, self.block)
+
+    def prepare(self, spec: Spec, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
+        found = given.get("estimate")
+        if not isinstance(found, Estimate):
+            fix = "pass estimate=ag.estimate(q, k, ...) at the call"
+            raise InputError("estimate", "what ag.estimate returns", type(found).__name__, fix)
+        tiles_q = -(-call.q.shape[2] // self.block)
+        sizes = (self.block, *call.q.shape[:2], tiles_q, call.k.shape[2], str(call.q.device))
+        if found.sizes != sizes:
+            names = "(block, B, Hq, tiles_q, Nk, device)"
+            raise InputError("estimate", f"one for {names} = {sizes}", f"one for {found.sizes}")
+        block, (batch, heads) = self.block, call.q.shape[:2]
+        a_shape = (found.kind == A_SHAPE).unsqueeze(-1)
+        cluster = (found.kind == CLUSTER).unsqueeze(-1)
+
+        def per_head(near: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
+            """Of a-shape heads `near` [K], of the others `far` [B, H, K'], none for clusters: [B, H, larger K]."""
+            wide = max(near.shape[0], far.shape[2])
+            near = torch.nn.functional.pad(near, (0, wide - near.shape[0]), value=-1)
+            far = torch.nn.functional.pad(far, (0, wide - far.shape[2]), value=-1)
+            return torch.where(cluster, -1, torch.where(a_shape, near, far))
+
+        device = call.q.device
+        sink = torch.arange(min(found.sink, call.k.shape[2]), device=device)
+        vertical = per_head(sink, found.vertical)
+        inside = torch.arange(block, device=device)
+        lines = (found.band.unsqueeze(-1) * block + inside).flatten(2)
+        slash = per_head(torch.arange(found.window, device=device), torch.where(lines < 0, -1, lines))
+        # The same distances as runs: the window in runs of `block`, the last one shorter.
+        start = torch.arange(0, found.window, block, device=device)
+        first = per_head(start, torch.where(found.band < 0, -1, found.band * block))
+        length = torch.where(a_shape, (found.window - first).clamp(max=block), block)
+        diagonal = touched(first, first + length - 1, block, call, 3)
+        return self.prepare_from(
+            spec, call, vertical, slash, diagonal, whole=cluster.view(batch, heads), index=found.index
+        )
+
+
+def vertical_slash(block: int = 64) -> VerticalSlash:
+    """Key columns and distances, chosen per head (MInference, arXiv 2407.02490; SparseAccelerate, 2412.06198):
+    `Spec(keys=ag.vertical_slash(), mask=ag.causal())`, called with vertical= int [B, H, Kv], keys j, and slash=
+    int [B, H, Ks], distances i - j of at least 0; -1 for none, H query heads. A pair is attended iff j is in vertical or
+    i - j is in slash, and the mask holds; what is named twice counts once. Work goes with the tiles (`block` a side, a
+    multiple of 16) that slash lines touch, and with Kv. Raises SpecError, and InputError at the call.
+    """
+    return VerticalSlash(_square("vertical_slash", block))
+
+
+def adaptive(block: int = 64) -> Adaptive:
+    """Per head the pattern that `ag.estimate` chose for it, all heads in one call: `Spec(keys=ag.adaptive(64),
+    mask=ag.causal())`, called with estimate=ag.estimate(q, k, block=64, ...). Raises SpecError, and InputError at the call.
+    """
+    return Adaptive(_square("adaptive", block))
+
+
+def _square(place: str, block: Any) -> int:
+    try:
+        return TileLists(positive(place, block), block).block_m
+    except SpecError:
+        raise SpecError(f"{place}: block is a multiple of 16, got {block!r}") from None

@@ -1,0 +1,76 @@
+"""Where partial softmax states merge: whether a forward packs the GQA group into its rows, and into how many parts it cuts
+the keys. Legality with reasons, and the model's choice.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from attngen.defaults import decode_tile
+from attngen.errors import ScheduleError
+from attngen.expression import B, H, loads
+from attngen.lists import RowLists
+from attngen.schedule import Schedule
+
+if TYPE_CHECKING:
+    from attngen.analysis import Facts
+    from attngen.inputs import Call
+    from attngen.spec import Spec
+
+DECODE_ROWS = 64  # query rows times heads of a group up to which a call counts as decoding
+GOOD = 0.85  # of the best wave efficiency: more splits than that needs only add states to merge
+FULL = 0.8  # of the processors: with that many outputs nothing is split
+
+
+def why_not_packed(spec: Spec, facts: Facts) -> str:
+    """The reason why the heads of a group cannot share a tile's walk; empty if they can."""
+    if spec.lists is not None:
+        return "its lists say which keys a head sees"
+    if H in spec.mask.free_symbols:
+        return "the mask depends on h, and packed heads walk the same keys"
+    if facts.walk_keys.needs_tables:
+        return "the mask's walk reads captured data in tables of whole query tiles"
+    return ""
+
+
+def check(spec: Spec, facts: Facts, schedule: Schedule) -> None:
+    """ScheduleError for pack or split where they make no sense."""
+    if schedule.pack and not isinstance(spec.lists, RowLists):
+        reason = why_not_packed(spec, facts)
+        if reason:
+            raise ScheduleError(f"pack: expected False, since {reason}")
+    if schedule.programs is not None and schedule.split != "stream":
+        raise ScheduleError(f"programs: goes with split='stream', got split={schedule.split!r}")
+
+
+def even_splits(outputs: int, tiles: int, processors: int) -> int:
+    """The fewest splits whose last wave of programs is nearly as full as that of the best number of splits (FlashDecoding)."""
+    if outputs == 0 or tiles <= 4 or outputs >= FULL * processors:
+        return 1
+
+    def efficiency(splits: int) -> float:
+        waves = outputs * splits / processors
+        return waves / math.ceil(waves)
+
+    most = range(1, min(tiles, 128) + 1)
+    best = max(efficiency(splits) for splits in most)
+    return next(splits for splits in most if efficiency(splits) >= GOOD * best)
+
+
+def decode_choice(call: Call, facts: Facts, processors: int) -> Schedule:
+    """For a forward of few query rows: pack where that is legal, a decode tile, and splits that fill the processors;
+    stream-K where lengths differ by batch. Nothing for other calls.
+    """
+    spec, (batch, heads, n_q, head_dim) = call.spec, call.q.shape
+    pack = call.group > 1 and not why_not_packed(spec, facts)
+    rows = n_q * (call.group if pack else 1)
+    if spec.lists is not None or not 0 < rows <= DECODE_ROWS:
+        return Schedule()
+    tile = decode_tile(rows, max(head_dim, call.v.shape[3]))
+    outputs = batch * (call.k.shape[1] if pack else heads)
+    ragged = any(B in load.free_symbols for load in loads(spec.mask))
+    split: int | str = even_splits(outputs, -(-call.n_k // tile.block_n), processors)
+    if ragged and split != 1 and not facts.walk_keys.needs_tables:
+        split = "stream"
+    return Schedule(split=split, pack=pack).with_tile("forward", tile)

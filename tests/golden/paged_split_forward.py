@@ -1,0 +1,160 @@
+"""attngen forward: a query tile walks its keys with the online softmax.
+
+spec a6a372efb7e8ee2d
+    tensor sink: float[1]
+    mask: i >= j and j + 511 >= i
+    sink: sink[h]
+    page_size: 16
+head dims 128 and 128, bfloat16
+schedule block_m=64, block_n=32, num_warps=4, num_stages=2
+"""
+
+import triton
+import triton.language as tl
+
+BLOCK_M = tl.constexpr(64)  # query rows of a tile
+BLOCK_N = tl.constexpr(32)  # keys of a tile
+LOG2E = tl.constexpr(1.4426950408889634)
+PAGE_SIZE = tl.constexpr(16)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.0e38)  # below every logit, and finite, so that LOWEST - LOWEST is 0
+HEAD_DIM_V = tl.constexpr(128)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "n_q",
+        "group",
+        "n_k",
+        "splits",
+        "pages",
+        "scale",
+        "q_offset",
+        "page_table_stride_b",
+    ]
+)
+def forward(
+    q,  # [B, heads, n_q, D]
+    k,  # [pages, heads // group, PAGE_SIZE, D]
+    v,  # [pages, heads // group, PAGE_SIZE, Dv]
+    states,  # [slots, BLOCK_M, Dv]: unnormalised sums
+    maxima,  # [slots, 2, BLOCK_M]: m and l
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    heads,
+    n_q,
+    group,
+    n_k,
+    splits,
+    pages,
+    scale,
+    q_offset,
+    page_table,  # [B, pages of a row]
+    page_table_stride_b,
+):
+    # program -> (batch, head, query tile)
+    tiles = tl.cdiv(n_q, BLOCK_M)
+    program = tl.program_id(0)
+    output = program // splits
+    split = program % splits
+    query_tile = output % tiles
+    h = output // tiles % heads
+    b = output // tiles // heads
+    kv_head = h // group
+
+    row = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    row_in = row < n_q
+    i = row + q_offset
+    lane_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    d_0 = tl.arange(0, 128)  # [128]
+    row_x = i - 511  # [BLOCK_M]
+    page_row = page_table + b.to(tl.int64) * page_table_stride_b
+    q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
+    k_head = k + kv_head.to(tl.int64) * k_stride_h
+    v_head = v + kv_head.to(tl.int64) * v_stride_h
+    q_rows = q_head + row.to(tl.int64)[:, None] * q_stride_n
+    q_0 = tl.load(q_rows + d_0[None, :], mask=row_in[:, None], other=0.0)  # [BLOCK_M, 128]
+    scale2 = scale * LOG2E
+    m = tl.full([BLOCK_M], LOWEST, tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc_0 = tl.zeros([BLOCK_M, 128], tl.float32)
+    first = query_tile * BLOCK_M + q_offset
+    last = tl.minimum(query_tile * BLOCK_M + BLOCK_M, n_q) - 1 + q_offset
+    live_start = tl.maximum(0, first - 511)
+    live_end = tl.minimum(n_k, last + 1)
+    live_first = live_start // BLOCK_N
+    live_stop = tl.where(live_end > live_start, (BLOCK_N + live_end - 1) // BLOCK_N, live_first)
+    hole1_stop = (tl.maximum(0, last - 511) + BLOCK_N - 1) // BLOCK_N
+    hole2_first = tl.maximum(hole1_stop, tl.maximum(0, tl.minimum(n_k, first + 1)) // BLOCK_N)
+    full_stop = tl.minimum(hole2_first, live_stop)
+    full_count = tl.maximum(0, full_stop - hole1_stop)
+    partial1_stop = tl.minimum(hole1_stop, live_stop)
+    partial1_count = tl.maximum(0, partial1_stop - live_first)
+    partial2_count = tl.maximum(0, live_stop - hole2_first)
+    partial_shift2 = hole2_first - partial1_count
+    partial_count2 = partial1_count + partial2_count
+    count = full_count + partial_count2
+    lo = count // splits * split + tl.minimum(split, count % splits)
+    hi = lo + count // splits + (split < count % splits).to(tl.int32)
+
+    # full key tiles: every pair attends, so no mask
+    for step in range(tl.minimum(lo, full_count), tl.minimum(hi, full_count)):
+        tile = hole1_stop + step
+        j = tile * BLOCK_N + lane_n
+        page = tl.load(page_row + j // PAGE_SIZE)
+        page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)[:, None]
+        rows = (j % PAGE_SIZE)[:, None]
+        k_at = k_head + page * k_stride_b + rows * k_stride_n
+        k_0 = tl.load(k_at + d_0[None, :])
+        s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
+        m_new = tl.maximum(m, tl.max(s, 1) * scale2)
+        p = tl.exp2(s * scale2 - m_new[:, None])
+        alpha = tl.exp2(m - m_new)
+        m = m_new
+        l = l * alpha + tl.sum(p, 1)
+        v_at = v_head + page * v_stride_b + rows * v_stride_n
+        v_0 = tl.load(v_at + d_0[None, :])
+        acc_0 = tl.dot(p.to(v_0.dtype), v_0, acc_0 * alpha[:, None])
+
+    # partial key tiles: only some pairs attend
+    for step in tl.range(tl.maximum(lo - full_count, 0), tl.maximum(hi - full_count, 0), num_stages=1):
+        tile = live_first + step
+        tile = tl.where(step < partial1_count, tile, partial_shift2 + step)
+        j = tile * BLOCK_N + lane_n
+        inside = j < n_k
+        page = tl.load(page_row + j // PAGE_SIZE, mask=inside, other=0)
+        page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)[:, None]
+        rows = (j % PAGE_SIZE)[:, None]
+        k_at = k_head + page * k_stride_b + rows * k_stride_n
+        k_0 = tl.load(k_at + d_0[None, :], mask=inside[:, None], other=0.0)
+        s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
+        valid = (row_x[:, None] <= j[None, :]) & (i[:, None] >= j[None, :]) & inside[None, :]
+        s = tl.where(valid, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1) * scale2)
+        p = tl.exp2(s * scale2 - m_new[:, None])
+        alpha = tl.exp2(m - m_new)
+        m = m_new
+        l = l * alpha + tl.sum(p, 1)
+        v_at = v_head + page * v_stride_b + rows * v_stride_n
+        v_0 = tl.load(v_at + d_0[None, :], mask=inside[:, None], other=0.0)
+        # a value that is not finite must not reach the rows that do not attend to it: 0 * inf is nan
+        bad = tl.max(tl.where(tl.abs(v_0) < float("inf"), 0, 1), 1)
+        v_0 = tl.where(tl.abs(v_0) < float("inf"), v_0, 0.0)
+        p = tl.where((bad > 0)[None, :] & (p > 0.0), float("nan"), p)
+        acc_0 = tl.dot(p.to(v_0.dtype), v_0, acc_0 * alpha[:, None])
+
+    place = (output * splits + split).to(tl.int64)
+    lane = tl.arange(0, BLOCK_M)
+    maxima_at = maxima + place * (2 * BLOCK_M) + lane
+    tl.store(maxima_at, m)
+    tl.store(maxima_at + BLOCK_M, l)
+    state_rows = states + place * (BLOCK_M * HEAD_DIM_V) + lane[:, None] * HEAD_DIM_V
+    tl.store(state_rows + d_0[None, :], acc_0)

@@ -1,0 +1,142 @@
+"""attngen backward: a query tile walks its keys and sums dQ.
+
+spec 1dc2518f2451e059
+    mask: i >= j
+    lists: rows(weighted)
+head dims 64 and 64, bfloat16
+schedule block_m=16, block_n=32, num_warps=4, num_stages=2
+"""
+
+import triton
+import triton.language as tl
+
+BLOCK_M = tl.constexpr(16)  # query rows of a tile
+BLOCK_N = tl.constexpr(32)  # keys of a tile
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "n_q",
+        "group",
+        "n_k",
+        "scale",
+        "q_offset",
+        "query_runs_stride_b",
+        "query_runs_stride_h",
+        "query_edges_stride_b",
+        "query_edges_stride_h",
+        "edge_weight_stride_b",
+        "edge_weight_stride_h",
+    ]
+)
+def dq(
+    q,  # [B, heads, n_q, D]
+    do,  # [B, heads, n_q, Dv]
+    k,  # [B, heads // group, n_k, D]
+    v,  # [B, heads // group, n_k, Dv]
+    dq,  # [B, heads, n_q, D]
+    lse,  # [B, heads, n_q]
+    delta,  # [B, heads, n_q]
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    do_stride_b,
+    do_stride_h,
+    do_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    dq_stride_b,
+    dq_stride_h,
+    dq_stride_n,
+    heads,
+    n_q,
+    group,
+    n_k,
+    scale,
+    q_offset,
+    query_runs,  # [B or 1, heads or 1, query rows, 2]
+    query_runs_stride_b,
+    query_runs_stride_h,
+    query_edges,  # [B or 1, heads or 1, listed]
+    query_edges_stride_b,
+    query_edges_stride_h,
+    edge_weight,  # [B or 1, heads or 1, listed]
+    edge_weight_stride_b,
+    edge_weight_stride_h,
+):
+    # program -> (batch, head, query tile)
+    tiles = n_q * tl.cdiv(group, BLOCK_M)
+    program = tl.program_id(0)
+    query_tile = program % tiles
+    kv_heads = heads // group
+    kv_head = program // tiles % kv_heads
+    b = program // tiles // kv_heads
+
+    group_tiles = tl.cdiv(group, BLOCK_M)
+    query = query_tile // group_tiles
+    slot = query_tile % group_tiles * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    row = query + tl.zeros_like(slot)
+    h = kv_head * group + tl.minimum(slot, group - 1)
+    row_in = slot < group
+    i = row + q_offset
+    lane_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    d_0 = tl.arange(0, 64)  # [64]
+    q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
+    do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h
+    q_rows = q_head[:, None] + row.to(tl.int64)[:, None] * q_stride_n
+    q_0 = tl.load(q_rows + d_0[None, :], mask=row_in[:, None], other=0.0)  # [BLOCK_M, 64]
+    do_rows = do_head[:, None] + row.to(tl.int64)[:, None] * do_stride_n
+    do_0 = tl.load(do_rows + d_0[None, :], mask=row_in[:, None], other=0.0)  # [BLOCK_M, 64]
+    k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
+    v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
+    scale2 = scale * LOG2E
+    dq_0 = tl.zeros([BLOCK_M, 64], tl.float32)
+    lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
+    delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
+    lse_2 = tl.load(lse_head + row, mask=row_in, other=float("-inf")) * LOG2E  # [BLOCK_M]
+    lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+    delta_row = tl.load(delta_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
+    run = query_runs + b.to(tl.int64) * query_runs_stride_b
+    run += kv_head.to(tl.int64) * query_runs_stride_h
+    run += query.to(tl.int64) * 2
+    first_edge = tl.load(run).to(tl.int64)
+    edges = tl.load(run + 1).to(tl.int32)
+    listed = query_edges + b.to(tl.int64) * query_edges_stride_b
+    listed += kv_head.to(tl.int64) * query_edges_stride_h
+    listed += first_edge
+    weights = edge_weight + b.to(tl.int64) * edge_weight_stride_b
+    weights += kv_head.to(tl.int64) * edge_weight_stride_h
+    weights += first_edge
+    partial_count = tl.cdiv(edges, BLOCK_N)
+
+    # partial key tiles: only some pairs attend
+    for step in range(partial_count):
+        tile = step
+        edge = tile * BLOCK_N + lane_n
+        inside = edge < edges
+        j = tl.load(listed + edge, mask=inside, other=0).to(tl.int32)
+        weight = tl.load(weights + edge, mask=inside, other=0.0).to(tl.float32)
+        rows = j.to(tl.int64)[:, None]
+        k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
+        s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
+        valid = (i[:, None] >= j[None, :]) & inside[None, :]
+        key_x = LOG2E * weight  # [BLOCK_N]
+        x = key_x[None, :] + scale2 * s
+        p = tl.exp2(x - lse_2[:, None])
+        v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
+        dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
+        ds = p * (dp - delta_row[:, None])
+        ds = tl.where(valid, ds, 0.0)
+        k_0 = tl.where(tl.abs(k_0) < float("inf"), k_0, 0.0)
+        dq_0 = tl.dot(ds.to(k_0.dtype), k_0, dq_0)
+
+    dq_head = dq + b.to(tl.int64) * dq_stride_b + h.to(tl.int64) * dq_stride_h
+    dq_rows = dq_head[:, None] + row.to(tl.int64)[:, None] * dq_stride_n
+    dq_0 = dq_0 * scale
+    tl.store(dq_rows + d_0[None, :], dq_0.to(dq.dtype.element_ty), mask=row_in[:, None])

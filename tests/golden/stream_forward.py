@@ -1,0 +1,194 @@
+"""attngen forward: a query tile walks its keys with the online softmax.
+
+spec fe73eeec0df43730
+    param width: int
+    mask: i >= j and j + width >= i + 1 and i + width >= j + 1
+head dims 80 and 80, bfloat16
+schedule block_m=64, block_n=32, num_warps=4, num_stages=2
+"""
+
+import triton
+import triton.language as tl
+
+BLOCK_M = tl.constexpr(64)  # query rows of a tile
+BLOCK_N = tl.constexpr(32)  # keys of a tile
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.0e38)  # below every logit, and finite, so that LOWEST - LOWEST is 0
+HEAD_DIM_V = tl.constexpr(80)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "n_q",
+        "group",
+        "n_k",
+        "scale",
+        "q_offset",
+        "width",
+    ]
+)
+def forward(
+    q,  # [B, heads, n_q, D]
+    k,  # [B, heads // group, n_k, D]
+    v,  # [B, heads // group, n_k, Dv]
+    out,  # [B, heads, n_q, Dv]
+    lse,  # [B, heads, n_q]
+    states,  # [slots, BLOCK_M, Dv]: unnormalised sums
+    maxima,  # [slots, 2, BLOCK_M]: m and l
+    starts,
+    begins,
+    firsts,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    out_stride_b,
+    out_stride_h,
+    out_stride_n,
+    heads,
+    n_q,
+    group,
+    n_k,
+    scale,
+    q_offset,
+    width,
+):
+    # program -> (batch, head, query tile)
+    tiles = tl.cdiv(n_q * group, BLOCK_M)
+    program = tl.program_id(0)
+    begin = tl.load(begins + program)
+    end = tl.load(begins + program + 1)
+    first_output = tl.load(firsts + program)
+    last_output = tl.load(firsts + program + 1)
+
+    # the outputs that this program has tiles of
+    for output in range(first_output, last_output + 1):
+        query_tile = output % tiles
+        kv_heads = heads // group
+        kv_head = output // tiles % kv_heads
+        b = output // tiles // kv_heads
+        start = tl.load(starts + output)
+
+        slot = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+        row = slot // group
+        h = kv_head * group + slot % group
+        row_in = row < n_q
+        i = row + q_offset
+        lane_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        d_0 = tl.arange(0, 64)  # [64]
+        d_1 = 64 + tl.arange(0, 16)  # [16]
+        row_x = i - width + 1  # [BLOCK_M]
+        row_x_2 = i + width - 1  # [BLOCK_M]
+        q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
+        k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
+        v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
+        q_rows = q_head[:, None] + row.to(tl.int64)[:, None] * q_stride_n
+        q_0 = tl.load(q_rows + d_0[None, :], mask=row_in[:, None], other=0.0)  # [BLOCK_M, 64]
+        q_1 = tl.load(q_rows + d_1[None, :], mask=row_in[:, None], other=0.0)  # [BLOCK_M, 16]
+        scale2 = scale * LOG2E
+        m = tl.full([BLOCK_M], LOWEST, tl.float32)
+        l = tl.zeros([BLOCK_M], tl.float32)
+        acc_0 = tl.zeros([BLOCK_M, 64], tl.float32)
+        acc_1 = tl.zeros([BLOCK_M, 16], tl.float32)
+        first = query_tile * BLOCK_M // group + q_offset
+        last = tl.minimum((query_tile * BLOCK_M + BLOCK_M - 1) // group, n_q - 1) + q_offset
+        live_start = tl.maximum(0, first - width + 1)
+        live_end = tl.minimum(n_k, last + 1)
+        live_first = live_start // BLOCK_N
+        scalar = (2 * width >= 2) & (width >= 1) & (live_end > live_start)
+        scalar_2 = (BLOCK_N + live_end - 1) // BLOCK_N
+        live_stop = tl.where(scalar, scalar_2, live_first)
+        hole1_stop = (tl.maximum(0, last - width + 1) + BLOCK_N - 1) // BLOCK_N
+        scalar_3 = tl.maximum(0, tl.minimum(tl.minimum(n_k, first + 1), first + width)) // BLOCK_N
+        hole2_first = tl.maximum(hole1_stop, scalar_3)
+        full_stop = tl.minimum(hole2_first, live_stop)
+        full_count = tl.maximum(0, full_stop - hole1_stop)
+        partial1_stop = tl.minimum(hole1_stop, live_stop)
+        partial1_count = tl.maximum(0, partial1_stop - live_first)
+        partial2_count = tl.maximum(0, live_stop - hole2_first)
+        partial_shift2 = hole2_first - partial1_count
+        partial_count2 = partial1_count + partial2_count
+        count = full_count + partial_count2
+        lo = tl.maximum(begin - start, 0)
+        hi = tl.minimum(end - start, count)
+
+        # full key tiles: every pair attends, so no mask
+        for step in range(tl.minimum(lo, full_count), tl.minimum(hi, full_count)):
+            tile = hole1_stop + step
+            j = tile * BLOCK_N + lane_n
+            rows = j.to(tl.int64)[:, None]
+            k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :])
+            k_1 = tl.load(k_head + rows * k_stride_n + d_1[None, :])
+            s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
+            s = tl.dot(q_1, tl.trans(k_1), s)
+            m_new = tl.maximum(m, tl.max(s, 1) * scale2)
+            p = tl.exp2(s * scale2 - m_new[:, None])
+            alpha = tl.exp2(m - m_new)
+            m = m_new
+            l = l * alpha + tl.sum(p, 1)
+            v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :])
+            v_1 = tl.load(v_head + rows * v_stride_n + d_1[None, :])
+            acc_0 = tl.dot(p.to(v_0.dtype), v_0, acc_0 * alpha[:, None])
+            acc_1 = tl.dot(p.to(v_1.dtype), v_1, acc_1 * alpha[:, None])
+
+        # partial key tiles: only some pairs attend
+        for step in tl.range(tl.maximum(lo - full_count, 0), tl.maximum(hi - full_count, 0), num_stages=1):
+            tile = live_first + step
+            tile = tl.where(step < partial1_count, tile, partial_shift2 + step)
+            j = tile * BLOCK_N + lane_n
+            rows = j.to(tl.int64)[:, None]
+            inside = j < n_k
+            k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
+            k_1 = tl.load(k_head + rows * k_stride_n + d_1[None, :], mask=inside[:, None], other=0.0)
+            s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
+            s = tl.dot(q_1, tl.trans(k_1), s)
+            tile_ok = (row_x[:, None] <= j[None, :]) & (i[:, None] >= j[None, :])  # [BLOCK_M, BLOCK_N]
+            valid = tile_ok & (row_x_2[:, None] >= j[None, :]) & inside[None, :]
+            s = tl.where(valid, s, float("-inf"))
+            m_new = tl.maximum(m, tl.max(s, 1) * scale2)
+            p = tl.exp2(s * scale2 - m_new[:, None])
+            alpha = tl.exp2(m - m_new)
+            m = m_new
+            l = l * alpha + tl.sum(p, 1)
+            v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
+            v_1 = tl.load(v_head + rows * v_stride_n + d_1[None, :], mask=inside[:, None], other=0.0)
+            # a value that is not finite must not reach the rows that do not attend to it: 0 * inf is nan
+            bad = tl.max(tl.where(tl.abs(v_0) < float("inf"), 0, 1), 1)
+            bad = tl.maximum(bad, tl.max(tl.where(tl.abs(v_1) < float("inf"), 0, 1), 1))
+            v_0 = tl.where(tl.abs(v_0) < float("inf"), v_0, 0.0)
+            v_1 = tl.where(tl.abs(v_1) < float("inf"), v_1, 0.0)
+            p = tl.where((bad > 0)[None, :] & (p > 0.0), float("nan"), p)
+            acc_0 = tl.dot(p.to(v_0.dtype), v_0, acc_0 * alpha[:, None])
+            acc_1 = tl.dot(p.to(v_1.dtype), v_1, acc_1 * alpha[:, None])
+
+        # all tiles of this output: write the result; a part of them: leave a state for the second launch
+        if (lo == 0) & (hi == count):
+            # rows without a key: out = 0, lse = -inf
+            empty = l == 0.0
+            l = tl.where(empty, 1.0, l)
+            lse_rows = lse + (b.to(tl.int64) * heads + h) * n_q + row
+            tl.store(lse_rows, tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2), mask=row_in)
+            out_head = out + b.to(tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h
+
+            norm = 1.0 / l
+            out_rows = out_head[:, None] + row.to(tl.int64)[:, None] * out_stride_n
+            acc_0 = acc_0 * norm[:, None]
+            tl.store(out_rows + d_0[None, :], acc_0.to(out.dtype.element_ty), mask=row_in[:, None])
+            acc_1 = acc_1 * norm[:, None]
+            tl.store(out_rows + d_1[None, :], acc_1.to(out.dtype.element_ty), mask=row_in[:, None])
+        elif lo < hi:
+            place = (program + output).to(tl.int64)
+            lane = tl.arange(0, BLOCK_M)
+            maxima_at = maxima + place * (2 * BLOCK_M) + lane
+            tl.store(maxima_at, m)
+            tl.store(maxima_at + BLOCK_M, l)
+            state_rows = states + place * (BLOCK_M * HEAD_DIM_V) + lane[:, None] * HEAD_DIM_V
+            tl.store(state_rows + d_0[None, :], acc_0)
+            tl.store(state_rows + d_1[None, :], acc_1)
