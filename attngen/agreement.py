@@ -169,6 +169,7 @@ def _count(ring: Ring, shards: Shards, call: Call, given: Given) -> list[list[li
 
 
 def process_group(group: Any) -> Any:
+    """The process group of `ring`'s argument. InputError for anything else."""
     if not (dist.is_available() and dist.is_initialized()):
         raise InputError("group", "an initialised process group", "none", "call torch.distributed.init_process_group")
     if group is None:

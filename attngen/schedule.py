@@ -6,13 +6,14 @@ model's choice. `complete()` merges these in that order of authority.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
 from attngen.errors import ScheduleError
 
 KERNELS = ("forward", "dq", "dkv")
 MOST_SPLITS = 1024
+ORDERS = ("by_head", "longest_first")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
@@ -70,12 +71,18 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Tile:
-    """One kernel's part of a schedule: query tile x key tile, warps and software-pipeline stages."""
+    """One kernel's part of a schedule: query tile x key tile, warps and software-pipeline stages, and what is said at
+    `Schedule` about tma, warp_specialize, persistent and order.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    tma: bool = False
+    warp_specialize: bool = False
+    persistent: int = 0
+    order: str = "by_head"
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,13 @@ class Schedule:
     """Decisions about the computation; a field left at None is left to the tuner or the model.
 
     block_m, block_n: query rows and keys a forward program holds at once; num_warps, num_stages: as in Triton.
-    dq_*, dkv_*: the same for the backward's two passes (a query tile walking keys; a key tile walking queries).
+    tma: the walked tiles are loaded through tensor descriptors (sm_90 and above; rows of whole 16-byte units).
+    warp_specialize: full and partial tiles go through one loop, which the compiler gives to warps of different roles
+        (sm_90 and above, with tma; on sm_90 4 warps).
+    persistent: so many programs per multiprocessor, each of which takes one output after the other; 0: a program per output.
+    order: of the outputs: "by_head", or "longest_first": the last query tiles (those that see most keys under a causal mask)
+        of as many heads as fit the second-level cache, then the ones before them.
+    dq_*, dkv_*: all of these for the backward's two passes (a query tile walking keys; a key tile walking queries).
     split: into how many parts a forward program's keys are cut, each a partial state that a second launch merges (1: not at
         all), or "stream": equal runs of key tiles over `programs` programs whatever the lengths (stream-K; None: one per SM).
     pack: forward rows are (query, head) pairs of the heads that share keys, so that keys are read once per kv head.
@@ -96,14 +109,26 @@ class Schedule:
     block_n: int | None = None
     num_warps: int | None = None
     num_stages: int | None = None
+    tma: bool | None = None
+    warp_specialize: bool | None = None
+    persistent: int | None = None
+    order: str | None = None
     dq_block_m: int | None = None
     dq_block_n: int | None = None
     dq_num_warps: int | None = None
     dq_num_stages: int | None = None
+    dq_tma: bool | None = None
+    dq_warp_specialize: bool | None = None
+    dq_persistent: int | None = None
+    dq_order: str | None = None
     dkv_block_m: int | None = None
     dkv_block_n: int | None = None
     dkv_num_warps: int | None = None
     dkv_num_stages: int | None = None
+    dkv_tma: bool | None = None
+    dkv_warp_specialize: bool | None = None
+    dkv_persistent: int | None = None
+    dkv_order: str | None = None
     split: int | str | None = None
     programs: int | None = None
     pack: bool | None = None
@@ -115,7 +140,7 @@ class Schedule:
             value = getattr(self, field.name)
             if value is None:
                 continue
-            if field.name in ("deterministic", "pack"):
+            if field.name in ("deterministic", "pack") or field.name.endswith(("tma", "warp_specialize")):
                 _expect(field.name, isinstance(value, bool), "True or False", value)
             elif field.name == "split":
                 holds = value == "stream" or (type(value) is int and 1 <= value <= MOST_SPLITS)
@@ -124,6 +149,10 @@ class Schedule:
                 _expect(field.name, type(value) is int and 1 <= value <= 65536, "1 to 65536", value)
             elif field.name == "precision":
                 _expect(field.name, value in PRECISIONS, f"one of {', '.join(PRECISIONS)}", value)
+            elif field.name.endswith("persistent"):
+                _expect(field.name, type(value) is int and 0 <= value <= 32, "0 to 32", value)
+            elif field.name.endswith("order"):
+                _expect(field.name, value in ORDERS, f"one of {', '.join(ORDERS)}", value)
             elif "block" in field.name:
                 _expect(field.name, _power_of_two(value, 16, 4096), "a power of two from 16 to 4096", value)
             elif "warps" in field.name:
@@ -143,7 +172,8 @@ class Schedule:
         """The tile of "forward", "dq" or "dkv". ScheduleError if it is not decided yet."""
         prefix = {"forward": "", "dq": "dq_", "dkv": "dkv_"}[kernel]
         values = {f.name: getattr(self, prefix + f.name) for f in fields(Tile)}
-        open_names = [prefix + name for name, value in values.items() if value is None]
+        values = {f.name: f.default if values[f.name] is None else values[f.name] for f in fields(Tile)}
+        open_names = [prefix + name for name, value in values.items() if value is MISSING]
         if open_names:
             raise ScheduleError(f"{', '.join(open_names)} not decided: complete the schedule for a target first")
         return Tile(**values)
@@ -173,7 +203,22 @@ def complete(target: Target, head_dim: int, head_dim_v: int, dtype: Any, *choice
         for name in ("block_m", "block_n"):
             if getattr(tile, name) > 256:
                 raise ScheduleError(f"{kernel} {name}: at most 256 on a GPU, got {getattr(tile, name)}")
+        reason = why_not(tile, target)
+        if reason:
+            raise ScheduleError(f"{kernel} {reason}")
     return schedule
+
+
+def why_not(tile: Tile, target: Target) -> str:
+    """The reason why a target cannot have this tile's special forms; empty if it can."""
+    modern = target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 90
+    if tile.tma and not modern:
+        return f"tma: {target.name} has no tensor descriptors (sm_90 and above have)"
+    if tile.warp_specialize and not tile.tma:
+        return "warp_specialize: needs tma=True, since a warp that only loads cannot compute pointers"
+    if tile.warp_specialize and target.name == "sm_90" and tile.num_warps != 4:
+        return f"warp_specialize: on sm_90 it takes num_warps=4, got {tile.num_warps}: the compiler ignores it with others"
+    return ""
 
 
 def fit(schedule: Schedule, lists: Any, pins: Schedule | None = None) -> Schedule:

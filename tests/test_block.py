@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import attngen as ag
 from attngen.block import block_of
 from attngen.expression import to_text
+from tests.check import check
 from tests.strategies import Case, cases
 
 
@@ -80,3 +81,17 @@ def test_specs_that_cannot_be_cut() -> None:
     ):
         with pytest.raises(ag.SpecError, match=why):
             block_of(ag.compile(spec))
+
+
+def test_a_block_in_generated_kernels() -> None:
+    """The block's own spec, with its part of each tensor as a view, forward and backward in Triton's interpreter."""
+    doc, bias = ag.Tensor("doc", 2, torch.int32), ag.Tensor("bias", 2)
+    spec = ag.Spec(
+        mask=lambda b, h, i, j: (doc[b, i] == doc[b, j]) & (i >= j),
+        score=lambda s, b, h, i, j: 4 * ag.tanh(s / 4) + bias[h, j] + bias[h, i],
+    )
+    block = block_of(ag.compile(spec, backend="interpret"))
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 2, 20, 16), torch.randn(1, 1, 37, 16), torch.randn(1, 1, 37, 16)
+    whole = {"doc": torch.arange(4).repeat_interleave(25).int().view(1, -1), "bias": torch.randn(2, 100)}
+    check(block.attention.spec, block.attention, q, k, v, block.captures(whole, range(30, 67)), q_offset=60)

@@ -289,13 +289,14 @@ class OnDevice(TorchDispatchMode):
 def test_preparation_does_not_wait_for_the_device(name: str):
     """On the meta device nothing has a value: reading one, or counting what a condition selects, is an error."""
     q, k, v = (x.to("meta") for x in inputs(SIZES[3]))
+    keys: Any = ag.adaptive(16)
+    captures: dict[str, Any] = {}
+    if name != "adaptive":
+        keys, own = case(name, SIZES[3])
+        captures = {n: torch.empty_like(x, device="meta") for n, x in own.items()}
     with OnDevice():
         if name == "adaptive":
-            keys: Any = ag.adaptive(16)
-            captures: dict[str, Any] = dict(estimate=ag.estimate(q, k, block=16, budget=64))
-        else:
-            keys, given = case(name, SIZES[3])
-            captures = {n: torch.empty_like(x, device="meta") for n, x in given.items()}
+            captures = dict(estimate=ag.estimate(q, k, block=16, budget=64))
         doc = torch.empty(1, 130, dtype=torch.int32, device="meta")
         ag.compile(ag.Spec(keys=keys, mask=ag.causal() & ag.documents())).plan(q, k, v, doc=doc, **captures)
 
@@ -432,6 +433,13 @@ def test_by_generated_kernels(name: str):
     size = (1, 1, 2, 45, 67, 22)
     keys, captures = case(name, size)
     compare(ag.Spec(keys=keys, mask=ag.causal()), size, captures, backend="interpret")
+
+
+def test_head_dim_64_backward_by_generated_kernels():
+    size = (1, 1, 1, 90, 90, 0)
+    spec = ag.Spec(keys=ag.block_sparse(32), mask=ag.causal())
+    attn = ag.compile(spec, backend="interpret")
+    check(spec, attn, *inputs(size, dim=64, dim_v=64), dict(layout=draw(size, (32, 32), 0.6)))
 
 
 @pytest.mark.parametrize("schedule", [dict(block_m=32, block_n=16), dict(block_m=16, block_n=32)])

@@ -30,9 +30,9 @@ def gradients(module: nn.Block, x: torch.Tensor, **captures: Any) -> list[torch.
     return [out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters(), *learned])]
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 32, 64, 1000])
+@pytest.mark.parametrize("chunk", [1, 7, 32, 40, 1000])
 def test_chunks_change_nothing(chunk: int) -> None:
-    x, slope = torch.randn(2, 64 if chunk > 1 else 9, 32), torch.rand(4).requires_grad_()
+    x, slope = torch.randn(2, 40 if chunk > 1 else 5, 32), torch.rand(4).requires_grad_()
     plain = gradients(block(None), x, slope=slope)
     for got, want in zip(gradients(block(chunk), x, slope=slope), plain, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

@@ -184,7 +184,16 @@ def _sizes(call: Call, schedule: Schedule) -> dict[str, int]:
         "pages": call.k.shape[0],
         "splits": schedule.split if isinstance(schedule.split, int) else 1,
         "programs": schedule.programs or multiprocessors(call.q.device),
+        "multiprocessors": multiprocessors(call.q.device),
+        "together": heads_together(call),
     }
+
+
+def heads_together(call: Call) -> int:
+    """How many heads' keys and values fit half of the second-level cache: those whose tiles come by turns."""
+    cache = torch.cuda.get_device_properties(call.q.device).L2_cache_size if call.q.is_cuda else 2**22
+    head = max(1, call.n_k * (call.k.shape[3] + call.v.shape[3]) * call.k.element_size())
+    return max(1, cache // 2 // head) * call.group
 
 
 def _launch(
@@ -284,12 +293,22 @@ def launch(source: Source, call: Call, tensors: dict[str, Any], schedule: Schedu
         else:
             arguments.append(call.params[arg.of])
     options = {"num_warps": source.num_warps, "num_stages": source.num_stages, "enable_fp_fusion": True}
+    if "make_tensor_descriptor" in source.text and call.q.is_cuda:
+        _let_kernels_allocate()
     try:
         source.load()[(programs,)](*arguments, **options)
     except Exception as error:
         if type(error).__name__ == "OutOfResources":
             raise ScheduleError(f"{source.name}: {error}; choose smaller blocks or fewer stages") from error
         raise
+
+
+@lru_cache(maxsize=1)
+def _let_kernels_allocate() -> None:
+    """Descriptors that kernels make live in memory that the launcher gives them."""
+    import triton
+
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
 
 
 def _aligned(tensor: torch.Tensor) -> bool:

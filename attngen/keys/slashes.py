@@ -27,7 +27,6 @@ from attngen.keys.base import (
     moved,
     offset_column,
     positive,
-    to_query_heads,
 )
 from attngen.keys.estimate import A_SHAPE, CLUSTER, Estimate
 from attngen.keys.rows import take
@@ -45,14 +44,19 @@ class Slashes(KeySet):
     """Base: heads that attend to columns, distances and whole tiles, in square tiles of `block`."""
 
     def prepare_from(
-        self, spec: Spec, call: Call, vertical: torch.Tensor, slash: torch.Tensor, diagonal: torch.Tensor, **more: Any
+        self,
+        spec: Spec,
+        call: Call,
+        vertical: torch.Tensor,
+        slash: torch.Tensor,
+        diagonal: torch.Tensor,
+        clusters: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> dict[str, Any]:
         """The plan for vertical int64 [B, H, Kv] and slash int64 [B, H, Ks], -1 for none, and tile diagonals int64
         [B, H, T]: numbers r - c + tiles_k - 1 of those that the slash lines touch, tiles_q + tiles_k - 1 for none, any of
         them several times.
 
-        more: `whole` bool [B, H], heads that see every pair of the tiles `index` int64 [B, H, tiles_q, K] (-1 for none)
-        instead.
+        clusters: (whole bool [B, H], index int64 [B, H, tiles_q, K], -1 for none): heads that see whole tiles instead.
         """
         block: int = self.block  # type: ignore[attr-defined]
         device, (batch, heads, n_q, _), n_k = call.q.device, call.q.shape, call.k.shape[2]
@@ -61,23 +65,18 @@ class Slashes(KeySet):
         base = offset_column(call) - (n_k - 1)
         slash_hit = _marked(torch.where(slash < 0, -1, slash - base), n_q + n_k - 1)
         diagonal_hit = _marked(diagonal, tiles_q + tiles_k - 1)
-        column = torch.where(vertical < 0, n_k, vertical).sort(dim=-1).values
-        again = torch.nn.functional.pad(column[..., 1:] == column[..., :-1], (1, 0))
-        column = column.masked_fill(again, n_k).sort(dim=-1).values
-
-        diagonal = diagonal.sort(dim=-1).values
-        again = torch.nn.functional.pad(diagonal[..., 1:] == diagonal[..., :-1], (1, 0))
-        diagonal = diagonal.masked_fill(again, tiles_q + tiles_k - 1).unsqueeze(-2)
+        column = _once(torch.where(vertical < 0, n_k, vertical), n_k).sort(dim=-1).values  # the missing ones last
+        none = tiles_q + tiles_k - 1
+        diagonal = _once(diagonal, none).unsqueeze(-2)
         row = torch.arange(tiles_q, device=device)
         listed = row.unsqueeze(-1) + (tiles_k - 1) - diagonal
-        listed = torch.where((diagonal < tiles_q + tiles_k - 1) & (listed >= 0) & (listed < tiles_k), listed, -1)
-        distinct, whole = True, more.get("whole")
-        if whole is not None:
-            index = more["index"]
+        listed = torch.where((diagonal < none) & (listed >= 0) & (listed < tiles_k), listed, -1)
+        if clusters is not None:
+            whole, index = clusters
             wide = max(listed.shape[3], index.shape[3])
             index, listed = (torch.nn.functional.pad(x, (0, wide - x.shape[3]), value=-1) for x in (index, listed))
-            listed, distinct = torch.where(whole.view(batch, heads, 1, 1), index, listed), False
-        live = Live(row.repeat_interleave(listed.shape[3]).view(1, 1, -1), listed.flatten(2), distinct)
+            listed = torch.where(whole.view(batch, heads, 1, 1), index, listed)
+        live = Live(row.repeat_interleave(listed.shape[3]).view(1, 1, -1), listed.flatten(2))
         offset = call.q_offset
         offsets = offset if isinstance(offset, torch.Tensor) else torch.full((batch,), offset, device=device)
         return {
@@ -90,7 +89,7 @@ class Slashes(KeySet):
             "column": column.to(torch.int32),
             "column_tile": (column.clamp(max=max(n_k - 1, 0)) // block - (tiles_k - 1)).to(torch.int32),
             "length": torch.full((batch,), n_k, dtype=torch.int32, device=device),
-            **({} if whole is None else {"whole": whole}),
+            **({} if clusters is None else {"whole": clusters[0]}),
         }
 
     def run(self, pieces: Pieces, plan: Mapping[str, Any], given: Mapping[str, Any]) -> Result:
@@ -120,10 +119,20 @@ class Slashes(KeySet):
             places = {"i": i + shift[b], "j": column[b, h, j]}
             return {"mask": moved(pieces.mask, **places) & apart, "score": moved(pieces.score, **places)}
 
-        rows = plan["column"].long().clamp(max=call.k.shape[2] - 1)
-        k, v = (take(to_query_heads(x, call), rows, unique=False) for x in (call.k, call.v))
+        # The heads of a group take their rows from the keys that they share, one after the other.
+        batch, kv_heads, n_k, _ = call.k.shape
+        rows = plan["column"].long().clamp(max=n_k - 1)
+        shared = rows.view(batch, kv_heads, -1)
+        k, v = (take(x, shared, unique=False).view(*rows.shape, x.shape[3]) for x in (call.k, call.v))
         names = ("column", "column_tile", "diagonal_hit", "shift", "length")
         return merge(listed, pieces.attend(("columns", block), columns, call.q, k, v, **{n: plan[n] for n in names}))
+
+
+def _once(numbers: torch.Tensor, none: int) -> torch.Tensor:
+    """Numbers [B, H, K], each one once: its repetitions become `none`."""
+    numbers = numbers.sort(dim=-1).values
+    again = torch.nn.functional.pad(numbers[..., 1:] == numbers[..., :-1], (1, 0))
+    return numbers.masked_fill(again, none)
 
 
 def _marked(places: torch.Tensor, length: int) -> torch.Tensor:
@@ -219,9 +228,7 @@ class Adaptive(Slashes):
         first = per_head(start, torch.where(found.band < 0, -1, found.band * block))
         length = torch.where(a_shape, (found.window - first).clamp(max=block), block)
         diagonal = touched(first, first + length - 1, block, call, 3)
-        return self.prepare_from(
-            spec, call, vertical, slash, diagonal, whole=cluster.view(batch, heads), index=found.index
-        )
+        return self.prepare_from(spec, call, vertical, slash, diagonal, (cluster.view(batch, heads), found.index))
 
 
 def vertical_slash(block: int = 64) -> VerticalSlash:

@@ -127,9 +127,15 @@ class Holes:
         says = "only some pairs attend" if self.spec.mask != sympy.true else "it reaches past the end"
         return Step(
             partial=partial,
-            comment=f"{kind_} {noun} tiles: {says if partial else 'every pair attends, so no mask'}",
+            comment=f"all {noun} tiles, with the mask"
+            if self.reader.one_loop
+            else f"{kind_} {noun} tiles: {says if partial else 'every pair attends, so no mask'}",
             variable=visits.variable,
-            range=f"tl.range({bounds}, num_stages=1)" if partial and self.few_partial else f"range({bounds})",
+            range=f"tl.range({bounds}, warp_specialize=True)"
+            if self.reader.one_loop
+            else f"tl.range({bounds}, num_stages=1)"
+            if partial and self.few_partial
+            else f"range({bounds})",
             tile=visits.find,
             locate=self.reader.locate(partial),
             lines=tuple(child.places[-1].lines),

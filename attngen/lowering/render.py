@@ -14,8 +14,9 @@ from attngen.lists import RowLists
 from attngen.lowering.captures import Site
 from attngen.lowering.kernels import Holes
 from attngen.lowering.printer import PRODUCT
-from attngen.lowering.sides import HEADS, KEY, KV_HEAD, ONE_KEY, PACKED, QUERY, Loop, Sides, View, chunks, decode, sides_of
+from attngen.lowering.sides import HEADS, KEY, KV_HEAD, ONE_KEY, PACKED, QUERY, Loop, Sides, View, chunks, decode, decode_longest_first, sides_of
 from attngen.lowering.source import Arg, Grid, Source, environment, tidy
+from attngen.schedule import KERNELS, Tile
 
 TENSORS = {
     "forward": ("q", "k", "v", "out"),
@@ -106,7 +107,8 @@ def render(
         if site is not None and site.kind == "pairs" and not by_rows
         else [False, False]
     )
-    lines, owner = _programs(kernel, sides, sliced, owned)
+    lines, owner = _programs(kernel, sides, sliced, owned, tile)
+    described = tile.tma and aligned and not by_rows and spec.page_size is None and kernel in ("forward", "dq", "dkv")
     reads_keys = "k" in tensors
     walk = facts.walk_keys if sides.walked is KEY else facts.walk_queries
     tables = [symbol.name for table in walk.tables for symbol in table.symbols]
@@ -119,6 +121,7 @@ def render(
         blocks=(tile.block_m, tile.block_n),
         offset_tensor=offset_tensor,
         names=names,
+        one_loop=described and tile.warp_specialize,
         sliced=sliced if kernel == "forward" else "",
     )
     if kernel not in ("delta", "merge"):
@@ -135,13 +138,14 @@ def render(
             not aligned,
             packed=sides.resident.packed and _head(t) == "h",
             paged=spec.page_size is not None and _head(t) == "kv_head",
+            described=described and t in (("k", "v") if sides.walked.noun == "key" else ("q", "do")),
         )
         for t in tensors
     }
     sink = ""
     if spec.sink is not None and (kernel == "merge" or (kernel == "forward" and sliced != "split")):
         sink = holes.printer.value(spec.sink).at(PRODUCT)
-    args = _arguments(spec, holes, kernel, tensors, names, aligned, offset_tensor, site, owner, sliced)
+    args = _arguments(spec, holes, kernel, tensors, names, aligned, offset_tensor, site, lines, owner, sliced)
     text = (
         environment()
         .get_template(f"{kernel}.jinja")
@@ -160,6 +164,7 @@ def render(
             load_offset=offset_tensor and any(arg.role == "offset" for arg in args),
             uses_resident_position=sides.resident.axis in holes.printer.used,
             uses_resident_safe=f"{sides.resident.axis}_safe" in holes.printer.used,
+            dims={"d": head_dim, columns: head_dim_v},
             d_chunks=d,
             dv_chunks=dv,
             columns={view.columns: view.chunks for view in views.values()},
@@ -188,6 +193,8 @@ def render(
     kind = "single" if by_rows else "packed" if sides.resident.packed else "rows"
     kind = "heads" if by_rows and sides.resident.packed else kind
     grid = Grid(sides.resident.length, block, heads, not owned[0], kind, sliced if kernel == "forward" else "")
+    if kernel in KERNELS and not sliced:
+        grid = replace(grid, persistent=tile.persistent)
     # A merge holds two states of a tile at once, and reads each once: as many warps as keep them in registers.
     warps = max(4, min(16, block * head_dim_v // 1024)) if kernel == "merge" else tile.num_warps
     return Source(kernel, tidy(text), args, grid, _power_of_two(warps), tile.num_stages)
@@ -197,11 +204,21 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _programs(kernel: str, sides: Sides, sliced: str, owned: list[bool]) -> tuple[tuple[str, ...], Loop | None]:
+def _programs(
+    kernel: str, sides: Sides, sliced: str, owned: list[bool], tile: Tile
+) -> tuple[tuple[str, ...], Loop | None]:
     """How a program finds what it computes, and the loop around all of it if it computes several outputs."""
     if kernel == "merge" and sliced == "stream":
         owners = ("first_slot = tl.load(owners + 2 * program)", "last_slot = tl.load(owners + 2 * program + 1)")
         return (*decode(sides, "program")[0], *owners), None
+    if kernel in KERNELS and not sliced:
+        number = "output" if tile.persistent else "program"
+        lines = decode(sides, number)[0] if tile.order == "by_head" else decode_longest_first(sides, number)
+        if not tile.persistent:
+            return lines, None
+        outputs = f"tiles * {'(heads // group)' if sides.grouped or sides.resident.packed else 'heads'} * batch"
+        every = f"program, {outputs}, tl.num_programs(0)"
+        return (), Loop("every so many outputs", "output", every, lines)
     if kernel == "merge" or not sliced:
         return decode(sides, "program", *owned)
     lines, _ = decode(sides, "output")
@@ -243,6 +260,7 @@ def _arguments(
     aligned: bool,
     offset_tensor: bool,
     site: Site | None,
+    lines: tuple[str, ...],
     owner: Loop | None,
     sliced: str,
 ) -> tuple[Arg, ...]:
@@ -267,7 +285,8 @@ def _arguments(
     lengths = ["heads", "n_q"]
     lengths += ["group"] if kernel != "delta" else []
     lengths += ["n_k"] if "k" in tensors else []
-    lengths += ["batch"] if owner is not None and "batch" in owner.range else []
+    decoded = (*lines, *((owner.range, *owner.lines) if owner is not None else ()))
+    lengths += [name for name in ("batch", "together") if any(name in line for line in decoded)]
     lengths += ["splits"] if sliced == "split" else []
     lengths += ["pages"] if spec.page_size is not None and kernel != "merge" else []
     out += [Arg(length, "length", length, "i32", specialize=False) for length in lengths]

@@ -139,6 +139,24 @@ def sides_of(by_keys: bool, grouped: bool, *, packed: bool, listed: bool, by_que
 KV_HEAD = "kv_head = h // group"
 
 
+def decode_longest_first(sides: Sides, number: str) -> tuple[str, ...]:
+    """The same for an order in which the tiles of `together` heads come by turns, those with most to visit first."""
+    resident, heads = sides.resident, "kv_heads" if sides.grouped or sides.resident.packed else "heads"
+    own = "kv_head" if heads == "kv_heads" else "h"
+    tile = "place // members" if resident.noun == "key" else "tiles - 1 - place // members"
+    return (
+        *(("kv_heads = heads // group",) if own == "kv_head" else ()),
+        f"section = {number} // (tiles * together)",
+        f"members = tl.minimum({heads} * batch - section * together, together)",
+        f"place = {number} % (tiles * together)",
+        f"{resident.tile} = {tile}",
+        "pair = section * together + place % members",
+        f"{own} = pair % {heads}",
+        f"b = pair // {heads}",
+        *((KV_HEAD,) if own == "h" else ()),
+    )
+
+
 def decode(sides: Sides, number: str, loop_b: bool = False, loop_h: bool = False) -> tuple[tuple[str, ...], Loop | None]:
     """Lines that find tile, batch and head from `number`, and the loop over those that one program owns."""
     tile = f"{sides.resident.tile} = {number} % tiles"
@@ -199,3 +217,4 @@ class View:
     strided: bool
     packed: bool = False
     paged: bool = False
+    described: bool = False

@@ -28,7 +28,7 @@ class Arg:
     """One kernel argument.
 
     role: "tensor" (a pointer to the tensor `of`), "stride" and "size" (of dimension `dim` of the tensor `of`), "length"
-    (the int `of`: n_q, n_k, heads, group, batch, splits, pages), "scale" (the float factor on q.k), "offset" (q_offset, an int, or a pointer to
+    (the int `of`: n_q, n_k, heads, group, batch, splits, pages, together), "scale" (the float factor on q.k), "offset" (q_offset, an int, or a pointer to
     int32 [B]), "param" (the spec's Param `of`).
     type: "*q" pointer in the dtype of q, "*fp32", "*i32", "*capture" pointer in the captured tensor's dtype; "i32", "fp32".
     specialize: whether Triton may compile for a value's divisibility by 16 (or 1); no other value ever recompiles.
@@ -53,6 +53,7 @@ class Grid:
     batched: bool = True  # False: a program serves the whole batch
     rows: str = "rows"  # "packed": (query, head of the group) pairs; "heads": the heads of one query; "single": one row
     sliced: str = ""  # "split" or "stream"
+    persistent: int = 0  # programs per multiprocessor; 0: one per output
 
     def tiles(self, sizes: Mapping[str, int]) -> int:
         """Tiles of one (batch, head). sizes: batch, heads, group, n_q, n_k."""
@@ -71,8 +72,10 @@ class Grid:
         return self.tiles(sizes) * heads * (sizes["batch"] if self.batched else 1)
 
     def programs(self, sizes: Mapping[str, int]) -> int:
-        """The number of programs to launch. sizes: also splits, programs."""
+        """The number of programs to launch. sizes: also splits, programs, multiprocessors."""
         outputs = self.outputs(sizes)
+        if self.persistent:
+            return min(outputs, self.persistent * sizes["multiprocessors"])
         if self.sliced == "stream":
             return min(outputs, 1) * sizes["programs"]
         return outputs * (sizes["splits"] if self.sliced == "split" else 1)

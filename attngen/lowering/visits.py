@@ -161,6 +161,9 @@ class Reader:
         first, done = segments[0]
         lines = [f"tile = {self._text(first)} + step" if first != 0 else "tile = step"]
         for number, (first, count) in enumerate(segments[1:], 2):
+            if first == done:  # it goes on where the last segment ends
+                done = self._symbol(f"{noun}_count{number}", done + count)
+                continue
             skip = self._symbol(f"{noun}_shift{number}", first - done)
             lines.append(f"tile = tl.where(step < {self._text(done)}, tile, {self._text(skip)} + step)")
             done = self._symbol(f"{noun}_count{number}", done + count)
