@@ -108,12 +108,17 @@ def compile_(
     head_dim: Annotated[int, typer.Option(help="Head dim of q and k.")] = 128,
     head_dim_v: Annotated[int | None, typer.Option(help="Head dim of v, if another.")] = None,
     dtype: Dtype = "bfloat16",
+    variants: Annotated[
+        bool, typer.Option(help="Also other schedules: tensor descriptors, specialised warps, persistent, ...")
+    ] = False,
     source: Annotated[bool, typer.Option(help="Print the generated Triton source.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write source, PTX and cubin into this folder.")] = None,
 ) -> None:
-    """Compile for GPUs that need not be here: registers, spills and shared memory of each kernel."""
-    from attngen.cross import cross_compile
+    """Compile for GPUs that need not be here: registers, spills, shared memory and instructions per loop of each kernel."""
+    from attngen.cross import FORWARD_ONLY, VARIANTS, cross_compile
+    from attngen.errors import ScheduleError
     from attngen.runtime import compile as compile_spec
+    from attngen.schedule import Schedule
     from attngen.specfile import read_spec
 
     value, element = read_spec(spec), _dtype(dtype)
@@ -124,12 +129,33 @@ def compile_(
                 part, head_dim=head_dim, head_dim_v=head_dim_v, dtype=element, target=(target or ["sm_90"])[0]
             )
             console.print(text, markup=False)
-    table = Table("target", "kernel", "registers", "spills", "shared memory", title=f"{dtype}, head dim {head_dim}")
+    columns = ["target", "kernel", "registers", "spills", "shared memory", "instructions: full loop", "partial loop"]
+    table = Table(*(["schedule"] if variants else []), *columns, title=f"{dtype}, head dim {head_dim}")
     for name in target or ["sm_90"]:
-        for kernel in cross_compile(value, target=name, dtype=element, head_dim=head_dim, head_dim_v=head_dim_v):
-            table.add_row(name, kernel.name, str(kernel.registers), str(kernel.spills), f"{kernel.shared:,} B")
-            if out is not None:
-                _write_kernel(out / name, kernel)
+        for variant, decisions in (VARIANTS if variants else {"": {}}).items():
+            label = [variant] if variants else []
+            try:
+                kernels = cross_compile(
+                    value,
+                    target=name,
+                    dtype=element,
+                    head_dim=head_dim,
+                    head_dim_v=head_dim_v,
+                    schedule=Schedule(**decisions),
+                    passes=("forward",) if variant in FORWARD_ONLY else ("forward", "backward"),
+                )
+            except ScheduleError as error:
+                if not variants:
+                    raise
+                table.add_row(*label, name, "-", *[""] * 3, f"not here: {error}", "")
+                continue
+            for kernel in kernels:
+                loops = [f"{loop}" for loop in kernel.loops[:2]]
+                loops = ["", *loops] if len(loops) == 1 and "partial" not in kernel.source.text else loops
+                sizes = [str(kernel.registers), str(kernel.spills), f"{kernel.shared:,} B"]
+                table.add_row(*label, name, kernel.name, *sizes, *[*loops, "", ""][:2])
+                if out is not None:
+                    _write_kernel(out / name / variant.replace(" ", "_"), kernel)
     console.print(table)
     if out is not None:
         console.print(f"written: {out}")

@@ -20,6 +20,7 @@ import torch
 from attngen.analysis import facts as analyse
 from attngen.errors import ScheduleError
 from attngen.lowering import Source, render
+from attngen.reductions import check
 from attngen.schedule import Schedule, Target, complete, fit
 
 PASSES = {"forward": ("forward",), "backward": ("delta", "dq", "dkv")}
@@ -125,6 +126,7 @@ def cross_compile(
     pins = (schedule or Schedule()).over(spec.schedule)
     chosen = fit(complete(gpu, head_dim, head_dim_v, dtype, pins), spec.lists, pins)
     known = analyse(spec)
+    check(spec, known, chosen)
     results = []
     kernels = [kernel for name in passes for kernel in PASSES.get(name, (name,))]
     if "forward" in kernels and chosen.split not in (None, 1):
@@ -135,6 +137,18 @@ def cross_compile(
         source = render(spec, known, kernel, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype, schedule=chosen)
         results.append(compile_source(source, gpu, dtype, {n: t.kind for n, t in spec.tensors.items()}))
     return results
+
+
+# Schedules that matter on newer GPUs, by what they change: what `attngen compile --variants` shows side by side.
+VARIANTS = {
+    "as chosen": {},
+    "tensor descriptors": {"tma": True, "dq_tma": True, "dkv_tma": True},
+    "specialised warps": {"tma": True, "warp_specialize": True, "num_warps": 4},
+    "persistent": {"persistent": 1, "dq_persistent": 1, "dkv_persistent": 1},
+    "longest first": {f"{prefix}order": "longest_first" for prefix in ("", "dq_", "dkv_")},
+    "packed heads, stream-K": {"pack": True, "split": "stream"},
+}
+FORWARD_ONLY = ("specialised warps", "packed heads, stream-K")
 
 
 def compile_source(source: Source, target: Target, dtype: torch.dtype, captured: Mapping[str, str] = {}) -> Compiled:

@@ -20,8 +20,8 @@ LARGEST_PARAM = 2**30 - 2**16  # below these, sums of a few positions and twice 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A checked call: q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] (with pages: [pages, Hkv, page size, *]); captures by name, broadcast dims expanded;
-    params by name; q_offset an int or an int tensor [B].
+    """A checked call: q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] (with pages: [pages, Hkv, page size, *]);
+    captures by name, broadcast dims expanded; params by name; q_offset an int or an int tensor [B].
     """
 
     spec: Spec

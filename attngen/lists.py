@@ -1,8 +1,8 @@
 """Lists that take the place of a mask's closed-form intervals: which tiles, or which rows, a kernel's two loops visit.
 
-A spec made by a key set may name one of them; its data are captured tensors with fixed names. `B'` and `H'` are 1 where a
-list serves the whole batch or all heads; a list of tiles else has one for each query head. Lists are in both directions, since the backward of k and v walks queries;
-those of the direction that nobody walks may be empty tensors.
+A spec made by a key set may name one of them; its data are captured tensors with fixed names. B' and H' are 1 where a list
+serves the whole batch or all heads; a list of tiles else has one for each query head. Lists are in both directions, since
+the backward of k and v walks queries; those of the direction that nobody walks may be empty tensors.
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ def as_log_weight(call: Call) -> torch.Tensor | None:
             weight = torch.where(listed, torch.exp(call.captures["edge_weight"].double()), 0.0).expand(listed.shape)
         total = torch.zeros((*lead, columns), dtype=torch.float64, device=entries.device)
         rows.append(total.scatter_add(-1, torch.where(listed, entries, 0), weight))
-    table = torch.stack(rows, 2) if rows else torch.zeros((*lead, 0, columns), dtype=torch.float64, device=entries.device)
+    table = (
+        torch.stack(rows, 2) if rows else torch.zeros((*lead, 0, columns), dtype=torch.float64, device=entries.device)
+    )
     if isinstance(lists, TileLists):
         table = table.repeat_interleave(lists.block_m, 2)[:, :, :n_q]
         table = table.repeat_interleave(lists.block_n, 3)[..., :n_k]

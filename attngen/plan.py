@@ -18,8 +18,9 @@ from attngen.spec import Spec
 
 @dataclass(frozen=True)
 class Step:
-    """One launch. kind: "tables" (torch operations that summarise captured data), "runs" (torch operations that share out the
-    tiles, see `balance`), "kernel" (a generated one), or "capture" (a generated kernel for each load of a captured tensor, and torch operations that add up what they leave).
+    """One launch. kind: "tables" (torch operations that summarise captured data), "runs" (torch operations that share out
+    the tiles, see `balance`), "kernel" (a generated one), or "capture" (a generated kernel for each load of a captured
+    tensor, and torch operations that add up what they leave).
     """
 
     name: str

@@ -1,5 +1,5 @@
-"""Where partial softmax states merge: whether a forward packs the GQA group into its rows, and into how many parts it cuts
-the keys. Legality with reasons, and the model's choice.
+"""Which special forms of a forward a spec can have: heads of a GQA group packed into its rows, keys cut into parts whose
+states merge, specialised warps. Legality with reasons, and the model's choice for decoding.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from attngen.defaults import decode_tile
 from attngen.errors import ScheduleError
-from attngen.expression import B, H, loads
+from attngen.expression import B, H, J, loads
 from attngen.lists import RowLists
 from attngen.schedule import Schedule
 
@@ -34,8 +34,24 @@ def why_not_packed(spec: Spec, facts: Facts) -> str:
     return ""
 
 
+def why_not_specialised(spec: Spec) -> str:
+    """The reason why a forward cannot go through the one loop of specialised warps; empty if it can."""
+    if spec.mask != True or spec.lists is not None or spec.page_size is not None:  # noqa: E712  a sympy condition
+        return (
+            "with a mask: the values go from memory into the products untouched, so that one that is masked out and not "
+            "finite would reach the output"
+        )
+    if spec.dropout is not None or any(J in load.free_symbols for load in loads(spec.score)):
+        return "with dropout, or with captured data that depends on j: the loop may hold no pointers"
+    return ""
+
+
 def check(spec: Spec, facts: Facts, schedule: Schedule) -> None:
-    """ScheduleError for pack or split where they make no sense."""
+    """ScheduleError for pack, split or warp_specialize where they make no sense."""
+    if schedule.warp_specialize and (reason := why_not_specialised(spec)):
+        raise ScheduleError(f"warp_specialize: expected False {reason}")
+    if schedule.split not in (None, 1) and (schedule.persistent or schedule.order == "longest_first"):
+        raise ScheduleError("split: goes with persistent=0 and order='by_head', since it shares out the tiles itself")
     if schedule.pack and not isinstance(spec.lists, RowLists):
         reason = why_not_packed(spec, facts)
         if reason:

@@ -62,8 +62,8 @@ class CompiledAttention:
     q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] of one dtype and device, Hkv dividing Hq; any strides. out
     [B, Hq, Nq, Dv] in that dtype; lse [B, Hq, Nq] float32, natural log, -inf for a row that sees no key (whose out is 0).
     q_offset: what is added to a query's row to get its position, an int or an int tensor [B]. captures: the spec's tensors
-    and params by name, and those of its key set; plan: see `plan`; group: a process group
-    whose ranks hold a contiguous part of the sequence each, see `attngen.ring`. Differentiable in q, k, v and float captured tensors. Raises InputError.
+    and params by name, and those of its key set; plan: see `plan`; group: a process group whose ranks hold a contiguous part
+    of the sequence each, see `attngen.ring`. Differentiable in q, k, v and float captured tensors. Raises InputError.
     """
 
     def __init__(self, spec: Spec, pins: Schedule, backend: str, db: str | None):

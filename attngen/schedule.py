@@ -203,21 +203,27 @@ def complete(target: Target, head_dim: int, head_dim_v: int, dtype: Any, *choice
         for name in ("block_m", "block_n"):
             if getattr(tile, name) > 256:
                 raise ScheduleError(f"{kernel} {name}: at most 256 on a GPU, got {getattr(tile, name)}")
-        reason = why_not(tile, target)
+        reason = why_not(kernel, tile, target)
         if reason:
             raise ScheduleError(f"{kernel} {reason}")
     return schedule
 
 
-def why_not(tile: Tile, target: Target) -> str:
-    """The reason why a target cannot have this tile's special forms; empty if it can."""
+def why_not(kernel: str, tile: Tile, target: Target) -> str:
+    """The reason why a kernel cannot have this tile's special forms on a target; empty if it can."""
     modern = target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 90
     if tile.tma and not modern:
         return f"tma: {target.name} has no tensor descriptors (sm_90 and above have)"
+    if tile.warp_specialize and kernel != "forward":
+        return (
+            "warp_specialize: the compiler takes the forward only; the backward's loops load lse and delta by pointers"
+        )
     if tile.warp_specialize and not tile.tma:
         return "warp_specialize: needs tma=True, since a warp that only loads cannot compute pointers"
     if tile.warp_specialize and target.name == "sm_90" and tile.num_warps != 4:
-        return f"warp_specialize: on sm_90 it takes num_warps=4, got {tile.num_warps}: the compiler ignores it with others"
+        return (
+            f"warp_specialize: on sm_90 it takes num_warps=4, got {tile.num_warps}: the compiler ignores it with others"
+        )
     return ""
 
 

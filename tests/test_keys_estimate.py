@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import attngen as ag
+from attngen.keys import estimate as module
 from attngen.keys.dense import attended
 from tests.check import check
 from tests.keys_cases import MASKS, SIZES, compare, inputs
@@ -59,9 +60,23 @@ def test_masses_are_what_the_patterns_cover(kind: int):
     assert torch.allclose(found.mass[..., kind].double(), want, atol=1e-5)
 
 
-def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch):
-    from attngen.keys import estimate as module
+@pytest.mark.parametrize("size", SIZES[:5])
+def test_marginals(size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
+    """How much attention each key and each distance gets from the last queries, against the dense table."""
+    monkeypatch.setattr(module, "SCORES", 64 * size[0] * size[1] * size[2] * 16)
+    (q, k, _), offset = inputs(size), size[5]
+    rows = min(16, size[3])
+    column, distance = module._Sample(q, k, rows, 0.25, offset).marginals(16)
+    i, j = torch.arange(size[3])[-rows:].view(-1, 1) + offset, torch.arange(size[4])
+    logits = 0.25 * q[:, :, -rows:].double() @ k.double().repeat_interleave(size[2], 1).mT
+    weights = torch.softmax(torch.where(i >= j, logits, -torch.inf), -1)
+    assert torch.allclose(column.double(), weights.sum(2), atol=1e-5)
+    for far in range(distance.shape[2]):
+        at = torch.where(i - j == far, weights, 0.0).sum((2, 3))
+        assert torch.allclose(distance[..., far].double(), at, atol=1e-5), far
 
+
+def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch):
     q, k, _ = heads_of_each_kind()
     whole = ag.estimate(q, k, block=16, budget=64, last=30)
     monkeypatch.setattr(module, "SCORES", 1000)

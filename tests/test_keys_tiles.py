@@ -132,6 +132,15 @@ def test_rows_and_heads_that_are_dead():
     compare(ag.Spec(keys=ag.block_sparse(16)), size, dict(layout=torch.zeros_like(layout)))
 
 
+def test_pruning_keeps_the_lower_of_equal_tiles_and_heads():
+    size = (1, 1, 3, 100, 100, 0)
+    spec = ag.Spec(keys=ag.pruned(0.3, 16, heads=0.6), mask=ag.causal())
+    same = [torch.ones_like(x) for x in inputs(size)]
+    check(spec, ag.compile(spec), *same, {})
+    tiles = attended(spec, *same, 0, {})[0, :, 99, ::16]
+    assert tiles.tolist() == [[True] * 3 + [False] * 4] * 2 + [[False] * 7]
+
+
 @pytest.mark.parametrize("block", [(128, 128), (64, 128), (128, 64)])
 def test_head_dim_64_backward(block: tuple[int, int]):
     """On a known GPU a public block-sparse backward was silently wrong at d=64."""

@@ -30,7 +30,9 @@ def check(spec: ag.Spec, qkv: list[torch.Tensor], backend: str = "interpret", **
         arguments = {"return_lse": True} if run is not ag.oracle else {}
         out, lse = run(*((spec,) if run is ag.oracle else ()), *leaves, **arguments, **own)
         torch.manual_seed(1)
-        loss = (out * torch.randn(out.shape)).sum() + (lse.masked_fill(lse.isneginf(), 0) * torch.randn(lse.shape)).sum()
+        loss = (out * torch.randn(out.shape)).sum() + (
+            lse.masked_fill(lse.isneginf(), 0) * torch.randn(lse.shape)
+        ).sum()
         grads = torch.autograd.grad(loss, [*leaves, *(t for t in own.values() if _is_float(t))])
         results.append((out, lse, *grads))
     for number, (got, want) in enumerate(zip(*results, strict=True)):

@@ -19,7 +19,10 @@ from tests.list_cases import tile_lists
 SINK = ag.Tensor("sink", 1)
 LENGTH = ag.Tensor("length", 1, dtype=torch.int32)
 RAGGED = ag.Spec(mask=lambda b, h, i, j: (j < LENGTH[b]) & (i >= j))
-SPLITS = [*(ag.Schedule(split=n) for n in (1, 2, 3, 7, 16)), *(ag.Schedule(split="stream", programs=n) for n in (1, 5, 64, 200))]
+SPLITS = [
+    *(ag.Schedule(split=n) for n in (1, 2, 3, 7, 16)),
+    *(ag.Schedule(split="stream", programs=n) for n in (1, 5, 64, 200)),
+]
 
 
 def check(spec: ag.Spec, q: Any, k: Any, v: Any, schedule: ag.Schedule, **captures: Any) -> None:

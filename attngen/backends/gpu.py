@@ -16,8 +16,8 @@ from attngen.choice import multiprocessors
 from attngen.errors import InputError, ScheduleError
 from attngen.expression import evaluate
 from attngen.inputs import Call
-from attngen.lowering import Source, render
 from attngen.lists import RowLists, TileLists
+from attngen.lowering import Source, render
 from attngen.lowering.captures import EDGES, Site, collect, sites
 from attngen.plan import Plan, Step, backward_plan, forward_plan
 from attngen.reference import dense_env
@@ -144,7 +144,9 @@ def tile_counts(
         last = ((start + source.grid.block - 1) // group).clamp(max=rows - 1)
         scope = {**_environment(call), **tables}
         found = facts.program_keys.evaluate(start // group + offset, last + offset, 0, call.n_k, block_n, scope)
-        counts = sum((x for part in (found[1], found[3]) for x in part), torch.zeros((1, 1, 1), dtype=torch.int64, device=device))
+        counts = sum(
+            (x for part in (found[1], found[3]) for x in part), torch.zeros((1, 1, 1), dtype=torch.int64, device=device)
+        )
     else:
         runs = call.captures["query_runs"]
         if isinstance(lists, TileLists):

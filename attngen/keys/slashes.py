@@ -1,8 +1,7 @@
 """Vertical-slash attention: chosen key columns and chosen distances, per head (MInference, arXiv 2407.02490).
 
-Without ever looking at all pairs: whether a slash line touches tile (r, c) depends on r - c only, so a bool per tile diagonal
-says it. Piece one lists those tiles, and masks inside them by distance and column exactly. Piece two gathers the columns
-and keeps their pairs outside of the listed tiles. The two are disjoint, and merge.
+Without ever looking at all pairs: piece one gathers the columns. Piece two lists the tiles that slash lines touch, which for
+tile (r, c) depends on r - c only, and masks inside them by distance, without the columns. The two are disjoint, and merge.
 """
 
 from __future__ import annotations
@@ -64,7 +63,6 @@ class Slashes(KeySet):
         # A distance i - j has the place i - j - base; no pair that exists is outside of the table.
         base = offset_column(call) - (n_k - 1)
         slash_hit = _marked(torch.where(slash < 0, -1, slash - base), n_q + n_k - 1)
-        diagonal_hit = _marked(diagonal, tiles_q + tiles_k - 1)
         column = _once(torch.where(vertical < 0, n_k, vertical), n_k).sort(dim=-1).values  # the missing ones last
         none = tiles_q + tiles_k - 1
         diagonal = _once(diagonal, none).unsqueeze(-2)
@@ -83,12 +81,10 @@ class Slashes(KeySet):
             **tile_lists(live, spec, call, (block, block), masked_inside=True),
             "column_hit": _marked(vertical, n_k),
             "slash_hit": slash_hit,
-            "diagonal_hit": diagonal_hit,
             "base": (offsets - (n_k - 1)).to(torch.int32),
             "shift": offsets.to(torch.int32),
-            "column": column.to(torch.int32),
-            "column_tile": (column.clamp(max=max(n_k - 1, 0)) // block - (tiles_k - 1)).to(torch.int32),
-            "length": torch.full((batch,), n_k, dtype=torch.int32, device=device),
+            "column": column.clamp(max=max(n_k - 1, 0)).to(torch.int32),
+            "count": (column < n_k).sum(-1).to(torch.int32),
             **({} if clusters is None else {"whole": clusters[0]}),
         }
 
@@ -99,10 +95,14 @@ class Slashes(KeySet):
 
         def tiles() -> dict[str, Any]:
             column, slash = (pieces.tensor(name, 3, torch.bool) for name in ("column_hit", "slash_hit"))
-            hit = column[b, h, j] | slash[b, h, i - j - pieces.tensor("base", 1)[b]]
+            hit = slash[b, h, i - j - pieces.tensor("base", 1)[b]]
             if with_whole:
                 hit = hit | pieces.tensor("whole", 2, torch.bool)[b, h]
-            return {"mask": pieces.mask & hit, "score": pieces.score, "lists": TileLists(block, block)}
+            return {
+                "mask": pieces.mask & hit & ~column[b, h, j],
+                "score": pieces.score,
+                "lists": TileLists(block, block),
+            }
 
         names = (*TileLists.names, "column_hit", "slash_hit", "base", *(("whole",) if with_whole else ()))
         listed = pieces.attend(
@@ -112,20 +112,17 @@ class Slashes(KeySet):
             return listed
 
         def columns() -> dict[str, Any]:
-            column, tile = pieces.tensor("column", 3), pieces.tensor("column_tile", 3)
-            diagonal, shift = pieces.tensor("diagonal_hit", 3, torch.bool), pieces.tensor("shift", 1)
-            there = column[b, h, j] < pieces.tensor("length", 1)[b]
-            apart = there & ~diagonal[b, h, i // block - tile[b, h, j]]
-            places = {"i": i + shift[b], "j": column[b, h, j]}
-            return {"mask": moved(pieces.mask, **places) & apart, "score": moved(pieces.score, **places)}
+            column = pieces.tensor("column", 3)
+            there = j < pieces.tensor("count", 2)[b, h]
+            places = {"i": i + pieces.tensor("shift", 1)[b], "j": column[b, h, j]}
+            return {"mask": moved(pieces.mask, **places) & there, "score": moved(pieces.score, **places)}
 
         # The heads of a group take their rows from the keys that they share, one after the other.
-        batch, kv_heads, n_k, _ = call.k.shape
-        rows = plan["column"].long().clamp(max=n_k - 1)
-        shared = rows.view(batch, kv_heads, -1)
+        rows = plan["column"].long()
+        shared = rows.view(*call.k.shape[:2], -1)
         k, v = (take(x, shared, unique=False).view(*rows.shape, x.shape[3]) for x in (call.k, call.v))
-        names = ("column", "column_tile", "diagonal_hit", "shift", "length")
-        return merge(listed, pieces.attend(("columns", block), columns, call.q, k, v, **{n: plan[n] for n in names}))
+        names = ("column", "shift", "count")
+        return merge(listed, pieces.attend("columns", columns, call.q, k, v, **{n: plan[n] for n in names}))
 
 
 def _once(numbers: torch.Tensor, none: int) -> torch.Tensor:

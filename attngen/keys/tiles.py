@@ -96,7 +96,8 @@ def tile_lists(live: Live, spec: Spec, call: Call, block: Block, masked_inside: 
     state = Segments(bound, block).state(rows, columns)
     if masked_inside:
         state = torch.where(state == FULL, PARTIAL, state)
-    state = torch.where((columns < 0) | (columns >= tiles_k), EMPTY, state)  # also with the checks turned off
+    # A number that is no tile is in none of the mask's segments: it is dropped too where the checks are turned off.
+    state = torch.where(columns < 0, EMPTY, state)
     word = torch.int32 if 2 * tiles_q * tiles_k < 2**31 else torch.int64
     none = 2 * tiles_q * tiles_k
     code = torch.where(state == EMPTY, none, (2 * rows + state) * tiles_k + columns).to(word).sort(dim=-1).values

@@ -14,7 +14,21 @@ from attngen.lists import RowLists
 from attngen.lowering.captures import Site
 from attngen.lowering.kernels import Holes
 from attngen.lowering.printer import PRODUCT
-from attngen.lowering.sides import HEADS, KEY, KV_HEAD, ONE_KEY, PACKED, QUERY, Loop, Sides, View, chunks, decode, decode_longest_first, sides_of
+from attngen.lowering.sides import (
+    HEADS,
+    KEY,
+    KV_HEAD,
+    ONE_KEY,
+    PACKED,
+    QUERY,
+    Loop,
+    Sides,
+    View,
+    chunks,
+    decode,
+    decode_longest_first,
+    sides_of,
+)
 from attngen.lowering.source import Arg, Grid, Source, environment, tidy
 from attngen.schedule import KERNELS, Tile
 
@@ -138,7 +152,11 @@ def render(
             not aligned,
             packed=sides.resident.packed and _head(t) == "h",
             paged=spec.page_size is not None and _head(t) == "kv_head",
-            described=described and t in (("k", "v") if sides.walked.noun == "key" else ("q", "do")),
+            described=described
+            and t in ("q", "do", "k", "v")
+            and not (sides.resident.packed and _head(t) == "h")
+            and (tile.warp_specialize or (_shape(t)[2] == "n_q") != (sides.resident is QUERY)),
+            side=QUERY if _shape(t)[2] == "n_q" else KEY,
         )
         for t in tensors
     }
@@ -178,6 +196,7 @@ def render(
             decode=[line for line in lines if reads_keys or line != KV_HEAD],
             walks=reads_keys,
             sliced=sliced,
+            one_loop=holes.reader.one_loop,
             head_dim_v=head_dim_v,
             page_size=spec.page_size if reads_keys else None,
             listed=by_rows,

@@ -157,7 +157,9 @@ def decode_longest_first(sides: Sides, number: str) -> tuple[str, ...]:
     )
 
 
-def decode(sides: Sides, number: str, loop_b: bool = False, loop_h: bool = False) -> tuple[tuple[str, ...], Loop | None]:
+def decode(
+    sides: Sides, number: str, loop_b: bool = False, loop_h: bool = False
+) -> tuple[tuple[str, ...], Loop | None]:
     """Lines that find tile, batch and head from `number`, and the loop over those that one program owns."""
     tile = f"{sides.resident.tile} = {number} % tiles"
     if sides.grouped or sides.resident.packed:
@@ -174,9 +176,7 @@ def decode(sides: Sides, number: str, loop_b: bool = False, loop_h: bool = False
         return (tile, f"b = {number} // tiles"), Loop(comment, "g", "heads", ("h = tl.full([], g, tl.int32)", KV_HEAD))
     if not loop_h:
         comment = "the batch, which shares the result"
-        return (tile, f"h = {number} // tiles", KV_HEAD), Loop(
-            comment, "g", "batch", ("b = tl.full([], g, tl.int32)",)
-        )
+        return (tile, f"h = {number} // tiles", KV_HEAD), Loop(comment, "g", "batch", ("b = tl.full([], g, tl.int32)",))
     both = ("pair = tl.full([], g, tl.int32)", "b = pair // heads", "h = pair % heads", KV_HEAD)
     return (tile,), Loop("batch and heads, which share the result", "g", "batch * heads", both)
 
@@ -218,3 +218,4 @@ class View:
     packed: bool = False
     paged: bool = False
     described: bool = False
+    side: Side | None = None

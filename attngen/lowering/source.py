@@ -28,8 +28,8 @@ class Arg:
     """One kernel argument.
 
     role: "tensor" (a pointer to the tensor `of`), "stride" and "size" (of dimension `dim` of the tensor `of`), "length"
-    (the int `of`: n_q, n_k, heads, group, batch, splits, pages, together), "scale" (the float factor on q.k), "offset" (q_offset, an int, or a pointer to
-    int32 [B]), "param" (the spec's Param `of`).
+    (the int `of`: n_q, n_k, heads, group, batch, splits, pages, together), "scale" (the float factor on q.k), "offset"
+    (q_offset, an int, or a pointer to int32 [B]), "param" (the spec's Param `of`), "table" (a pointer to the table `of`).
     type: "*q" pointer in the dtype of q, "*fp32", "*i32", "*capture" pointer in the captured tensor's dtype; "i32", "fp32".
     specialize: whether Triton may compile for a value's divisibility by 16 (or 1); no other value ever recompiles.
     """

@@ -17,7 +17,7 @@ from attngen.inputs import bind
 from attngen.schedule import Schedule, Target, complete
 from attngen.store import Device, Shape, Versions
 from attngen.tuning.model import GpuModel, Rates, compiled_by
-from attngen.tuning.space import PIECES, Space, cpu_space, gpu_space
+from attngen.tuning.space import PIECES, Space, cpu_space, gpu_space, special_forms
 
 if TYPE_CHECKING:
     from attngen.spec import Spec
@@ -52,7 +52,8 @@ class Place:
         shape, pins = job.shape, job.spec.schedule or Schedule()
         if self.target is not None:
             start = complete(self.target, shape.head_dim, shape.head_dim_v, job.dtype, pins)
-            return gpu_space(job.piece, shape, job.dtype.itemsize, self.target, start, pins), start
+            forms = special_forms(job.spec, shape, self.target, job.piece)
+            return gpu_space(job.piece, shape, job.dtype.itemsize, self.target, start, pins, forms), start
         from attngen.backends.cpu import default_schedule
 
         start = pins.over(default_schedule(_empty_call(job.spec, shape, job.dtype, job.values), facts(job.spec)))

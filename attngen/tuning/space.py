@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from attngen.errors import ScheduleError
-from attngen.schedule import Schedule, Target
+from attngen.schedule import Schedule, Target, Tile, why_not
 from attngen.store import Shape, bucket
 
 Point = dict[str, Any]  # a choice of one value per name; plain JSON
 PIECES = {"forward": ("",), "backward": ("dq_", "dkv_")}  # record piece -> prefixes of the schedule's fields
+KERNEL_OF = {"": "forward", "dq_": "dq", "dkv_": "dkv"}
 MAX_ENUMERATED = 50_000
 
 
@@ -57,10 +58,38 @@ class Space:
         return replace(self, choices=choices, start=start)
 
 
+def special_forms(spec: Any, shape: Shape, target: Target, piece: str) -> dict[str, tuple[Any, ...]]:
+    """What this spec and target allow besides tiles: tensor descriptors, specialised warps, persistent programs, the order of
+    outputs, and for few query rows packed heads and split keys.
+    """
+    from attngen.analysis import facts
+    from attngen.reductions import DECODE_ROWS, why_not_packed, why_not_specialised
+
+    modern = target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 90
+    forms: dict[str, tuple[Any, ...]] = {}
+    for prefix in PIECES[piece]:
+        forms |= {f"{prefix}tma": (False, True)} if modern else {}
+        forms |= {f"{prefix}persistent": (0, 1, 2), f"{prefix}order": ("by_head", "longest_first")}
+    if piece == "forward":
+        group = shape.heads_q // max(shape.heads_kv, 1)
+        if modern and not why_not_specialised(spec):
+            forms["warp_specialize"] = (False, True)
+        if shape.n_q * group <= DECODE_ROWS:
+            forms["split"] = (1, 2, 4, 8, 16, 32, 64, "stream")
+            forms |= {"pack": (False, True)} if group > 1 and not why_not_packed(spec, facts(spec)) else {}
+    return forms
+
+
 def gpu_space(
-    piece: str, shape: Shape, element: int, target: Target, start: Schedule, pins: Schedule | None = None
+    piece: str,
+    shape: Shape,
+    element: int,
+    target: Target,
+    start: Schedule,
+    pins: Schedule | None = None,
+    forms: Mapping[str, tuple[Any, ...]] | None = None,
 ) -> Space:
-    """Tiles, warps and stages of a piece's kernels on a GPU.
+    """Tiles, warps and stages of a piece's kernels on a GPU, and the special forms that it can have (`special_forms`).
 
     element: bytes of q's dtype; start: a complete schedule, the model's choice; pins: what the spec has decided, which
     is not searched. Legality here is arithmetic: registers for the accumulators, shared memory for the stages; what the
@@ -76,12 +105,21 @@ def gpu_space(
         for name, values in every.items():
             full = prefix + name
             choices[full] = (pinned[full],) if full in pinned else tuple(sorted({*values, begin[full]}))
+    for name, values in (forms or {}).items():
+        choices[name] = (pinned[name],) if name in pinned else values
+        if begin.get(name) not in choices[name]:
+            begin[name] = choices[name][0]
 
     def illegal(point: Point) -> str | None:
         for prefix in PIECES[piece]:
             m, n, warps, depth = (point[prefix + name] for name in every)
             if reason := _tile_reason(prefix, m, n, warps, depth, shape, element, target):
                 return reason
+            own = {f.name: point[prefix + f.name] for f in fields(Tile) if prefix + f.name in point}
+            if reason := why_not(KERNEL_OF[prefix], Tile(**own), target):
+                return prefix + reason
+        if point.get("split", 1) != 1 and (point.get("persistent") or point.get("order") == "longest_first"):
+            return "split: shares out the tiles itself, without persistent programs or another order"
         return None
 
     return _checked(Space(choices, {name: begin[name] for name in choices}, illegal), piece)
