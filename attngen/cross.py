@@ -140,7 +140,7 @@ def cross_compile(
 
 
 # Schedules that matter on newer GPUs, by what they change: what `attngen compile --variants` shows side by side.
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "as chosen": {},
     "tensor descriptors": {"tma": True, "dq_tma": True, "dkv_tma": True},
     "specialised warps": {"tma": True, "warp_specialize": True, "num_warps": 4},

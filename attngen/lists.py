@@ -132,7 +132,7 @@ def as_log_weight(call: Call) -> torch.Tensor | None:
     for row in range(runs.shape[2]):
         listed = (place >= first[..., row, None]) & (place < (first + count)[..., row, None])
         weight = listed.double()
-        if not tiled and lists.weighted:
+        if isinstance(lists, RowLists) and lists.weighted:
             weight = torch.where(listed, torch.exp(call.captures["edge_weight"].double()), 0.0).expand(listed.shape)
         total = torch.zeros((*lead, columns), dtype=torch.float64, device=entries.device)
         rows.append(total.scatter_add(-1, torch.where(listed, entries, 0), weight))

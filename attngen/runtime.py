@@ -19,6 +19,7 @@ from attngen.spec import Spec
 if TYPE_CHECKING:
     from attngen.keys import KeyPlan
 
+LENGTHS = ("k_len", "cu_q", "cu_k")  # of ragged batches, unless the spec has a tensor of that name
 BACKENDS = ("auto", "triton", "interpret", "cpu")
 
 
@@ -62,7 +63,9 @@ class CompiledAttention:
     q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] of one dtype and device, Hkv dividing Hq; any strides. out
     [B, Hq, Nq, Dv] in that dtype; lse [B, Hq, Nq] float32, natural log, -inf for a row that sees no key (whose out is 0).
     q_offset: what is added to a query's row to get its position, an int or an int tensor [B]. captures: the spec's tensors
-    and params by name, and those of its key set; plan: see `plan`; group: a process group whose ranks hold a contiguous part
+    and params by name, and those of its key set; plan: see `plan`. Ragged batches, without a key set: k_len int [B], keys
+    j >= k_len[b] are not there; or cu_q, cu_k int [S + 1], the ends of S sequences packed into a batch of 1 (b, i and j
+    then are a sequence's number and positions in it, q_offset an int or [S], captures [S, ...] along b); group: a process group whose ranks hold a contiguous part
     of the sequence each, see `attngen.ring`. Differentiable in q, k, v and float captured tensors. Raises InputError.
     """
 
@@ -96,6 +99,14 @@ class CompiledAttention:
             out, lse = call.run(self, q, k, v, q_offset, plan, captures)
         elif plan is not None:
             raise InputError("plan", "nothing, for a spec without keys=", "a plan")
+        elif any(name in captures and name not in self.spec.tensors for name in LENGTHS):
+            from attngen.keys import ragged
+
+            lengths = {name: captures.pop(name) for name in LENGTHS if name not in self.spec.tensors and name in captures}
+            if all(value is None for value in lengths.values()):
+                out, lse = operators.apply(self, q, k, v, captures, q_offset)
+            else:
+                out, lse = ragged.run(self, q, k, v, q_offset, lengths, captures)
         else:
             out, lse = operators.apply(self, q, k, v, captures, q_offset)
         return (out, lse) if return_lse else out

@@ -16,10 +16,12 @@ from attngen.backends import gpu
 from attngen.balance import Runs, stream_k
 from attngen.choice import choose
 from attngen.inputs import Call, bind
+from attngen.keys import base
 from attngen.lists import RowLists, TileLists
 from attngen.lowering import Source, render
 from attngen.plan import forward_plan
 from attngen.reductions import check, decode_choice
+from attngen.runtime import LENGTHS
 from attngen.schedule import Schedule, Target, complete, fit
 
 if TYPE_CHECKING:
@@ -68,16 +70,22 @@ def of(
     """What a forward with these arguments reads and writes; arguments as at a call, see `CompiledAttention`.
 
     schedule: decisions over those of `attention`. What both leave open is what the call would run with on the GPU that holds
-    the tensors; elsewhere the model's choice for an H200 (with backend="interpret" the interpreter's small tiles). A spec
-    with keys= is run once on the tensors' device, and its pieces' traffic added up. The counts wait for the device. Raises
-    InputError, ScheduleError.
+    the tensors; elsewhere the model's choice for an H200 (with backend="interpret" the interpreter's small tiles). A call
+    with a key set or ragged lengths is run once, and the traffic of the pieces that it runs is added up. The counts wait for
+    the device. Raises InputError, ScheduleError.
     """
-    if attention.spec.keys is None:
+    ragged = any(captures.get(name) is not None and name not in attention.spec.tensors for name in LENGTHS)
+    if attention.spec.keys is None and not ragged:
         return _forward(attention, bind(attention.spec, q, k, v, q_offset=q_offset, captures=captures), schedule)
-    from attngen.keys.call import recorded
-
+    before, base.RECORD = base.RECORD, []
+    try:
+        with torch.no_grad():
+            attention(q, k, v, q_offset=q_offset, **captures)
+        pieces = base.RECORD
+    finally:
+        base.RECORD = before
     total = Traffic()
-    for _, piece, *inputs, offset, named in recorded(attention, q, k, v, q_offset, captures):
+    for _, piece, *inputs, offset, named in pieces:
         total += _forward(piece, bind(piece.spec, *inputs, q_offset=offset, captures=named), schedule)
     return total
 

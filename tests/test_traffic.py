@@ -133,6 +133,37 @@ def test_key_sets_add_up_their_pieces() -> None:
     assert found.keys == live * 2 * 32 * (D + DV) * 4
 
 
+@pytest.mark.parametrize("heads", [8, 2])
+def test_a_shared_prefix_is_read_once(heads: int) -> None:
+    """M_c + B M_d keys, not B (M_c + M_d), and once for the heads of a group."""
+    q, k, v = (torch.randn(t.shape) for t in inputs(6, heads, 2, 1, 64, torch.float32))
+    prefix = {"prefix_k": torch.randn(1, 2, 320, D), "prefix_v": torch.randn(1, 2, 320, DV)}
+    once = 2 * (D + DV) * 4
+    spec = ag.Spec(keys=ag.shared_prefix())
+    assert count(spec, [q, k, v], prefix, block_m=64, pack=True).keys == (320 + 6 * 64) * once
+    k_len = torch.tensor([0, 1, 32, 33, 64, 5], dtype=torch.int32)
+    found = count(spec, [q, k, v], {**prefix, "k_len": k_len}, block_m=64, pack=True)
+    assert found.keys == (320 + 0 + 32 + 32 + 64 + 64 + 32) * once
+
+
+def test_a_window_over_a_paged_key_set_reads_live_pages_only() -> None:
+    """Two rows of a cache of 100 pages each; one ends at key 1500, the other at 40."""
+    q, k, v = torch.randn(2, 8, 1, D), torch.randn(200, 16, 2, D), torch.randn(200, 16, 2, DV)
+    table = torch.randperm(200).view(2, 100)
+    k_len = torch.tensor([1500, 40], dtype=torch.int32)
+    spec = ag.Spec(keys=ag.paged(16), mask=ag.causal() & ag.window(100))
+    given = {"page_table": table, "k_len": k_len, "q_offset": k_len - 1}
+    found = count(spec, [q, k, v], given, pack=True)
+    tiles = (1499 // 32 - (1499 - 99) // 32 + 1) + 2
+    assert found.keys == 2 * tiles * 32 * (D + DV) * 4
+
+
+def test_ragged_lengths_of_a_call() -> None:
+    q, k, v = (torch.randn(t.shape) for t in inputs(3, 4, 2, 1, 200, torch.float32))
+    found = count(ag.Spec(), [q, k, v], {"k_len": torch.tensor([0, 33, 200])}, pack=True)
+    assert found.keys == 2 * (0 + 64 + 200) * (D + DV) * 4
+
+
 def test_bytes_fall_with_the_window_and_not_with_nothing() -> None:
     empty = count(ag.Spec(), inputs(2, 4, 2, 5, 0))
     assert empty.keys == 0 and empty.results == 2 * 4 * 5 * (2 * DV + 4)

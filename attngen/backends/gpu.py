@@ -91,7 +91,7 @@ def _run(plan: Plan, call: Call, facts: Facts, schedule: Schedule, buffers: dict
             del buffers[name]
 
 
-def _tables_of(kernel: str, buffers: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _tables_of(kernel: str, buffers: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return buffers.get(f"tables of {kernel}", {})
 
 

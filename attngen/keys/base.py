@@ -81,6 +81,16 @@ class KeySet:
                     f"{name!r} is a capture of {self.name}()", fix="give the spec's own tensor another name"
                 )
 
+    def bind(
+        self, spec: Spec, q: Any, k: Any, v: Any, q_offset: Any, captures: Mapping[str, Any], given: Mapping[str, Any]
+    ) -> Call:
+        """The checked call; a key set whose k and v have a layout of their own has its own. `given`: the key set's captures.
+        InputError.
+        """
+        from attngen.inputs import bind
+
+        return bind(spec, q, k, v, q_offset=q_offset, captures=captures)
+
     def prepare(self, spec: Spec, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
         """Sort, hash, sample: index tensors for `run`, without waiting for the device where that is not the CPU. `call` has
         q, k, v and q_offset; no gradient is recorded. Raises InputError.

@@ -11,7 +11,7 @@ import torch
 from attngen import debug
 from attngen.errors import InputError
 from attngen.expression import evaluate
-from attngen.inputs import Call, bind
+from attngen.inputs import Call
 from attngen.keys import base
 from attngen.keys.base import KeyPlan, Pieces, Result, sizes_of
 from attngen.merging import merge
@@ -39,7 +39,7 @@ def plan(
         raise InputError("plan", "a spec with keys=", "a spec without", "there is nothing to prepare")
     known = {*spec.keys.captures(), *spec.tensors, *spec.params}
     _check_names(spec, captures, known)
-    call = bind(Spec(), q, k, v, q_offset=q_offset, captures={})
+    call = spec.keys.bind(Spec(), q, k, v, q_offset, {}, captures)
     named = {name: value for name, value in captures.items() if value is not None}
     call = replace(
         call,
@@ -90,8 +90,8 @@ def split(
     own = set(keys.captures())
     _check_names(spec, captures, {*own, *spec.tensors, *spec.params})
     rest = {name: value for name, value in captures.items() if name not in own}
-    call = bind(spec, q, k, v, q_offset=q_offset, captures=rest)
-    return call, {name: value for name, value in captures.items() if name in own}
+    given = {name: value for name, value in captures.items() if name in own}
+    return keys.bind(spec, q, k, v, q_offset, rest, given), given
 
 
 def explain(attention: CompiledAttention, q: Any, k: Any, v: Any, q_offset: Any, captures: Mapping[str, Any]) -> str:

@@ -12,6 +12,8 @@ import torch
 from attngen.errors import InputError
 from attngen.inputs import Call
 from attngen.keys.base import offset_column
+from attngen.keys.dense_edges import COPIED
+from attngen.keys.dense_edges import DEFINITIONS as OF_EDGES
 from attngen.keys.dense_tiles import DEFINITIONS as OF_TILES
 from attngen.reference import dense, dense_env
 
@@ -31,6 +33,8 @@ def oracle_of_keys(
     assert spec.keys is not None
     if spec.keys.name == "union":
         return _union(call, given)
+    if spec.keys.name in COPIED:
+        call = COPIED[spec.keys.name](spec.keys, call, given)
     log_weight, gain = DEFINITIONS[spec.keys.name](spec.keys, call, given)
     return dense(call, torch.float64, log_weight, gain)
 
@@ -93,7 +97,10 @@ def _gather(keys: Any, call: Call, given: Mapping[str, Any]) -> Weights:
     )
     each = torch.where(index >= 0, each, 0.0)
     total = torch.zeros((*call.q.shape[:2], call.k.shape[2]), dtype=torch.float64)
-    return _log(total.scatter_add(-1, index.clamp(min=0), each)).unsqueeze(-2), None
+    if index.dim() == 4:
+        total = total.unsqueeze(2).repeat(1, 1, index.shape[2], 1)
+    total = total.scatter_add(-1, index.clamp(min=0), each)
+    return _log(total if index.dim() == 4 else total.unsqueeze(-2)), None
 
 
 # -- HyperAttention ---------------------------------------------------------------------------------------------------
@@ -236,4 +243,5 @@ DEFINITIONS: dict[str, Callable[[Any, Call, Mapping[str, Any]], Weights]] = {
     "hyper": _hyper,
     "sparse_k": _sparse_k,
     **OF_TILES,
+    **OF_EDGES,
 }

@@ -23,7 +23,9 @@ from attngen.keys.base import (
     offset_column,
     to_query_heads,
 )
+from attngen.keys.graph import attend_lists, check_list_names, transposed, word_for
 from attngen.keys.rows import take
+from attngen.lists import RowLists
 
 if TYPE_CHECKING:
     from attngen.inputs import Call
@@ -54,8 +56,8 @@ class Codebook(KeySet):
 
 @dataclass(frozen=True)
 class Gather(KeySet):
-    """Keys by index, one list for all rows of a head: index int [B, Hkv, K] or [B, Hq, K], -1 for none; optional log_weight
-    float of that shape.
+    """Keys by index, one list for all rows of a head, index int [B, H, K], or one for each row, [B, H, Nq, K], H being Hkv or
+    Hq; -1 for none; optional log_weight float of that shape.
     """
 
     name: ClassVar[str] = "gather"
@@ -63,12 +65,18 @@ class Gather(KeySet):
     used: ClassVar[tuple[str, ...]] = ("log_weight",)
     optional: ClassVar[tuple[str, ...]] = ("log_weight",)
 
+    def check_spec(self, spec: Spec) -> None:
+        check_list_names(self.name, spec, RowLists(weighted=True))
+        super().check_spec(spec)
+
     def prepare(self, spec: Spec, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
         index = given.get("index")
+        if isinstance(index, torch.Tensor) and index.dim() == 4:
+            return _by_row(call, index)
         if not isinstance(index, torch.Tensor) or index.dim() != 3:
             got = f"shape {list(index.shape)}" if isinstance(index, torch.Tensor) else type(index).__name__
             raise InputError(
-                "index", "int [B, Hkv, K] or [B, Hq, K]", got, "" if index is not None else "pass index=..."
+                "index", "int [B, H, K] or [B, H, Nq, K], H of k or q", got, "" if index is not None else "pass index=..."
             )
         heads = call.q.shape[1] if index.shape[1] == call.q.shape[1] else call.k.shape[1]
         shape = (call.q.shape[0], heads, index.shape[2])
@@ -85,6 +93,8 @@ class Gather(KeySet):
         }
 
     def run(self, pieces: Pieces, plan: Mapping[str, Any], given: Mapping[str, Any]) -> Result:
+        if "query_runs" in plan:
+            return _attend_by_row(pieces, plan, given.get("log_weight"))
         call, rows, log_weight = pieces.call, plan["rows"], given.get("log_weight")
         n_k = call.k.shape[2]
         if log_weight is not None:
@@ -120,6 +130,32 @@ class Gather(KeySet):
         return pieces.attend(("listed", weighted), build, call.q, k, v, **extra)
 
 
+def _by_row(call: Call, index: torch.Tensor) -> dict[str, Any]:
+    """The lists of an index [B, H, Nq, K]."""
+    (batch, heads, n_q, _), n_k, count = call.q.shape, call.k.shape[2], index.shape[3]
+    own = heads if index.shape[1] == heads else call.k.shape[1]
+    check_tensor("index", index, "int", (batch, own, n_q, count), "[B, Hkv or Hq, Nq, K]", call.q.device)
+    check_range("index", index, -1, n_k, "rows of k, or -1 for none")
+    # The missing ones last in each row, and with the checks turned off whatever is no row of k too.
+    position, order = torch.where((index < 0) | (index >= n_k), n_k, index).sort(dim=-1, stable=True)
+    size, flat = n_q * count, position.flatten(2)
+    first = (torch.arange(n_q, device=index.device) * count).expand(position.shape[:3])
+    runs = torch.stack([first, (position < n_k).sum(-1)], -1).to(word_for(size))
+    row = (torch.arange(size, device=index.device) // max(count, 1)).expand_as(flat)
+    edges = flat.clamp(max=max(n_k - 1, 0)).to(torch.int32)
+    return {"query_edges": edges, "query_runs": runs, "order": order, **transposed(flat, row, n_k)}
+
+
+def _attend_by_row(pieces: Pieces, plan: Mapping[str, Any], log_weight: Any) -> Result:
+    order, call = plan["order"], pieces.call
+    lists = RowLists(weighted=log_weight is not None, by_query_head=order.shape[1] != call.k.shape[1])
+    if log_weight is None:
+        return attend_lists(pieces, plan, lists)
+    shape = tuple(order.shape)
+    weight = check_tensor("log_weight", log_weight, "float", shape, "like index", call.q.device)
+    return attend_lists(pieces, plan, lists, edge_weight=weight.gather(-1, order).flatten(2))
+
+
 def _column(offset: Any) -> Any:
     return offset.view(-1, 1) if isinstance(offset, torch.Tensor) else offset
 
@@ -139,7 +175,7 @@ def codebook() -> Codebook:
 
 def gather() -> Gather:
     """The keys whose rows are given: `Spec(keys=ag.gather(), mask=...)`, called with index= int [B, H, K], one list for all
-    queries of a (kv or query) head, -1 for none, and optionally log_weight= float of the same shape, added to the logits
+    queries of a (kv or query) head, or int [B, H, Nq, K], one for each query; -1 for none; and optionally log_weight= float of the same shape, added to the logits
     and differentiable. A row listed twice counts twice. The mask reads the keys' original positions.
     """
     return Gather()

@@ -110,7 +110,7 @@ def render(
     sides = sides_of(
         by_keys,
         kernel == "dkv",
-        packed=(forward and bool(schedule.pack)) or (by_rows and (kernel != "capture" or site.kind == "edges")),
+        packed=(forward and bool(schedule.pack)) or (by_rows and (site is None or site.kind == "edges")),
         listed=by_rows,
         by_query_head=by_rows and spec.lists.by_query_head,
     )
@@ -235,8 +235,8 @@ def _programs(
         lines = decode(sides, number)[0] if tile.order == "by_head" else decode_longest_first(sides, number)
         if not tile.persistent:
             return lines, None
-        outputs = f"tiles * {'(heads // group)' if sides.grouped or sides.resident.packed else 'heads'} * batch"
-        every = f"program, {outputs}, tl.num_programs(0)"
+        number = f"tiles * {'(heads // group)' if sides.grouped or sides.resident.packed else 'heads'} * batch"
+        every = f"program, {number}, tl.num_programs(0)"
         return (), Loop("every so many outputs", "output", every, lines)
     if kernel == "merge" or not sliced:
         return decode(sides, "program", *owned)

@@ -1,0 +1,131 @@
+"""Padded caches and packed sequences against one dense call per sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import attngen as ag
+from tests.check import relative
+
+MASKS: dict[str, Any] = {
+    "none": None,
+    "causal": ag.causal(),
+    "window": ag.causal() & ag.window(9),
+    "blocks": ag.block_causal(8),
+    "global": ag.window(3) | ag.global_tokens(2),
+    "prefix": ag.prefix_lm(5),
+}
+
+
+def per_sequence(spec: ag.Spec, parts: list[tuple[Any, ...]], offsets: list[int]) -> list[Any]:
+    return [ag.oracle(spec, *part, q_offset=offset) for part, offset in zip(parts, offsets, strict=True)]
+
+
+def agree(got: list[torch.Tensor], want: list[torch.Tensor], leaves: list[torch.Tensor]) -> None:
+    """Values, and gradients of a random sum."""
+    torch.manual_seed(3)
+    losses = [0.0, 0.0]
+    for mine, yours in zip(got, want, strict=True):
+        assert torch.equal(mine.isneginf(), yours.isneginf())
+        seen, right = (torch.where(yours.isneginf(), 0.0, t.double()) for t in (mine, yours))
+        assert relative(seen, right) <= 1e-5
+        weight = torch.randn(seen.shape, dtype=torch.float64)
+        losses = [losses[0] + (seen * weight).sum(), losses[1] + (right * weight).sum()]
+    if not losses[1].requires_grad:
+        return
+    grads = [torch.autograd.grad(loss, leaves, allow_unused=True) for loss in losses]
+    for mine, yours in zip(*grads, strict=True):
+        assert relative(mine, torch.zeros_like(mine).double() if yours is None else yours.double()) <= 1e-4
+
+
+def leaf(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, requires_grad=True)
+
+
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("interpret", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("n_q", [1, 33])
+def test_padded(mask: str, n_q: int, backend: str):
+    torch.manual_seed(0)
+    lengths = torch.tensor([0, 1, 17, 40])
+    q, k, v = leaf(4, 4, n_q, 16), leaf(4, 2, 40, 16), leaf(4, 2, 40, 8)
+    spec, offset = ag.Spec(mask=MASKS[mask]), (lengths - n_q).clamp(min=0)
+    got = ag.compile(spec, backend=backend)(q, k, v, k_len=lengths, q_offset=offset, return_lse=True)
+    parts = [(q[x : x + 1], k[x : x + 1, :, :n], v[x : x + 1, :, :n]) for x, n in enumerate(lengths.tolist())]
+    found = per_sequence(spec, parts, offset.tolist())
+    agree(list(got), [torch.cat(ts) for ts in zip(*found, strict=True)], [q, k, v])
+
+
+def test_what_lies_behind_does_not_matter():
+    q, k, v = torch.randn(2, 2, 5, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16)
+    lengths, attn = torch.tensor([3, 30]), ag.compile(ag.Spec())
+    want = attn(q, k, v, k_len=lengths)
+    for tensor in (k, v):
+        for row, length in enumerate(lengths.tolist()):
+            tensor[row, :, length:] = torch.nan
+    torch.testing.assert_close(attn(q, k, v, k_len=lengths), want)
+
+
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("offset", [0, "tensor"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_packed(mask: str, offset: Any, sink: bool):
+    torch.manual_seed(0)
+    lengths_q, lengths_k = [3, 0, 1, 30, 4], [7, 5, 1, 33, 0]
+    offsets = [4, 0, 0, 3, 2] if offset == "tensor" else [0] * 5
+    cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0).to(torch.int32) for x in (lengths_q, lengths_k))
+    q, k, v = leaf(1, 4, 41, 16), leaf(1, 2, 49, 16), leaf(1, 2, 49, 8)  # with three rows of no sequence
+    spec = ag.Spec(mask=MASKS[mask], score=lambda s, b, h, i, j: s + (j - i) * 0.01, sink=(lambda b, h, i: 0.1 * h) if sink else None)
+    shift: Any = torch.tensor(offsets) if offset == "tensor" else 0
+    got = ag.compile(spec)(q, k, v, cu_q=cu_q, cu_k=cu_k, q_offset=shift, return_lse=True)
+    parts = [
+        (q[:, :, cu_q[x] : cu_q[x + 1]], k[:, :, cu_k[x] : cu_k[x + 1]], v[:, :, cu_k[x] : cu_k[x + 1]]) for x in range(5)
+    ]
+    found = per_sequence(spec, parts, offsets)
+    rest = torch.zeros(1, 4, 3, 8), torch.full((1, 4, 3), -torch.inf)
+    agree(list(got), [torch.cat(ts, 2) for ts in zip(*found, rest, strict=True)], [q, k, v])
+
+
+def test_packed_captures_by_sequence():
+    torch.manual_seed(0)
+    slope = ag.Tensor("slope", 2)
+    spec = ag.Spec(mask=ag.causal(), score=lambda s, b, h, i, j: s + slope[b, h] * (j - i))
+    q, k, v, slopes = leaf(1, 2, 12, 16), leaf(1, 2, 12, 16), leaf(1, 2, 12, 16), leaf(2, 2)
+    cu = torch.tensor([0, 5, 12])
+    got = ag.compile(spec)(q, k, v, cu_q=cu, cu_k=cu, slope=slopes, return_lse=True)
+    cut = [slice(0, 5), slice(5, 12)]
+    found = [
+        ag.oracle(spec, q[:, :, c], k[:, :, c], v[:, :, c], slope=slopes[x : x + 1]) for x, c in enumerate(cut)
+    ]
+    agree(list(got), [torch.cat(ts, 2) for ts in zip(*found, strict=True)], [q, k, v, slopes])
+
+
+def test_other_lengths_compile_nothing():
+    attn, q = ag.compile(ag.Spec(mask=ag.causal())), torch.randn(1, 1, 20, 16)
+    for ends in ([0, 5, 20], [0, 0, 7]):
+        cu = torch.tensor(ends)
+        attn(q, q, q, cu_q=cu, cu_k=cu)
+        attn(q, q, q, k_len=cu[1:2])
+    assert len(attn.pieces) == 2
+
+
+@pytest.mark.parametrize(
+    "lengths, name",
+    [
+        (dict(k_len=[-1, 2]), "k_len"),
+        (dict(k_len=[1, 9]), "k_len"),
+        (dict(k_len=[1]), "k_len"),
+        (dict(cu_q=[0, 2]), "cu_q"),
+        (dict(cu_q=[1, 2], cu_k=[0, 8]), "cu_q"),
+        (dict(cu_q=[0, 2, 1], cu_k=[0, 8, 8]), "cu_q"),
+        (dict(cu_q=[0, 2], cu_k=[0, 9]), "cu_k"),
+        (dict(cu_q=[0, 2], cu_k=[0, 2, 8]), "cu_k"),
+    ],
+)
+def test_bad_input(lengths: dict[str, list[int]], name: str):
+    q = torch.randn(1 if "cu_q" in lengths else 2, 1, 8, 16)
+    with pytest.raises(ag.InputError, match=name):
+        ag.compile(ag.Spec())(q, q, q, **{n: torch.tensor(x) for n, x in lengths.items()})
