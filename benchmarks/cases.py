@@ -13,6 +13,9 @@ DIRECTIONS = (FORWARD, BACKWARD, TRAINING)  # training: forward and backward tog
 SDPA = ("sdpa-cudnn", "sdpa-flash", "sdpa-efficient")
 CPU_SDPA = ("sdpa-flash", "sdpa-math")
 DENSE = ("attngen", *SDPA, "flex", "flashinfer")
+# attngen's own schedules, beside the one it chooses. Warps can be specialised only where there is no mask.
+HOPPER = ("attngen-tma", "attngen-persistent", "attngen-longest-first")
+SPLITS = ("attngen-no-split", "attngen-split-8", "attngen-stream", "attngen-paged")
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ class Sizes:
             names = tuple(
                 dict.fromkeys("sdpa-math" if name in ("sdpa-cudnn", "sdpa-efficient") else name for name in names)
             )
-            names = tuple(name for name in names if name not in ("flex-max-autotune", "flashinfer"))
+            of_gpu = {"flex-max-autotune", "flashinfer", *HOPPER, "attngen-warp-specialize", *SPLITS} - {"attngen-paged"}
+            names = tuple(name for name in names if name not in of_gpu)
         return ("attngen", *(name for name in names if name != "attngen"))
 
 
@@ -96,6 +100,8 @@ def dense(sizes: Sizes) -> Iterable[Case]:
                 continue
             if n == 8192 and dim == 128:
                 names = (*names, "flex-max-autotune")
+            if direction == FORWARD and n >= 8192 and dim <= 128:
+                names = (*names, *HOPPER, *(("attngen-warp-specialize",) if pattern == "full" else ()))
         batch = 1 if sizes.small else max(1, 16384 // n)
         yield Case("dense", pattern, direction, batch, hq, hkv, n, n, dim, sizes.dtype, sizes.peers(*names))
 
@@ -149,7 +155,7 @@ LEAN = (  # arXiv 2405.10480's own cases: float16, d 128, 64 heads
 
 def decode(sizes: Sizes) -> Iterable[Case]:
     """One query per sequence against its cache: even batches, then ragged ones by a length per sequence."""
-    peers = sizes.peers(*SDPA, "flex", "flashinfer") if not sizes.small else sizes.peers(*CPU_SDPA)
+    peers = sizes.peers(*SPLITS, *(CPU_SDPA if sizes.small else (*SDPA, "flex", "flashinfer")))
     even = ((1, 1024), (1, 32768), (1, 131072), (1, 524288), (8, 8192), (8, 32768), (8, 131072), (32, 8192), (32, 32768),
             (128, 1024), (128, 4096), (128, 16384))  # fmt: skip
     hq, hkv, dim = (8, 2, 64) if sizes.small else (32, 8, 128)
@@ -164,7 +170,7 @@ def decode(sizes: Sizes) -> Iterable[Case]:
 
 
 def seeds(sizes: Sizes) -> Iterable[Case]:
-    """SCFA's and HyperAttention's own sizes; the peers are dense."""
+    """SCFA's and HyperAttention's own sizes, and block-sparse FlashAttention; the peers are dense."""
     peers = ("attngen", "attngen-dense", "sdpa-flash") if not sizes.cuda else ("attngen", "attngen-dense", *SDPA[:2])
     dim, dtype = 64, sizes.dtype
     batch, heads = (1, 4) if sizes.small else (4, 48)
@@ -176,6 +182,9 @@ def seeds(sizes: Sizes) -> Iterable[Case]:
             continue
         shape = (batch, heads, heads, n, n, dim, dtype)
         yield Case("seeds", pattern, TRAINING, *shape, peers, ((name, value),))
+    for n, live in product((2048,) if sizes.small else (8192, 32768), (0.25,) if sizes.small else (0.5, 0.25, 0.1)):
+        heads = 4 if sizes.small else 16
+        yield Case("seeds", "block_sparse", TRAINING, 1, heads, heads, n, n, dim, dtype, peers, (("live", live),))
     for n, direction in product((2048,) if sizes.small else (32768, 131072), (FORWARD, TRAINING)):
         heads = 4 if sizes.small else 32
         settings = (("min_len", 512 if sizes.small else 4096),)

@@ -44,8 +44,7 @@ def ragged(rounds: int, shrink: int = 1) -> Line:
     q = torch.randn(len(lengths), heads, 1, HEAD_DIM, generator=generator)
     k, v = (torch.randn(len(lengths), kv_heads, max(lengths), HEAD_DIM, generator=generator) for _ in "kv")
     length = torch.tensor(lengths, dtype=torch.int32)
-    used = ag.Tensor("length", 1, dtype=torch.int32)
-    attn = ag.compile(ag.Spec(mask=lambda b, h, i, j: j < used[b]))
+    attn = ag.compile(ag.Spec())
     mask = (torch.arange(max(lengths)) < length[:, None])[:, None, None]
 
     def by_sequence() -> torch.Tensor:
@@ -57,7 +56,7 @@ def ragged(rounds: int, shrink: int = 1) -> Line:
         return torch.cat(parts)
 
     candidates: dict[str, Attention] = {
-        "attngen": lambda: attn(q, k, v, length=length),
+        "attngen": lambda: attn(q, k, v, k_len=length),
         "SDPA, padded": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True),
         "SDPA, a call for each sequence": by_sequence,
     }
@@ -84,9 +83,9 @@ def shared(rounds: int, shrink: int = 1) -> Line:
     suffix = torch.tensor(suffixes, dtype=torch.int32)
     whole_k, whole_v = (torch.cat([a.expand(SAMPLES, -1, -1, -1), b], 2) for a, b in ((prefix_k, k), (prefix_v, v)))
     mask = (torch.arange(whole_k.shape[2]) < context + suffix[:, None])[:, None, None]
-    attn = PREFIX(ag)
+    attn = ag.compile(ag.Spec(keys=ag.shared_prefix()))
     candidates: dict[str, Attention] = {
-        "attngen": lambda: attn(q, k, v, prefix_k, prefix_v, suffix),
+        "attngen": lambda: attn(q, k, v, prefix_k=prefix_k, prefix_v=prefix_v, k_len=suffix),
         "SDPA, prefix repeated": lambda: F.scaled_dot_product_attention(
             q, whole_k, whole_v, attn_mask=mask, enable_gqa=True
         ),

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.cases import BACKWARD, FORWARD, Case
 from benchmarks.check import Reference, WrongResult
-from benchmarks.peers import PEERS, Attention, Build, Built, Unavailable
+from benchmarks.peers import PEERS, VARIANTS, Attention, Build, Built, Unavailable
 from benchmarks.timing import Candidate, Clock, DeviceStopwatch, HostStopwatch, Stopwatch, Timing, race
 from benchmarks.work import Inputs, Rates, Work, measure_rates, work
 
@@ -198,9 +198,9 @@ def candidate(run: Attention, inputs: Inputs) -> Candidate:
 
 
 def with_ratio(records: Any) -> Iterator[Record]:
-    """attngen's record says how it stands to the best peer; the others pass."""
+    """attngen's record says how it stands to the best peer, its own variants left out; the others pass."""
     records = list(records)
-    peers = {r.peer: r.timing.median for r in records if r.peer != "attngen" and r.timing}
+    peers = {r.peer: r.timing.median for r in records if r.peer not in {"attngen", *VARIANTS} and r.timing}
     best = min(peers, key=peers.__getitem__) if peers else ""
     for record in records:
         if record.peer == "attngen" and best:

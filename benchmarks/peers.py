@@ -15,6 +15,7 @@ from attngen.inputs import bind
 from benchmarks.cases import FORWARD
 from benchmarks.work import Inputs
 
+PAGE = 16  # keys, where a cache is paged
 MOST_MASK_ELEMENTS = 2**32  # of a dense mask or of the matrix that unfused attention makes
 
 Attention = Callable[[], torch.Tensor]  # computes out [B, Hq, Nq, D] from the inputs it was built for
@@ -42,6 +43,38 @@ def attngen(inputs: Inputs) -> Built:
     stages = attn.specialise(call)
     notes = {"schedule": stages.schedule.decided(), "origin": stages.origin}
     return Built(lambda: attn(inputs.q, inputs.k, inputs.v, **captures), notes)
+
+
+def variant(**decisions: Any) -> Build:
+    """attngen with decisions of the schedule pinned, the others as the user has them: what a GPU session compares."""
+
+    def build(inputs: Inputs) -> Built:
+        if inputs.q.device.type != "cuda":
+            raise Unavailable("a GPU's schedule")
+        spec, captures = inputs.pattern.spec, inputs.captures
+        attn = ag.compile(spec, schedule=ag.Schedule(**decisions))
+        try:
+            stages = attn.specialise(bind(spec, inputs.q, inputs.k, inputs.v, captures=captures))
+        except ag.ScheduleError as error:
+            raise Unavailable(str(error)) from error
+        notes = {"schedule": stages.schedule.decided(), "origin": stages.origin}
+        return Built(lambda: attn(inputs.q, inputs.k, inputs.v, **captures), notes)
+
+    return build
+
+
+def paged(inputs: Inputs) -> Built:
+    """attngen on a cache in shuffled pages of 16, laid out beforehand."""
+    case = inputs.case
+    if case.direction != FORWARD or case.pattern not in ("full", "lengths") or case.n_k % PAGE:
+        raise Unavailable(f"a forward over whole pages of {PAGE}, of all keys or up to a length")
+    count = case.batch * case.n_k // PAGE
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(inputs.q.device)
+    table = order.argsort().view(case.batch, -1).int()
+    k, v = (t.transpose(1, 2).reshape(count, PAGE, *t.shape[1::2])[order] for t in (inputs.k, inputs.v))
+    length = inputs.span[1][:, 0].expand(case.batch).to(inputs.q.device)
+    attn = ag.compile(ag.Spec(keys=ag.paged(PAGE)))
+    return Built(lambda: attn(inputs.q, k, v, page_table=table, k_len=length))
 
 
 # -- SDPA -------------------------------------------------------------------------------------------------------------
@@ -154,8 +187,6 @@ def block_mask_of(inputs: Inputs, compiled: bool = False) -> Any:
 
 # -- FlashInfer -------------------------------------------------------------------------------------------------------
 
-PAGE = 16
-
 
 def flashinfer(inputs: Inputs) -> Built:
     """FlashInfer's ragged prefill, and its paged decode (pages of 16, laid out beforehand); planning is not timed."""
@@ -214,8 +245,23 @@ def _flashinfer_decode(inputs: Inputs, workspace: torch.Tensor) -> Built:
     return Built(lambda: wrapper.run(q, cache)[:, :, None])
 
 
+# attngen itself in other ways: measured in the same turns, but nobody's rival.
+VARIANTS: Mapping[str, Build] = {
+    "attngen-no-split": variant(split=1),
+    "attngen-split-8": variant(split=8),
+    "attngen-stream": variant(split="stream"),
+    "attngen-paged": paged,
+    "attngen-tma": variant(tma=True),
+    "attngen-warp-specialize": variant(
+        block_m=128, block_n=64, num_warps=4, num_stages=2, tma=True, warp_specialize=True
+    ),
+    "attngen-persistent": variant(persistent=1),
+    "attngen-longest-first": variant(order="longest_first"),
+}
+
 PEERS: Mapping[str, Build] = {
     "attngen": attngen,
+    **VARIANTS,
     "sdpa": sdpa,
     "sdpa-cudnn": sdpa_backend("CUDNN_ATTENTION", cuda_only=True),
     "sdpa-flash": sdpa_backend("FLASH_ATTENTION", cuda_only=False),

@@ -33,6 +33,7 @@ from benchmarks.timing import race
 from benchmarks.work import Inputs
 
 CHECK_LENGTH = 1024  # of the dense check
+BLOCK = 128  # queries and keys of a tile of block-sparse attention
 LIMITS = {"out": 1e-5, "gradient": 1e-4}
 
 
@@ -58,10 +59,22 @@ def hyper(case: Case, q: torch.Tensor, k: torch.Tensor) -> tuple[ag.Spec, dict[s
     return ag.Spec(keys=ag.hyper(block, samples, least), mask=ag.causal()), {"seed": 1}
 
 
+def block_sparse(case: Case, q: torch.Tensor, k: torch.Tensor) -> tuple[ag.Spec, dict[str, Any]]:
+    """A random share of the tiles under the diagonal and those on it, other ones for each head (arXiv 2205.14135); making
+    the lists from this layout is timed.
+    """
+    tiles = -(-case.n_q // BLOCK)
+    generator = torch.Generator(q.device).manual_seed(1)
+    layout = torch.rand(1, case.heads_q, tiles, tiles, generator=generator, device=q.device) < case.setting("live")
+    layout |= torch.eye(tiles, dtype=torch.bool, device=q.device)
+    return ag.Spec(keys=ag.block_sparse(BLOCK), mask=ag.causal()), {"layout": layout}
+
+
 KEY_SETS: dict[str, Callable[[Case, torch.Tensor, torch.Tensor], tuple[ag.Spec, dict[str, Any]]]] = {
     "qk_sparse": qk_sparse,
     "hash_sparse": hash_sparse,
     "hyper": hyper,
+    "block_sparse": block_sparse,
 }
 
 

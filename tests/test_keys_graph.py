@@ -40,7 +40,9 @@ def lists_agree(spec: ag.Spec, q: Any, k: Any, v: Any, captures: dict[str, Any],
     torch.testing.assert_close(got.expand(*q.shape[:2], -1, -1), want.expand(*q.shape[:2], -1, -1))
     turned = {"query_edges": plan["key_edges"], "query_runs": plan["key_runs"]}
     turned |= {"key_edges": plan["query_edges"], "key_runs": plan["query_runs"]}
-    back = as_log_weight(bind(inner, k.repeat_interleave(call.group, 1), q[:, :: call.group], q[:, :: call.group], captures=turned))
+    back = as_log_weight(
+        bind(inner, k.repeat_interleave(call.group, 1), q[:, :: call.group], q[:, :: call.group], captures=turned)
+    )
     torch.testing.assert_close(back.exp().mT.expand(*q.shape[:2], -1, -1), want.expand(*q.shape[:2], -1, -1))
     rows = plan["query_edges"].expand(*plan["key_places"].shape[:2], -1).long().gather(-1, plan["key_places"].long())
     total = plan["key_runs"][..., 1].sum(-1)
@@ -127,5 +129,3 @@ def test_too_many_edges_for_int32():
     col = torch.zeros(1, dtype=torch.int32).expand(2**31)
     with pytest.raises(ag.InputError, match="int64"):
         ag.compile(ag.Spec(keys=ag.graph())).plan(q, k, v, crow=torch.zeros(4, dtype=torch.int32), col=col)
-
-

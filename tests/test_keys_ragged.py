@@ -78,11 +78,16 @@ def test_packed(mask: str, offset: Any, sink: bool):
     offsets = [4, 0, 0, 3, 2] if offset == "tensor" else [0] * 5
     cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0).to(torch.int32) for x in (lengths_q, lengths_k))
     q, k, v = leaf(1, 4, 41, 16), leaf(1, 2, 49, 16), leaf(1, 2, 49, 8)  # with three rows of no sequence
-    spec = ag.Spec(mask=MASKS[mask], score=lambda s, b, h, i, j: s + (j - i) * 0.01, sink=(lambda b, h, i: 0.1 * h) if sink else None)
+    spec = ag.Spec(
+        mask=MASKS[mask],
+        score=lambda s, b, h, i, j: s + (j - i) * 0.01,
+        sink=(lambda b, h, i: 0.1 * h) if sink else None,
+    )
     shift: Any = torch.tensor(offsets) if offset == "tensor" else 0
     got = ag.compile(spec)(q, k, v, cu_q=cu_q, cu_k=cu_k, q_offset=shift, return_lse=True)
     parts = [
-        (q[:, :, cu_q[x] : cu_q[x + 1]], k[:, :, cu_k[x] : cu_k[x + 1]], v[:, :, cu_k[x] : cu_k[x + 1]]) for x in range(5)
+        (q[:, :, cu_q[x] : cu_q[x + 1]], k[:, :, cu_k[x] : cu_k[x + 1]], v[:, :, cu_k[x] : cu_k[x + 1]])
+        for x in range(5)
     ]
     found = per_sequence(spec, parts, offsets)
     rest = torch.zeros(1, 4, 3, 8), torch.full((1, 4, 3), -torch.inf)
@@ -97,9 +102,7 @@ def test_packed_captures_by_sequence():
     cu = torch.tensor([0, 5, 12])
     got = ag.compile(spec)(q, k, v, cu_q=cu, cu_k=cu, slope=slopes, return_lse=True)
     cut = [slice(0, 5), slice(5, 12)]
-    found = [
-        ag.oracle(spec, q[:, :, c], k[:, :, c], v[:, :, c], slope=slopes[x : x + 1]) for x, c in enumerate(cut)
-    ]
+    found = [ag.oracle(spec, q[:, :, c], k[:, :, c], v[:, :, c], slope=slopes[x : x + 1]) for x, c in enumerate(cut)]
     agree(list(got), [torch.cat(ts, 2) for ts in zip(*found, strict=True)], [q, k, v, slopes])
 
 
@@ -129,3 +132,37 @@ def test_bad_input(lengths: dict[str, list[int]], name: str):
     q = torch.randn(1 if "cu_q" in lengths else 2, 1, 8, 16)
     with pytest.raises(ag.InputError, match=name):
         ag.compile(ag.Spec())(q, q, q, **{n: torch.tensor(x) for n, x in lengths.items()})
+
+
+def wrapped(name: str) -> tuple[Any, tuple[torch.Tensor, ...], dict[str, Any]]:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 2, 6, 16), torch.randn(2, 2, 8, 16), torch.randn(2, 2, 8, 16)
+    if name == "packed":
+        cu = torch.tensor([0, 2, 6])
+        return ag.compile(ag.Spec(mask=ag.causal())), (q[:1], k[:1], v[:1]), dict(cu_q=cu, cu_k=cu)
+    if name == "padded":
+        return ag.compile(ag.Spec()), (q, k, v), dict(k_len=torch.tensor([3, 8]))
+    if name == "prefix":
+        prefix = dict(prefix_k=torch.randn(1, 2, 9, 16), prefix_v=torch.randn(1, 2, 9, 16))
+        return ag.compile(ag.Spec(keys=ag.shared_prefix())), (q, k, v), prefix
+    if name == "graph":
+        crow, col = torch.arange(7), torch.tensor([0, 3, 7, 1, 2, 5])
+        return ag.compile(ag.Spec(keys=ag.graph()), backend="interpret"), (q, k, v), dict(crow=crow, col=col)
+    pages = dict(page_table=torch.tensor([[1], [0]]))
+    attn = ag.compile(ag.Spec(keys=ag.paged(8, head_major=True)), backend="interpret")
+    return attn, (q, k, v), pages
+
+
+@pytest.mark.parametrize("name", ["packed", "padded", "prefix", "graph", "paged"])
+def test_torch_compile(name: str):
+    attn, qkv, captures = wrapped(name)
+    compiled = torch.compile(lambda *tensors: attn(*tensors, **captures), backend="aot_eager")
+    torch.testing.assert_close(compiled(*qkv), attn(*qkv, **captures))
+
+
+@pytest.mark.parametrize("name", ["packed", "padded", "prefix", "graph", "paged"])
+def test_autocast(name: str):
+    attn, qkv, captures = wrapped(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attn(*qkv, **captures)
+    torch.testing.assert_close(out.float(), attn(*qkv, **captures), rtol=0.05, atol=0.05)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +23,11 @@ from attngen import state
 from attngen.analysis import Facts
 from attngen.backends.cpu_kernels import add_products, kernels, product, rows_of, state_of, write
 from attngen.backends.cpu_parallel import run_jobs, split_jobs
-from attngen.backends.cpu_tiles import Blocked, Chunks, Keys, Masks, check_loads, checked_loads, positions
+from attngen.backends.cpu_tiles import Blocked, Chunks, Keys, ListedKeys, Masks, check_loads, checked_loads, positions
 from attngen.expression import Load, S, evaluate, uniform
 from attngen.inputs import Call
-from attngen.schedule import Schedule
+from attngen.lists import RowLists, TileLists
+from attngen.schedule import Schedule, fit
 
 LOG2E = 1 / math.log(2)
 ROWS, CHUNK = 128, 1024  # default tile: its logits stay in a core's second-level cache
@@ -36,7 +37,10 @@ LARGEST_MASK = 2**24  # elements of a tile's masks up to which all are held at o
 def default_schedule(call: Call, facts: Facts) -> Schedule:
     """Query rows per head and keys per chunk of the forward (block_m, block_n) and the backward (dq_block_m, dq_block_n)."""
     rows = min(max(32, ROWS // _power_of_two(call.group)), max(32, _power_of_two(call.q.shape[2])))
-    return Schedule(block_m=rows, block_n=CHUNK, dq_block_m=rows, dq_block_n=CHUNK)
+    chosen = Schedule(block_m=rows, block_n=CHUNK, dq_block_m=rows, dq_block_n=CHUNK)
+    if isinstance(call.spec.lists, TileLists):  # their rows; a chunk is a run of them
+        chosen = fit(chosen, replace(call.spec.lists, block_n=CHUNK))
+    return chosen
 
 
 def forward(call: Call, facts: Facts, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,7 +142,11 @@ class Work:
         # else they are left out by hand.
         self.finite = True
         self.block_m = block_m
-        self.keys = Keys(call, facts, block_m, chunk)
+        self.keys: Any = (
+            ListedKeys(call, self.spec.lists, block_m, chunk)
+            if isinstance(self.spec.lists, TileLists)
+            else Keys(call, facts, block_m, chunk)
+        )
         self.by_offset = isinstance(call.q_offset, torch.Tensor)
         self.offsets: list[int] = torch.as_tensor(call.q_offset).expand(call.q.shape[0]).tolist()
         self.masks = Masks(call, self.env, self.real)

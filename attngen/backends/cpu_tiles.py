@@ -14,6 +14,7 @@ from attngen.analysis.tiles import Segments
 from attngen.errors import InputError
 from attngen.expression import B, H, I, J, Load, Where, conjunction, evaluate, negate, to_text
 from attngen.inputs import Call
+from attngen.lists import TileLists
 
 GRAIN = 32  # keys: the walk's bounds are rounded to this, not to the chunk
 KEPT_BYTES = 2**26  # of masks that a job keeps
@@ -54,7 +55,7 @@ class Keys:
             "b": torch.arange(call.q.shape[0]).view(-1, 1, 1),
             "h": torch.arange(call.q.shape[1]).view(1, -1, 1),
         }
-        self.length, self.chunk = call.k.shape[2], max(GRAIN, chunk)
+        self.length, self.chunk = call.n_k, max(GRAIN, chunk)
         queries, keys = Axis("i", offset, call.q.shape[2]), Axis("j", 0, self.length)
         full, partial = run(facts.walk_keys, facts.program_keys, env, queries, keys, block_m, GRAIN)
         self.by_head = any(x.shape[1] > 1 for segment in (*full, *partial) for x in segment)
@@ -68,6 +69,28 @@ class Keys:
             first, count = _at(firsts, b, h, tile), _at(counts, b, h, tile)
             if count > 0:
                 runs.append((first * GRAIN, min((first + count) * GRAIN, self.length), partial))
+        return cut(runs, self.chunk)
+
+
+class ListedKeys:
+    """The same from lists of tiles (`attngen.lists.TileLists`); block_m divides theirs."""
+
+    def __init__(self, call: Call, lists: TileLists, block_m: int, chunk: int):
+        self.length, self.chunk, self.lists = call.n_k, max(lists.block_n, chunk), lists
+        self._tiles_per_row = lists.block_m // block_m
+        tiles, runs = call.captures["query_tiles"], call.captures["query_runs"]
+        self.by_head = max(tiles.shape[1], runs.shape[1]) > 1
+        batch = call.q.shape[0] if max(tiles.shape[0], runs.shape[0]) == 1 else 1
+        self.visited = int(runs[..., 1:].sum()) * self._tiles_per_row * lists.block_n * batch
+        self._tiles, self._runs = tiles.tolist(), runs.tolist()
+
+    def chunks(self, b: int, h: int, tile: int) -> Chunks:
+        """Chunks of a tile; neighbouring listed tiles share one."""
+        first, full, partial = _at(self._runs, b, h, tile // self._tiles_per_row)
+        own = self._tiles[b if len(self._tiles) > 1 else 0]
+        own = own[h if len(own) > 1 else 0][first : first + full + partial]
+        size = self.lists.block_n
+        runs = [(n * size, min((n + 1) * size, self.length), at >= full) for at, n in enumerate(own)]
         return cut(runs, self.chunk)
 
 
@@ -94,7 +117,7 @@ def _lists(segments: Segments, partial: bool) -> Iterator[tuple[Any, Any, bool]]
         yield first.tolist(), count.tolist(), partial
 
 
-def _at(nested: Any, b: int, h: int, tile: int) -> int:
+def _at(nested: Any, b: int, h: int, tile: int) -> Any:
     by_batch = nested[b if len(nested) > 1 else 0]
     by_head = by_batch[h if len(by_batch) > 1 else 0]
     return by_head[tile if len(by_head) > 1 else 0]

@@ -116,7 +116,9 @@ def read_csr(call: Call, given: Mapping[str, Any]) -> tuple[torch.Tensor, torch.
     col = check_tensor("col", col, "int", (*lead, size), f"[{dims}E]", device)
     if size >= LIMIT and crow.dtype == torch.int32:
         raise InputError("crow", f"int64, to count {size} edges", "int32")
-    crow, col = (t.view((1, 1, -1) if t.dim() == 1 else (batch, 1, -1) if t.dim() == 2 else t.shape) for t in (crow, col))
+    crow, col = (
+        t.view((1, 1, -1) if t.dim() == 1 else (batch, 1, -1) if t.dim() == 2 else t.shape) for t in (crow, col)
+    )
     require("crow", crow[..., :1] == 0, "0 at the start of each row offset list", crow[..., :1])
     require("crow", crow.diff(dim=-1) >= 0, "row offsets that do not fall", crow[..., 1:])
     require("crow", crow[..., -1:] <= size, f"at most col's length {size} as the last row offset", crow[..., -1:])

@@ -76,7 +76,10 @@ class Gather(KeySet):
         if not isinstance(index, torch.Tensor) or index.dim() != 3:
             got = f"shape {list(index.shape)}" if isinstance(index, torch.Tensor) else type(index).__name__
             raise InputError(
-                "index", "int [B, H, K] or [B, H, Nq, K], H of k or q", got, "" if index is not None else "pass index=..."
+                "index",
+                "int [B, H, K] or [B, H, Nq, K], H of k or q",
+                got,
+                "" if index is not None else "pass index=...",
             )
         heads = call.q.shape[1] if index.shape[1] == call.q.shape[1] else call.k.shape[1]
         shape = (call.q.shape[0], heads, index.shape[2])

@@ -57,7 +57,9 @@ class Paged(KeySet):
         call, device, k_len = pieces.call, pieces.call.q.device, given.get("k_len")
         learned = [call.q, call.k, call.v, *call.captures.values()]
         if torch.is_grad_enabled() and any(t.requires_grad for t in learned):
-            raise InputError("k", "inference only, with pages", "an argument that requires a gradient", "torch.no_grad()")
+            raise InputError(
+                "k", "inference only, with pages", "an argument that requires a gradient", "torch.no_grad()"
+            )
         table, batch = given["page_table"], call.q.shape[0]
         table = check_tensor("page_table", table, "int", tuple(table.shape), "[B, pages per row]", device)
         held, limited = call.k.shape[0], k_len is not None

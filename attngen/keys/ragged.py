@@ -40,7 +40,9 @@ def run(
     spec = attention.spec
     given = [name for name in LENGTHS if lengths.get(name) is not None]
     if given not in (["k_len"], ["cu_q", "cu_k"]):
-        raise InputError(given[0], "k_len= for padded caches, or cu_q= and cu_k= for packed sequences", ", ".join(given))
+        raise InputError(
+            given[0], "k_len= for padded caches, or cu_q= and cu_k= for packed sequences", ", ".join(given)
+        )
     if spec.dropout is not None or spec.lists is not None or spec.page_size is not None:
         raise InputError(given[0], "a spec without dropout=, lists= and page_size=", "a spec with one of them")
     if given == ["k_len"]:
@@ -125,7 +127,13 @@ def _checked(name: str, cu: Any, count: int, total: int, device: torch.device) -
 
 
 def _bound(
-    spec: Spec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_offset: Any, count: int, captures: Mapping[str, Any]
+    spec: Spec,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_offset: Any,
+    count: int,
+    captures: Mapping[str, Any],
 ) -> Call:
     """The checked call. Captures are [S, ...] along b; along i and j they are as long as the longest sequence, which only the
     device knows: a load past their end reads what it may not use.
