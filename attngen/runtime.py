@@ -65,8 +65,9 @@ class CompiledAttention:
     q_offset: what is added to a query's row to get its position, an int or an int tensor [B]. captures: the spec's tensors
     and params by name, and those of its key set; plan: see `plan`. Ragged batches, without a key set: k_len int [B], keys
     j >= k_len[b] are not there; or cu_q, cu_k int [S + 1], the ends of S sequences packed into a batch of 1 (b, i and j
-    then are a sequence's number and positions in it, q_offset an int or [S], captures [S, ...] along b); group: a process group whose ranks hold a contiguous part
-    of the sequence each, see `attngen.ring`. Differentiable in q, k, v and float captured tensors. Raises InputError.
+    then are a sequence's number and positions in it, q_offset an int or [S], captures [S, ...] along b). group: a process
+    group whose ranks hold a contiguous part of the sequence each, see `attngen.ring`. Differentiable in q, k, v and float
+    captured tensors. Raises InputError.
     """
 
     def __init__(self, spec: Spec, pins: Schedule, backend: str, db: str | None):

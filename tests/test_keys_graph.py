@@ -116,7 +116,7 @@ def test_bad_input(change: dict[str, Any], name: str, monkeypatch: pytest.Monkey
     with pytest.raises(ag.InputError) as error:
         attn.plan(q, k, v, **captures)
     assert error.value.args and name in str(error.value)
-    if name == "crow" and captures["crow"] is not None and len(captures["crow"]) == 4 or name == "col":
+    if (name == "crow" and captures["crow"] is not None and len(captures["crow"]) == 4) or name == "col":
         monkeypatch.setenv("ATTNGEN_CHECK", "0")  # nothing is read outside all the same
         plan = attn.plan(q, k, v, **captures).values
         runs = plan["query_runs"]

@@ -1,4 +1,4 @@
-"""Generated kernels that walk lists of tiles or rows, in the interpreter, against the definition."""
+"""Lists of tiles or rows against the definition: the CPU backend, and generated kernels in the interpreter."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from attngen.lists import RowLists, TileLists
 from tests.list_cases import row_lists, tile_lists
 
 N_Q, N_K, OFFSET = 37, 45, 8
+BACKENDS = ["cpu", "interpret"]
 ROWS = {"n_q": 9, "n_k": 13}  # few, since each is a program
 
 
@@ -46,8 +47,9 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tile", [(16, 16), (32, 16), (16, 32), (48, 32)])
-def test_tiles_in_both_directions(tile: tuple[int, int]) -> None:
+def test_tiles_in_both_directions(tile: tuple[int, int], backend: str) -> None:
     """Causal, with lists per head and ragged last tiles, which are partial where they are walked."""
     torch.manual_seed(0)
     m, n = tile
@@ -64,33 +66,49 @@ def test_tiles_in_both_directions(tile: tuple[int, int]) -> None:
         lambda r, c: below(r, c) and (r + 1) * m <= N_Q,
     )
     spec = ag.Spec(mask=ag.causal(), score=ag.alibi(), lists=TileLists(m, n))
-    check(spec, inputs(), q_offset=OFFSET, slope=torch.randn(4), **lists)
+    check(spec, inputs(), backend, q_offset=OFFSET, slope=torch.randn(4), **lists)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("heads", ["one", "kv", "query"])
-def test_rows_in_both_directions(weighted: bool, heads: str) -> None:
+def test_rows_in_both_directions(weighted: bool, heads: str, backend: str) -> None:
     torch.manual_seed(0)
     shape = {"one": (1, 1), "kv": (1, 2), "query": (1, 4)}[heads]
     lists = row_lists(*shape, **ROWS, weighted=weighted)
     mask = None if weighted else ag.causal()
     spec = ag.Spec(mask=mask, score=ag.alibi(), lists=RowLists(weighted, heads == "query"))
-    check(spec, inputs(batch=1, **ROWS), slope=torch.randn(4), **lists)
+    check(spec, inputs(batch=1, **ROWS), backend, slope=torch.randn(4), **lists)
 
 
-def test_a_group_larger_than_a_tile_of_rows() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_group_larger_than_a_tile_of_rows(backend: str) -> None:
     torch.manual_seed(0)
     lists = row_lists(1, 1, **ROWS, weighted=True)
-    check(ag.Spec(lists=RowLists(weighted=True)), inputs(18, 1, batch=1, **ROWS), **lists)
+    check(ag.Spec(lists=RowLists(weighted=True)), inputs(18, 1, batch=1, **ROWS), backend, **lists)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("captured", ["hij", "i", "hj"])
-def test_captured_scores_over_listed_rows(captured: str) -> None:
+def test_captured_scores_over_listed_rows(captured: str, backend: str) -> None:
     torch.manual_seed(0)
     lists = row_lists(1, 1, **ROWS)
     sizes = {"h": 4, "i": ROWS["n_q"], "j": ROWS["n_k"]}
     spec = ag.Spec(score=ag.bias(captured), lists=RowLists())
-    check(spec, inputs(batch=1, **ROWS), bias=torch.randn([sizes[axis] for axis in captured]), **lists)
+    check(spec, inputs(batch=1, **ROWS), backend, bias=torch.randn([sizes[axis] for axis in captured]), **lists)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_dtypes_and_values_that_are_not_finite(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k, v = (t.to(dtype) for t in inputs(batch=1, **ROWS))
+    k[:, :, 3], v[:, :, 3] = torch.nan, torch.inf
+    lists = row_lists(1, 1, **ROWS)
+    spec = ag.Spec(mask="j != 3", lists=RowLists(), sink=lambda b, h, i: ag.Tensor("sink", 1)[h])
+    out, lse = ag.compile(spec)(q, k, v, return_lse=True, sink=torch.randn(4), **lists)
+    assert out.isfinite().all() and lse.isfinite().all()
+    want, _ = ag.oracle(spec, q, k.nan_to_num(0), v.nan_to_num(0, posinf=0), sink=torch.zeros(4), **lists)
+    assert out.shape == want.shape
 
 
 def test_lists_have_one_text_and_no_name_of_the_users() -> None:

@@ -21,6 +21,7 @@ import torch
 
 from attngen import state
 from attngen.analysis import Facts
+from attngen.backends import cpu_rows
 from attngen.backends.cpu_kernels import add_products, kernels, product, rows_of, state_of, write
 from attngen.backends.cpu_parallel import run_jobs, split_jobs
 from attngen.backends.cpu_tiles import Blocked, Chunks, Keys, ListedKeys, Masks, check_loads, checked_loads, positions
@@ -45,6 +46,8 @@ def default_schedule(call: Call, facts: Facts) -> Schedule:
 
 def forward(call: Call, facts: Facts, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse, see `attngen.backends`. InputError if an attended pair loads outside a captured tensor."""
+    if isinstance(call.spec.lists, RowLists):
+        return cpu_rows.forward(call, facts)
     work = Work(call, facts, schedule.block_m or ROWS, schedule.block_n or CHUNK)
     out, lse = _forward(work)
     return (out, lse) if work.finite else _forward(work)
@@ -61,6 +64,8 @@ def backward(
     wanted: list[str],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """dq, dk, dv and the gradients of the wanted captures, see `attngen.backends`; sums are made in a fixed order."""
+    if isinstance(call.spec.lists, RowLists):
+        return cpu_rows.backward(call, facts, out, lse, grad_out, grad_lse, wanted)
     work = Work(call, facts, schedule.dq_block_m or ROWS, schedule.dq_block_n or CHUNK)
     work.finite = all(bool(t.sum(dtype=work.real).isfinite()) for t in (work.q, work.k, work.v, grad_out))
     real, pairs, jobs = work.real, work.k.shape[0] * work.k.shape[1], work.jobs()
