@@ -25,6 +25,7 @@ from attngen.backends import cpu_rows
 from attngen.backends.cpu_kernels import add_products, kernels, product, rows_of, state_of, write
 from attngen.backends.cpu_parallel import run_jobs, split_jobs
 from attngen.backends.cpu_tiles import Blocked, Chunks, Keys, ListedKeys, Masks, check_loads, checked_loads, positions
+from attngen.errors import InputError
 from attngen.expression import Load, S, evaluate, uniform
 from attngen.inputs import Call
 from attngen.lists import RowLists, TileLists
@@ -64,6 +65,8 @@ def backward(
     wanted: list[str],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """dq, dk, dv and the gradients of the wanted captures, see `attngen.backends`; sums are made in a fixed order."""
+    if call.spec.page_size is not None:
+        raise InputError("q", "no gradient: a paged cache is for inference", "a backward through it", "use torch.no_grad()")
     if isinstance(call.spec.lists, RowLists):
         return cpu_rows.backward(call, facts, out, lse, grad_out, grad_lse, wanted)
     work = Work(call, facts, schedule.dq_block_m or ROWS, schedule.dq_block_n or CHUNK)
@@ -137,7 +140,9 @@ class Work:
         self.call, self.facts, self.spec = call, facts, call.spec
         self.real = torch.float64 if call.q.dtype == torch.float64 else torch.float32
         self.q = call.q.detach()
-        self.k, self.v = (t.detach().to(self.real).contiguous() for t in (call.k, call.v))
+        # Pages are copied chunk by chunk, as they are visited.
+        whole = (lambda t: t) if call.spec.page_size is not None else (lambda t: t.to(self.real).contiguous())
+        self.k, self.v = (whole(t.detach()) for t in (call.k, call.v))
         captures = {n: t.detach().to(self.real) if t.is_floating_point() else t for n, t in call.captures.items()}
         self.env: dict[str, Any] = {**captures, **call.params}
         self.identity = bool(self.spec.score == S)
@@ -163,7 +168,7 @@ class Work:
     @property
     def plain(self) -> bool:
         """Whether units run in `cpu_kernels`."""
-        return self.identity and self.finite and self.kept == 1.0
+        return self.identity and self.finite and self.kept == 1.0 and self.spec.page_size is None
 
     def jobs(self, finer: int = 1) -> list[tuple[range, range]]:
         """(pairs, tiles) of each job."""
@@ -205,8 +210,16 @@ class Work:
 
     def operands(self, unit: Unit, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Chunk n's k [keys, D] and v [keys, Dv]."""
-        at = unit.b, unit.head_kv, slice(unit.chunks.start[n], unit.chunks.stop[n])
-        return self.k[at], self.v[at]
+        start, stop, size = unit.chunks.start[n], unit.chunks.stop[n], self.spec.page_size
+        if size is None:
+            at = unit.b, unit.head_kv, slice(start, stop)
+            return self.k[at], self.v[at]
+        first = start // size
+        # Entries that no attended key needs may hold anything.
+        pages = self.env["page_table"][unit.b, first : -(-stop // size)].long().clamp(0, self.k.shape[0] - 1)
+        rows = slice(start - first * size, stop - first * size)
+        k, v = (t[:, unit.head_kv].index_select(0, pages).flatten(0, 1)[rows].to(self.real) for t in (self.k, self.v))
+        return k, v
 
     def scope(self, unit: Unit, n: int) -> dict[str, Any]:
         """What expressions on chunk n's pairs read: captures, params, b, h, i, j."""

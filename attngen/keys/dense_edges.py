@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ def _graph(keys: Any, call: Call, given: Mapping[str, Any]) -> tuple[torch.Tenso
     for batch in range(col.shape[0]):
         for head in range(col.shape[1]):
             ends = crow[batch, head].tolist()
-            for row, (start, stop) in enumerate(zip(ends, ends[1:], strict=False)):
+            for row, (start, stop) in enumerate(pairwise(ends)):
                 for key in col[batch, head, start:stop].tolist():
                     times[batch, head, row, key] += 1
     if times.shape[1] not in (1, call.q.shape[1]):

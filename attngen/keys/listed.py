@@ -178,7 +178,8 @@ def codebook() -> Codebook:
 
 def gather() -> Gather:
     """The keys whose rows are given: `Spec(keys=ag.gather(), mask=...)`, called with index= int [B, H, K], one list for all
-    queries of a (kv or query) head, or int [B, H, Nq, K], one for each query; -1 for none; and optionally log_weight= float of the same shape, added to the logits
+    queries of a (kv or query) head, or int [B, H, Nq, K], one for each query; -1 for none; and
+    optionally log_weight= float of the same shape, added to the logits
     and differentiable. A row listed twice counts twice. The mask reads the keys' original positions.
     """
     return Gather()

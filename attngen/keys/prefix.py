@@ -100,7 +100,7 @@ class SharedPrefix(KeySet):
 def _context(pieces: Pieces, key: torch.Tensor, value: torch.Tensor, start: int) -> Result:
     """One context's part: the query rows of the samples that share it, one after the other, are the rows of one call."""
     call = pieces.call
-    (batch, heads, n_q, _), groups, device = call.q.shape, key.shape[0], call.q.device
+    (batch, _, n_q, _), groups, device = call.q.shape, key.shape[0], call.q.device
     samples = batch // groups
 
     def build() -> dict[str, Any]:
