@@ -260,7 +260,7 @@ def _attend(work: Work, units: list[Unit], lse: torch.Tensor, out: torch.Tensor)
         return sum(_attend_unit(work, unit, lse, out) for unit in units)
     return kernels().attend(
         work.q, work.k, work.v, [unit.place for unit in units], work.scale * work.base,
-        chunks.start, chunks.stop, caps, chunks.owner, chunks.low, chunks.high, lse, out,
+        chunks.start, chunks.stop, chunks.bundle, caps, chunks.owner, chunks.low, chunks.high, lse, out,
     )  # fmt: skip
 
 
@@ -364,7 +364,7 @@ def _differentiate(work: Work, units: list[Unit], given: _Given, sums: _Sums) ->
         return
     kernels().differentiate(
         work.q, given.grad_out, work.k, work.v, [unit.place for unit in units], work.scale * work.base, work.scale,
-        given.delta, given.lse, chunks.start, chunks.stop, caps, chunks.owner, chunks.low, chunks.high,
+        given.delta, given.lse, chunks.start, chunks.stop, chunks.bundle, caps, chunks.owner, chunks.low, chunks.high,
         sums.dk, sums.dv, sums.dq,
     )  # fmt: skip
 

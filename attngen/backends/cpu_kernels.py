@@ -8,7 +8,8 @@ A unit takes the call's whole tensors: q, do [B, Hq, Nq, *] in any dtype and wit
 v [B, Hkv, Nk, Dv] contiguous in the computing dtype. Its place is [batch, kv head, first query head, heads, first row, rows].
 Logits are in base 2: torch's exp2 is several times faster than its exp.
 
-All units of a call visit chunks start[n] .. stop[n] - 1. Their masks: cap[x] (+inf or -inf, [rows, columns] or with heads in front) for the
+All units of a call visit chunks start[n] .. stop[n] - 1. Chunks bundle[m] .. bundle[m + 1] - 1 are taken together: several
+short ones are copied into one, since an operator on few keys costs as much as on many. Their masks: cap[x] (+inf or -inf, [rows, columns] or with heads in front) for the
 columns low[x] .. high[x] - 1 of chunk owner[x].
 """
 
@@ -75,21 +76,37 @@ def write(state: State, lse: torch.Tensor, out: torch.Tensor) -> float:
     return float(state.o.sum())
 
 
+def bundled(x: torch.Tensor, start: list[int], stop: list[int], first: int, last: int) -> torch.Tensor:
+    """Rows of x [N, *] that chunks first .. last - 1 visit."""
+    if last - first == 1:
+        return x[start[first] : stop[first]]
+    parts: list[torch.Tensor] = []
+    for n in range(first, last):
+        parts.append(x[start[n] : stop[n]])
+    return torch.cat(parts)
+
+
 def masked_logits(
     q: torch.Tensor,
     k: torch.Tensor,
     tile: list[int],
-    chunk: int,
+    start: list[int],
+    stop: list[int],
+    first: int,
+    last: int,
     cap: list[torch.Tensor],
     owner: list[int],
     low: list[int],
     high: list[int],
 ) -> torch.Tensor:
-    """q @ k.T [rows, keys] of one chunk under the masks that are its own."""
+    """q @ k.T [rows, keys] of chunks first .. last - 1 under the masks that are theirs."""
     logits = product(q, k)
     for x in range(len(owner)):
-        if owner[x] == chunk:
-            columns = logits.view(tile).narrow(2, low[x], high[x] - low[x])
+        if first <= owner[x] and owner[x] < last:
+            before = 0
+            for n in range(first, owner[x]):
+                before += stop[n] - start[n]
+            columns = logits.view(tile).narrow(2, before + low[x], high[x] - low[x])
             torch.minimum(columns, cap[x], out=columns)
     return logits
 
@@ -102,6 +119,7 @@ def _attend_unit(
     factor: float,
     start: list[int],
     stop: list[int],
+    bundle: list[int],
     cap: list[torch.Tensor],
     owner: list[int],
     low: list[int],
@@ -112,11 +130,13 @@ def _attend_unit(
     tile = [place[3], place[5], -1]
     k, v = k[place[0], place[1]], v[place[0], place[1]]
     rows = rows_of(tile_of(q, place), factor, k)
-    logits = masked_logits(rows, k[start[0] : stop[0]], tile, 0, cap, owner, low, high)
-    state = state_of(logits, v[start[0] : stop[0]])
-    for n in range(1, len(start)):
-        logits = masked_logits(rows, k[start[n] : stop[n]], tile, n, cap, owner, low, high)
-        state = merge(state, state_of(logits, v[start[n] : stop[n]]), True)
+    a, b = bundle[0], bundle[1]
+    logits = masked_logits(rows, bundled(k, start, stop, a, b), tile, start, stop, a, b, cap, owner, low, high)
+    state = state_of(logits, bundled(v, start, stop, a, b))
+    for m in range(1, len(bundle) - 1):
+        a, b = bundle[m], bundle[m + 1]
+        logits = masked_logits(rows, bundled(k, start, stop, a, b), tile, start, stop, a, b, cap, owner, low, high)
+        state = merge(state, state_of(logits, bundled(v, start, stop, a, b)), True)
     return write(state, tile_of(lse, place), tile_of(out, place))
 
 
@@ -128,6 +148,7 @@ def attend(
     factor: float,
     start: list[int],
     stop: list[int],
+    bundle: list[int],
     cap: list[torch.Tensor],
     owner: list[int],
     low: list[int],
@@ -140,7 +161,7 @@ def attend(
     """
     total = 0.0
     for place in places:
-        total += _attend_unit(q, k, v, place, factor, start, stop, cap, owner, low, high, lse, out)
+        total += _attend_unit(q, k, v, place, factor, start, stop, bundle, cap, owner, low, high, lse, out)
     return total
 
 
@@ -162,6 +183,17 @@ def add_products(
     dq.add_(product(ds, k.t()))
 
 
+def add_bundle(
+    shares: torch.Tensor, total: torch.Tensor, start: list[int], stop: list[int], first: int, last: int
+) -> None:
+    """total [D, N] += shares [D, keys of chunks first .. last - 1]."""
+    before = 0
+    for n in range(first, last):
+        size = stop[n] - start[n]
+        total[:, start[n] : stop[n]].add_(shares[:, before : before + size])
+        before += size
+
+
 def _differentiate_unit(
     q: torch.Tensor,
     do: torch.Tensor,
@@ -174,6 +206,7 @@ def _differentiate_unit(
     lse: torch.Tensor,
     start: list[int],
     stop: list[int],
+    bundle: list[int],
     cap: list[torch.Tensor],
     owner: list[int],
     low: list[int],
@@ -190,11 +223,14 @@ def _differentiate_unit(
     q_t, do_t = rows.t().contiguous(), do_rows.t().contiguous()
     delta, lse = tile_of(delta, place).reshape(-1, 1), tile_of(lse, place).reshape(-1, 1)
     sums = torch.zeros_like(rows)
-    for n in range(len(start)):
-        a, b = start[n], stop[n]
-        p = masked_logits(rows, k[a:b], tile, n, cap, owner, low, high).sub_(lse).exp2_()
-        ds = product(do_rows, v[a:b]).sub_(delta).mul_(p)
-        add_products(ds, p, q_t, do_t, k[a:b], sums, dk[:, a:b], dv[:, a:b])
+    for m in range(len(bundle) - 1):
+        a, b = bundle[m], bundle[m + 1]
+        keys = bundled(k, start, stop, a, b)
+        p = masked_logits(rows, keys, tile, start, stop, a, b, cap, owner, low, high).sub_(lse).exp2_()
+        ds = product(do_rows, bundled(v, start, stop, a, b)).sub_(delta).mul_(p)
+        add_bundle(product(do_t, p.t()), dv, start, stop, a, b)
+        add_bundle(product(q_t, ds.t()), dk, start, stop, a, b)
+        sums.add_(product(ds, keys.t()))
     tile_of(dq, place).copy_(sums.mul_(scale).view(tile))
 
 
@@ -210,6 +246,7 @@ def differentiate(
     lse: torch.Tensor,
     start: list[int],
     stop: list[int],
+    bundle: list[int],
     cap: list[torch.Tensor],
     owner: list[int],
     low: list[int],
@@ -223,7 +260,7 @@ def differentiate(
     """
     for place in places:
         _differentiate_unit(
-            q, do, k, v, place, factor, scale, delta, lse, start, stop, cap, owner, low, high, dk, dv, dq
+            q, do, k, v, place, factor, scale, delta, lse, start, stop, bundle, cap, owner, low, high, dk, dv, dq
         )
 
 

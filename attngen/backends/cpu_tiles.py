@@ -17,6 +17,7 @@ from attngen.inputs import Call
 from attngen.lists import TileLists
 
 GRAIN = 32  # keys: the walk's bounds are rounded to this, not to the chunk
+SHORT, LONG = 256, 1024  # keys of a chunk that is worth bundling, and of a bundle
 KEPT_BYTES = 2**26  # of masks that a job keeps
 
 
@@ -30,6 +31,17 @@ class Chunks(NamedTuple):
     owner: list[int]
     low: list[int]
     high: list[int]
+
+    @property
+    def bundle(self) -> list[int]:
+        """Which chunks are taken together: the first of each bundle, and how many there are. Short ones are bundled."""
+        first, keys = [], LONG
+        for n, (start, stop) in enumerate(zip(self.start, self.stop, strict=True)):
+            keys += stop - start
+            if keys > LONG or stop - start > SHORT:
+                first.append(n)
+                keys = stop - start if stop - start <= SHORT else LONG
+        return [*first, len(self.start)]
 
 
 class Blocked:
