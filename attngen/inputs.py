@@ -21,7 +21,8 @@ LARGEST_PARAM = 2**30 - 2**16  # below these, sums of a few positions and twice 
 @dataclass(frozen=True, eq=False)
 class Call:
     """A checked call: q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] (with pages: [pages, Hkv, page size, *]);
-    captures by name, broadcast dims expanded; params by name; q_offset an int or an int tensor [B].
+    captures by name, broadcast dims expanded; params by name; q_offset an int or an int tensor [B]. wants_grad: False if
+    nobody can ask for gradients of it, so that what only a backward reads need not be prepared.
     """
 
     spec: Spec
@@ -31,6 +32,7 @@ class Call:
     captures: dict[str, torch.Tensor]
     params: dict[str, int | float]
     q_offset: int | torch.Tensor
+    wants_grad: bool = True
 
     @property
     def group(self) -> int:

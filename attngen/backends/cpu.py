@@ -38,7 +38,9 @@ LARGEST_MASK = 2**24  # elements of a tile's masks up to which all are held at o
 
 def default_schedule(call: Call, facts: Facts) -> Schedule:
     """Query rows per head and keys per chunk of the forward (block_m, block_n) and the backward (dq_block_m, dq_block_n)."""
-    rows = min(max(32, ROWS // _power_of_two(call.group)), max(32, _power_of_two(call.q.shape[2])))
+    # Closed forms cost nothing to find, so that short tiles waste least; where data decides, each tile has to be looked at.
+    most = ROWS if not facts.spec.tensors else 2 * ROWS
+    rows = min(max(32, most // _power_of_two(call.group)), max(32, _power_of_two(call.q.shape[2])))
     chosen = Schedule(block_m=rows, block_n=CHUNK, dq_block_m=rows, dq_block_n=CHUNK)
     if isinstance(call.spec.lists, TileLists):  # their rows; a chunk is a run of them
         chosen = fit(chosen, replace(call.spec.lists, block_n=CHUNK))
@@ -179,7 +181,7 @@ class Work:
 
     def units(self, pairs: range, tiles: range) -> Iterator[list[Unit]]:
         """Tile by tile, so that what the mask gives for a tile serves all heads: lists of units with the same chunks and masks."""
-        masks = self.masks if self.masks.by_distance else Masks(self.call, self.env, self.real)
+        masks = self.masks if self.masks.by_distance else Masks(self.call, self.env, self.real, self.masks)
         n_q, group, heads_kv = self.q.shape[2], self.call.group, self.k.shape[1]
         each = 1 if self.keys.by_head else group
         for tile in tiles:

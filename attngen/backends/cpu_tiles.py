@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cached_property, lru_cache
+import operator
+from collections.abc import Callable, Iterator
+from functools import cached_property, lru_cache, reduce
 from typing import Any, NamedTuple
 
 import sympy
@@ -12,7 +13,20 @@ import torch
 from attngen.analysis import Axis, Facts, run
 from attngen.analysis.tiles import Segments
 from attngen.errors import InputError
-from attngen.expression import B, H, I, J, Load, Where, conjunction, evaluate, negate, to_text
+from attngen.expression import (
+    B,
+    H,
+    I,
+    J,
+    Load,
+    Where,
+    conjunction,
+    evaluate,
+    is_int,
+    linear_terms,
+    negate,
+    to_text,
+)
 from attngen.inputs import Call
 from attngen.lists import TileLists
 
@@ -140,11 +154,14 @@ class Masks:
     at one distance from the diagonal when it depends on i - j alone; then all threads may share one of these.
     """
 
-    def __init__(self, call: Call, env: dict[str, Any], real: torch.dtype):
+    def __init__(self, call: Call, env: dict[str, Any], real: torch.dtype, like: Masks | None = None):
+        """like: another job's masks of the same call."""
         self.mask, self.env, self.real = call.spec.mask, env, real
         self.by_batch = B in self.mask.free_symbols or isinstance(call.q_offset, torch.Tensor)
         self.by_head = H in self.mask.free_symbols
         self.by_distance = _depends_on_distance(self.mask)
+        self.apart = like.apart if like is not None else None if self.by_distance else apart(call, env)
+        self.offsets: list[int] = torch.as_tensor(call.q_offset).expand(call.q.shape[0]).tolist()
         self._known: dict[Any, Blocked] = {}
         self._tile: Any = None
         self._bytes = 0
@@ -160,10 +177,14 @@ class Masks:
         if block is None:
             if self._bytes > KEPT_BYTES:
                 self._forget()
-            env = {**self.env, **positions(b, heads, first, rows, start, stop)}
-            allowed = torch.as_tensor(evaluate(self.mask, env, real=self.real))
-            allowed = allowed.expand(torch.broadcast_shapes(allowed.shape, (rows, stop - start)))
-            cap = torch.full(allowed.shape, torch.inf, dtype=self.real).masked_fill_(~allowed, -torch.inf)
+            if self.apart is not None:
+                allowed = self.apart(b, heads, slice(first - self.offsets[b], first - self.offsets[b] + rows), slice(start, stop))
+            else:
+                env = {**self.env, **positions(b, heads, first, rows, start, stop)}
+                allowed = torch.as_tensor(evaluate(self.mask, env, real=self.real))
+            allowed = allowed.expand(*allowed.shape[:-2], rows, stop - start)
+            # 0 and 1 to -inf and +inf: masked_fill_ and where branch per element.
+            cap = allowed.to(self.real).sub_(0.5).mul_(torch.inf)
             block = self._known[key] = Blocked(cap)
             self._bytes += 2 * cap.numel() * cap.element_size()
         return block
@@ -176,6 +197,71 @@ class Masks:
     def _forget(self) -> None:
         self._known.clear()
         self._bytes = 0
+
+
+Allowed = Callable[[int, range, slice, slice], torch.Tensor]  # b, heads, rows, keys -> bool [heads or nothing, rows, keys]
+
+
+def apart(call: Call, env: dict[str, Any]) -> Allowed | None:
+    """The mask of a tile from parts that were evaluated once for all queries and once for all keys, where every integer
+    comparison in it is a sum of such parts; None for other masks.
+    """
+    by_query, by_key = axis_scopes(call, env)
+
+    def build(node: Any) -> Allowed | None:
+        if isinstance(node, (sympy.And, sympy.Or)):
+            parts = [build(arg) for arg in node.args]
+            join = operator.and_ if isinstance(node, sympy.And) else operator.or_
+            if any(part is None for part in parts):
+                return None
+            return lambda *at: reduce(join, (part(*at) for part in parts if part is not None))
+        compare = _COMPARISONS.get(type(node))
+        if compare is None or not is_int(node.args[0]):
+            return None
+        terms, constant = linear_terms(node.args[0])
+        keyed = [term for term in terms if J in term.free_symbols]
+        if any(I in term.free_symbols for term in keyed):
+            return None
+        rest = constant + sum(terms[term] * term for term in terms if term not in keyed)
+        left = _spread(evaluate(rest, by_query), call.q.shape[2])
+        right = _spread(evaluate(-sum((terms[term] * term for term in keyed), sympy.Integer(0)), by_key), call.n_k)
+
+        def allowed(b: int, heads: range, rows: slice, keys: slice) -> torch.Tensor:
+            return compare(_part(left, b, heads)[..., rows].unsqueeze(-1), _part(right, b, heads)[..., None, keys])
+
+        return allowed
+
+    return build(call.spec.mask)
+
+
+_COMPARISONS: dict[Any, Any] = {
+    sympy.GreaterThan: operator.ge,
+    sympy.StrictGreaterThan: operator.gt,
+    sympy.Equality: operator.eq,
+    sympy.Unequality: operator.ne,
+}
+
+
+def axis_scopes(call: Call, env: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What expressions read along all queries, and along all keys: they broadcast to [B, H, N]."""
+    offset = call.q_offset.view(-1, 1, 1) if isinstance(call.q_offset, torch.Tensor) else call.q_offset
+    place = {"b": torch.arange(call.q.shape[0]).view(-1, 1, 1), "h": torch.arange(call.q.shape[1]).view(1, -1, 1)}
+    rows = torch.arange(call.q.shape[2]).view(1, 1, -1) + offset
+    return {**env, **place, "i": rows}, {**env, **place, "j": torch.arange(call.n_k).view(1, 1, -1)}
+
+
+def _spread(value: Any, length: int) -> torch.Tensor:
+    value = torch.as_tensor(value)
+    value = value.view((1,) * (3 - value.ndim) + tuple(value.shape))
+    return value.expand(*value.shape[:2], length)
+
+
+def _part(values: torch.Tensor, b: int, heads: range) -> torch.Tensor:
+    """[B or 1, H or 1, n] -> [n], or [heads, n] for several heads that differ."""
+    own = values[b if values.shape[0] > 1 else 0]
+    if own.shape[0] == 1:
+        return own[0]
+    return own[heads.start] if len(heads) == 1 else own[heads.start : heads.stop]
 
 
 def positions(b: int, heads: range, first: int, rows: int, start: int, stop: int) -> dict[str, Any]:

@@ -93,7 +93,8 @@ class KeySet:
 
     def prepare(self, spec: Spec, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
         """Sort, hash, sample: index tensors for `run`, without waiting for the device where that is not the CPU. `call` has
-        q, k, v and q_offset; no gradient is recorded. Raises InputError.
+        q, k, v and q_offset; no gradient is recorded. Where `call.wants_grad` is False, lists that only a backward walks may
+        be empty. Raises InputError.
         """
         return {}
 

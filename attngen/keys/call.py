@@ -64,7 +64,8 @@ def run(
     assert keys is not None
     call, given = split(spec, q, k, v, q_offset, captures)
     if given_plan is None:
-        given_plan = _prepare(spec, call, given)
+        # Nobody else gets to see this plan, so it holds what this call needs.
+        given_plan = _prepare(spec, replace(call, wants_grad=_wants_grad(call, given)), given)
     elif not isinstance(given_plan, KeyPlan):
         raise InputError("plan", "what attn.plan(...) returns", type(given_plan).__name__)
     elif given_plan.keys != keys.text:
@@ -125,6 +126,14 @@ def _prepare(spec: Spec, call: Call, given: Mapping[str, Any]) -> KeyPlan:
     assert keys is not None
     with torch.no_grad(), debug.timed(f"preparing {keys.name}"):
         return KeyPlan(keys.text, sizes_of(call), keys.prepare(spec, call, given))
+
+
+def _wants_grad(call: Call, given: Mapping[str, Any]) -> bool:
+    """Whether autograd records the call."""
+    tensors = [call.q, call.k, call.v, *call.captures.values()]
+    for value in given.values():
+        tensors += value if isinstance(value, (tuple, list)) else [value]
+    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
 
 
 def _sink(call: Call, lse: torch.Tensor) -> torch.Tensor:

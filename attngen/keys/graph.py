@@ -41,12 +41,12 @@ class Graph(KeySet):
         # Whatever came, no run reaches past the list and no edge past the keys: the checks may be turned off.
         crow = crow.long().clamp(0, size if n_k else 0).cummax(-1).values
         place = torch.arange(size, device=col.device).expand_as(col)
-        row = torch.searchsorted(crow[..., 1:].contiguous(), place.contiguous(), right=True)
+        row = torch.searchsorted(crow[..., 1:].contiguous(), place.contiguous(), right=True) if call.wants_grad else place
         edges = col.clamp(0, max(n_k - 1, 0))
         listed = place < crow[..., -1:]
         runs = torch.stack([crow[..., :-1], crow.diff(dim=-1)], -1).to(word_for(size))
         lists = {"query_edges": edges.to(torch.int32), "query_runs": runs}
-        lists |= transposed(torch.where(listed, edges, n_k), row, n_k)
+        lists |= transposed(torch.where(listed, edges, n_k), row, n_k, call.wants_grad)
         heads = col.shape[1]
         return {**lists, "by_query_head": heads not in (1, call.k.shape[1])}
 
@@ -65,10 +65,13 @@ def attend_lists(pieces: Pieces, plan: Mapping[str, Any], lists: RowLists, **mor
     return pieces.attend(lists, build, call.q, call.k, call.v, call.q_offset, **named, **more)
 
 
-def transposed(key: torch.Tensor, row: torch.Tensor, n_k: int) -> dict[str, torch.Tensor]:
+def transposed(key: torch.Tensor, row: torch.Tensor, n_k: int, wanted: bool = True) -> dict[str, torch.Tensor]:
     """key_edges, key_runs and key_places of listed pairs: `key` int [B', H', E], n_k for an element that counts for nothing,
-    `row` the query row of each. One stable sort: the rows of a key ascend.
+    `row` the query row of each. One stable sort: the rows of a key ascend. Empty tensors where they are not `wanted`.
     """
+    if not wanted:
+        nothing = torch.zeros((1, 1, 0), dtype=torch.int32, device=key.device)
+        return {"key_edges": nothing, "key_runs": nothing.new_zeros((1, 1, 0, 2)), "key_places": nothing}
     ordered, place = key.sort(dim=-1, stable=True)
     bounds = torch.arange(n_k + 1, dtype=key.dtype, device=key.device).expand(*key.shape[:2], -1)
     first = torch.searchsorted(ordered, bounds.contiguous())

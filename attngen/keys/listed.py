@@ -146,7 +146,8 @@ def _by_row(call: Call, index: torch.Tensor) -> dict[str, Any]:
     runs = torch.stack([first, (position < n_k).sum(-1)], -1).to(word_for(size))
     row = (torch.arange(size, device=index.device) // max(count, 1)).expand_as(flat)
     edges = flat.clamp(max=max(n_k - 1, 0)).to(torch.int32)
-    return {"query_edges": edges, "query_runs": runs, "order": order, **transposed(flat, row, n_k)}
+    back = transposed(flat, row, n_k, call.wants_grad)
+    return {"query_edges": edges, "query_runs": runs, "order": order, **back}
 
 
 def _attend_by_row(pieces: Pieces, plan: Mapping[str, Any], log_weight: Any) -> Result:

@@ -105,6 +105,9 @@ def tile_lists(live: Live, spec: Spec, call: Call, block: Block, masked_inside: 
         again = torch.nn.functional.pad(code[..., 1:] == code[..., :-1], (1, 0))
         code = code.masked_fill(again, none).sort(dim=-1).values
     query_tiles, query_runs, code = _cut(code, tiles_q, tiles_k)
+    if not call.wants_grad:
+        nothing = query_tiles.new_zeros((1, 1, 0)), query_runs.new_zeros((1, 1, 0, 3))
+        return dict(zip((*TileLists.names, "mask_params"), (query_tiles, query_runs, *nothing, params), strict=True))
     # The other direction, from the entries in this order. What is cut at the end there is the last tile of queries.
     row, column, partial = code // (2 * tiles_k), code % tiles_k, code // tiles_k % 2 == 1
     if n_q % block_m:
