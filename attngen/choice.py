@@ -36,9 +36,9 @@ def choose(call: Call, facts: Facts, backend: str, pins: Schedule, db: str | Non
         tuned = tuned.over(Schedule(**record.record.schedule))
         origins.append(f"{piece}: {record.record.kind} record, {record.how}")
     if backend == "cpu":
-        from attngen.backends.cpu import default_schedule
+        from attngen.backends.cpu import default_schedule, fitted
 
-        schedule = pins.over(tuned).over(default_schedule(call, facts))
+        schedule = fitted(pins.over(tuned).over(default_schedule(call, facts)), call, pins)
     else:
         target, processors = Target.of_device(call.q.device), multiprocessors(call.q.device)
         decode = decode_choice(call, facts, processors) if call.q.dtype != torch.float32 else Schedule()

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import attngen as ag
 from attngen.inputs import bind
+from attngen.keys import base
 from attngen.keys.dense import DEFINITIONS
 from attngen.lists import as_log_weight
-from tests.check import check
-from tests.keys_cases import MASKS, SIZES, inputs
+from tests.keys_cases import MASKS, SIZES, compare, inputs
+
+
+KINDS = {"shared": 0, "batch": 1, "kv": 2, "query": 3}
+
+
+def lead_of(kind: str, size: tuple[int, ...]) -> tuple[int, ...]:
+    batch, heads, group = size[:3]
+    return [(), (batch,), (batch, heads), (batch, heads * group)][KINDS[kind]]
 
 
 def csr(lead: tuple[int, ...], n_q: int, n_k: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -31,8 +42,8 @@ def lists_agree(spec: ag.Spec, q: Any, k: Any, v: Any, captures: dict[str, Any],
     """The lists of both directions say what the definition says."""
     attn = ag.compile(spec)
     plan = attn.plan(q, k, v, q_offset=offset, **captures).values
-    call, given = ag.keys.call.split(spec, q, k, v, offset, captures)
-    want = DEFINITIONS[spec.keys.name](spec.keys, call, given)[0].exp()
+    call, own = ag.keys.call.split(spec, q, k, v, offset, captures)
+    want = DEFINITIONS[spec.keys.name](spec.keys, call, own)[0].exp()
     names = ("query_edges", "query_runs", "key_edges", "key_runs")
     inner = ag.Spec(lists="rows()" if not plan.get("by_query_head") else "rows(by_query_head)")
     lists = {name: plan[name] for name in names}
@@ -52,32 +63,114 @@ def lists_agree(spec: ag.Spec, q: Any, k: Any, v: Any, captures: dict[str, Any],
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", ["shared", "batch", "kv", "query"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_lists(size: tuple[int, ...], kind: str):
-    batch, heads, group, n_q, n_k, offset = size
-    lead = {"shared": (), "batch": (batch,), "kv": (batch, heads), "query": (batch, heads * group)}[kind]
-    lists_agree(ag.Spec(keys=ag.graph()), *inputs(size), csr(lead, n_q, n_k), offset)
+    lists_agree(ag.Spec(keys=ag.graph()), *inputs(size), csr(lead_of(kind, size), *size[3:5]), size[5])
 
 
-@pytest.mark.parametrize("kind", ["shared", "query"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mask", ["none", "window"])
+def test_graph(mask: str, kind: str, size: tuple[int, ...]):
+    spec = ag.Spec(keys=ag.graph(), mask=MASKS[mask])
+    compare(spec, size, csr(lead_of(kind, size), *size[3:5]))
+
+
+def test_learned_scores_and_sinks():
+    size = (2, 1, 2, 45, 51, 6)
+    captures = csr((2, 1), 45, 51) | dict(bias=torch.randn(2, 45 + 6, 51), sink=torch.randn(2))
+    score = [ag.soft_cap(5.0), ag.bias("hij")]
+    compare(ag.Spec(keys=ag.graph(), mask=MASKS["causal"], score=score, sink=ag.sink()), size, captures)
+
+
+@pytest.mark.parametrize("kind", ["shared", pytest.param("query", marks=pytest.mark.slow)])
 def test_kernels(kind: str):
     size = (2, 1, 2, 19, 21, 2)
-    lead = {"shared": (), "query": (2, 2)}[kind]
     spec = ag.Spec(keys=ag.graph(), mask=MASKS["causal"], score=ag.soft_cap(5.0))
-    check(spec, ag.compile(spec, backend="interpret"), *inputs(size), csr(lead, 19, 21), size[5])
-    assert ag.Spec.from_text(str(spec)).key == spec.key
+    compare(spec, size, csr(lead_of(kind, size), 19, 21), backend="interpret")
 
 
+def by_row(size: tuple[int, ...], heads: int, count: int, weighted: bool) -> dict[str, Any]:
+    """An index with repetitions, missing ones, and a row without any."""
+    generator = torch.Generator().manual_seed(1)
+    index = torch.randint(-1, size[4], (size[0], heads, size[3], count), generator=generator)
+    index[:, :, size[3] // 3] = -1
+    return dict(index=index) | (dict(log_weight=torch.randn(index.shape, generator=generator)) if weighted else {})
+
+
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("heads", [1, 2])
-def test_gather_by_row(weighted: bool, heads: int):
-    index = torch.randint(-1, 21, (2, heads, 19, 4), generator=torch.Generator().manual_seed(1))
-    index[:, :, 3] = -1
-    captures: dict[str, Any] = dict(index=index)
-    if weighted:
-        captures["log_weight"] = torch.randn(index.shape)
+@pytest.mark.parametrize("per_query_head", [False, True])
+@pytest.mark.parametrize("mask", ["none", "causal"])
+def test_gather_by_row(mask: str, per_query_head: bool, weighted: bool, size: tuple[int, ...]):
+    heads = size[1] * (size[2] if per_query_head else 1)
+    spec = ag.Spec(keys=ag.gather(), mask=MASKS[mask])
+    compare(spec, size, by_row(size, heads, 7, weighted))
+
+
+@pytest.mark.parametrize("weighted, heads", [(True, 1), pytest.param(False, 2, marks=pytest.mark.slow)])
+def test_gather_by_row_kernels(weighted: bool, heads: int):
+    size = (2, 1, 2, 19, 21, 2)
     spec = ag.Spec(keys=ag.gather(), mask=MASKS["causal"])
-    check(spec, ag.compile(spec, backend="interpret"), *inputs((2, 1, 2, 19, 21, 2)), captures, 2)
+    compare(spec, size, by_row(size, heads, 4, weighted), backend="interpret")
+
+
+@given(st.data())
+@settings(max_examples=25)
+def test_random_graphs(data: st.DataObject):
+    size = tuple(data.draw(st.integers(*ends)) for ends in ((1, 2), (1, 2), (1, 2), (1, 12), (1, 12), (0, 5)))
+    lead = lead_of(data.draw(st.sampled_from(list(KINDS))), size)
+    rows, most = math.prod(lead) * size[3], data.draw(st.sampled_from([0, 1, 3, 9]))
+    degrees = data.draw(st.lists(st.integers(0, most), min_size=rows, max_size=rows))
+    crow = torch.nn.functional.pad(torch.tensor(degrees).view(*lead, -1).cumsum(-1), (1, 0))
+    length = int(crow.max()) + data.draw(st.integers(0, 2))
+    keys = st.lists(st.integers(0, size[4] - 1), min_size=length, max_size=length)
+    col = torch.tensor([data.draw(keys) for _ in range(math.prod(lead))], dtype=torch.int64).view(*lead, length)
+    spec = ag.Spec(keys=ag.graph(), mask=MASKS[data.draw(st.sampled_from(["none", "causal", "strict"]))])
+    compare(spec, size, dict(crow=crow, col=col))
+
+
+# -- lists of the backward --------------------------------------------------------------------------------------------
+
+
+def lists_given(attn: Any, q: Any, k: Any, v: Any, **captures: Any) -> dict[str, torch.Tensor]:
+    """The captures that the call's only piece ran with."""
+    base.RECORD = []
+    try:
+        attn(q, k, v, **captures)
+        ((*_, named),) = base.RECORD
+    finally:
+        base.RECORD = None
+    return named
+
+
+@pytest.mark.parametrize("keys", ["graph", "gather", "block_sparse"])
+def test_without_a_backward_nobody_lists_queries_by_key(keys: str):
+    size = (1, 1, 2, 33, 33, 0)
+    q, k, v = inputs(size)
+    captures: dict[str, Any] = {
+        "graph": csr((), 33, 33),
+        "gather": by_row(size, 2, 4, True),
+        "block_sparse": dict(layout=torch.ones(1, 1, 3, 3, dtype=torch.bool)),
+    }[keys]
+    attn = ag.compile(ag.Spec(keys=getattr(ag, keys)(*([(16, 16)] if keys == "block_sparse" else []))))
+    names = ("key_tiles", "key_runs") if keys == "block_sparse" else ("key_edges", "key_runs")
+    learned = [dict(q=q.clone().requires_grad_())]
+    learned += [dict(log_weight=captures["log_weight"].clone().requires_grad_())] if keys == "gather" else []
+    ran = lists_given(attn, q, k, v, **captures)
+    assert all(ran[name].numel() == 0 for name in names)
+    for change in learned:
+        asked: dict[str, Any] = dict(q=q, k=k, v=v, **captures) | change
+        ran = lists_given(attn, **asked)
+        assert all(ran[name].numel() > 0 for name in names)
+        with torch.no_grad():
+            assert all(lists_given(attn, **asked)[name].numel() == 0 for name in names)
+    with torch.no_grad():
+        plan = attn.plan(q, k, v, **captures)  # is for every call
+    assert all(plan.values[name].numel() > 0 for name in names)
+
+
+# -- networkx and bad input -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("directed", [False, True])
@@ -110,8 +203,8 @@ BAD = [
 @pytest.mark.parametrize("change, name", BAD)
 def test_bad_input(change: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch):
     q, k, v = inputs((1, 1, 1, 3, 5, 0))
-    given: dict[str, Any] = dict(crow=[0, 1, 2, 3], col=[0, 4, 1]) | change
-    captures = {n: torch.tensor(x) if isinstance(x, list) else x for n, x in given.items()}
+    wrong: dict[str, Any] = dict(crow=[0, 1, 2, 3], col=[0, 4, 1]) | change
+    captures = {n: torch.tensor(x) if isinstance(x, list) else x for n, x in wrong.items()}
     attn = ag.compile(ag.Spec(keys=ag.graph()))
     with pytest.raises(ag.InputError) as error:
         attn.plan(q, k, v, **captures)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ import torch
 from attngen import state
 from attngen.analysis import Facts
 from attngen.backends import cpu_rows
+from attngen.balance import stream_k
 from attngen.backends.cpu_kernels import add_products, kernels, product, rows_of, state_of, write
 from attngen.backends.cpu_parallel import run_jobs, split_jobs
 from attngen.backends.cpu_tiles import Blocked, Chunks, Keys, ListedKeys, Masks, check_loads, checked_loads, positions
@@ -41,10 +43,15 @@ def default_schedule(call: Call, facts: Facts) -> Schedule:
     # Closed forms cost nothing to find, so that short tiles waste least; where data decides, each tile has to be looked at.
     most = ROWS if not facts.spec.tensors else 2 * ROWS
     rows = min(max(32, most // _power_of_two(call.group)), max(32, _power_of_two(call.q.shape[2])))
-    chosen = Schedule(block_m=rows, block_n=CHUNK, dq_block_m=rows, dq_block_n=CHUNK)
-    if isinstance(call.spec.lists, TileLists):  # their rows; a chunk is a run of them
-        chosen = fit(chosen, replace(call.spec.lists, block_n=CHUNK))
-    return chosen
+    return Schedule(block_m=rows, block_n=CHUNK, dq_block_m=rows, dq_block_n=CHUNK)
+
+
+def fitted(schedule: Schedule, call: Call, pins: Schedule) -> Schedule:
+    """The schedule with query tiles that divide listed ones; chunks of keys are runs of them. ScheduleError for a pin."""
+    if not isinstance(call.spec.lists, TileLists):
+        return schedule
+    chunk = max(schedule.block_n or CHUNK, schedule.dq_block_n or CHUNK)
+    return fit(schedule, replace(call.spec.lists, block_n=chunk), pins)
 
 
 def forward(call: Call, facts: Facts, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,8 +59,8 @@ def forward(call: Call, facts: Facts, schedule: Schedule) -> tuple[torch.Tensor,
     if isinstance(call.spec.lists, RowLists):
         return cpu_rows.forward(call, facts)
     work = Work(call, facts, schedule.block_m or ROWS, schedule.block_n or CHUNK)
-    out, lse = _forward(work)
-    return (out, lse) if work.finite else _forward(work)
+    out, lse = _forward(work, schedule)
+    return (out, lse) if work.finite else _forward(work, schedule)
 
 
 def backward(
@@ -241,8 +248,12 @@ class Work:
 # -- forward ----------------------------------------------------------------------------------------------------------
 
 
-def _forward(work: Work) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(work: Work, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse. If inf or nan shows up in out, `work.finite` is False afterwards and they may be wrong."""
+    outputs = work.k.shape[1] * work.q.shape[0] * -(-work.q.shape[2] // work.block_m)
+    few = outputs < torch.get_num_threads() and work.keys.visited > 4 * CHUNK  # a long context, and cores without work
+    if schedule.split not in (None, 1) or (schedule.split is None and few):
+        return _forward_split(work, schedule.split or "stream", schedule.programs or torch.get_num_threads())
     out = work.q.new_empty((*work.q.shape[:3], work.v.shape[3]))
     lse = torch.empty(work.q.shape[:3], dtype=work.real)
 
@@ -253,6 +264,52 @@ def _forward(work: Work) -> tuple[torch.Tensor, torch.Tensor]:
 
     run_jobs(work.jobs(finer=4), job)
     return out, lse
+
+
+def _forward_split(work: Work, split: int | str, programs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with the key chunks of each unit in `split` parts, or all units' in equal runs over `programs`: partial
+    states, which are merged.
+    """
+    out = work.q.new_empty((*work.q.shape[:3], work.v.shape[3]))
+    lse = torch.empty(work.q.shape[:3], dtype=work.real)
+    pairs, tiles = range(work.q.shape[0] * work.k.shape[1]), range(-(-work.q.shape[2] // work.block_m))
+    units = [unit for same in work.units(pairs, tiles) for unit in same]
+    parts = _parts([len(unit.chunks.start) for unit in units], split, programs)
+    states: list[list[state.State]] = [[] for _ in units]
+
+    def attend(_: int, part: tuple[int, range]) -> None:
+        number, chunks = part
+        found = _unit_state(work, units[number], chunks, None)
+        if found is not None:
+            states[number].append(found)
+
+    def finish(_: int, number: int) -> None:
+        total = _sink_state(work, units[number])
+        for found in states[number]:
+            total = found if total is None else state.merge(total, found, base_2=True)
+        if not math.isfinite(_write(work, units[number], total, lse, out)):
+            work.finite = False
+
+    run_jobs(parts, attend)
+    run_jobs(range(len(units)), finish)
+    return out, lse
+
+
+def _parts(counts: list[int], split: int | str, programs: int) -> list[tuple[int, range]]:
+    """(unit, its chunks) of every partial state."""
+    parts = []
+    if isinstance(split, int):
+        for unit, count in enumerate(counts):
+            edges = [count * part // split for part in range(split + 1)]
+            parts += [(unit, range(a, b)) for a, b in pairwise(edges) if a < b]
+        return parts
+    runs = stream_k(torch.tensor(counts, dtype=torch.int64), programs)
+    starts, begin, first = runs.starts.tolist(), runs.begin.tolist(), runs.first.tolist()
+    for program in range(programs if counts else 0):
+        for unit in range(first[program], first[program + 1] + 1):
+            a, b = (min(max(begin[at] - starts[unit], 0), counts[unit]) for at in (program, program + 1))
+            parts += [(unit, range(a, b))] if a < b else []
+    return parts
 
 
 def _attend(work: Work, units: list[Unit], lse: torch.Tensor, out: torch.Tensor) -> float:
@@ -267,11 +324,20 @@ def _attend(work: Work, units: list[Unit], lse: torch.Tensor, out: torch.Tensor)
 
 
 def _attend_unit(work: Work, unit: Unit, lse: torch.Tensor, out: torch.Tensor) -> float:
-    factor, chunks = work.scale * work.base, unit.chunks
-    at = unit.at
-    q = rows_of(work.q[at], factor, work.k)
-    current = _sink_state(work, unit)
-    for n in range(len(chunks.start)):
+    total = _unit_state(work, unit, range(len(unit.chunks.start)), _sink_state(work, unit))
+    return _write(work, unit, total, lse, out)
+
+
+def _write(work: Work, unit: Unit, total: state.State | None, lse: torch.Tensor, out: torch.Tensor) -> float:
+    """Writes a unit's rows from their whole state; returns a sum that is finite if they are."""
+    total = total or state.empty((len(unit.heads) * unit.rows,), work.v.shape[3], work.real)
+    return write(total, lse[unit.at], out[unit.at])
+
+
+def _unit_state(work: Work, unit: Unit, chunks: range, current: state.State | None) -> state.State | None:
+    """The state of some of a unit's chunks, merged with `current`."""
+    q = rows_of(work.q[unit.at], work.scale * work.base, work.k.new_empty((), dtype=work.real))
+    for n in chunks:
         k, v = work.operands(unit, n)
         scope, blocked = work.scope(unit, n), work.blocked(unit, n)
         if work.checks:
@@ -286,8 +352,7 @@ def _attend_unit(work: Work, unit: Unit, lse: torch.Tensor, out: torch.Tensor) -
         if work.kept != 1.0 or not work.finite:
             piece = piece._replace(o=product(logits, v.t()) if work.finite else _reaching(v.t(), logits).t())
         current = piece if current is None else state.merge(current, piece, base_2=True)
-    current = current or state.empty((len(unit.heads) * unit.rows,), work.v.shape[3], work.real)
-    return write(current, lse[at], out[at])
+    return current
 
 
 def _logits(

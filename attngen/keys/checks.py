@@ -9,11 +9,16 @@ import torch
 from attngen.errors import InputError
 
 
+def checked() -> bool:
+    """Whether the values of tensors are checked at all."""
+    return os.environ.get("ATTNGEN_CHECK", "1") != "0"
+
+
 def require(name: str, right: torch.Tensor, wanted: str, values: torch.Tensor, row: str = "at") -> None:
     """InputError with the first of `values` for which `right` (bool, of the same shape) does not hold, and where it is. On a
     GPU the device asserts it later, so that nobody waits. `ATTNGEN_CHECK=0` turns it off.
     """
-    if right.numel() == 0 or os.environ.get("ATTNGEN_CHECK", "1") == "0":
+    if right.numel() == 0 or not checked():
         return
     if right.device.type == "cpu":
         if not bool(right.all()):

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from attngen.analysis import Axis, facts, run
+from attngen.analysis.tiles import check_positive
 from attngen.errors import InputError, SpecError
-from attngen.expression import Expr
+from attngen.expression import Expr, Tensor
 from attngen.inputs import bind
 from attngen.keys.base import KeySet, Pieces, Result, b, check_tensor, j
-from attngen.keys.checks import check_lengths, require
+from attngen.keys.checks import check_lengths, checked, require
 
 if TYPE_CHECKING:
     from attngen.inputs import Call
@@ -63,15 +65,14 @@ class Paged(KeySet):
         table, batch = given["page_table"], call.q.shape[0]
         table = check_tensor("page_table", table, "int", tuple(table.shape), "[B, pages per row]", device)
         held, limited = call.k.shape[0], k_len is not None
-        needed = torch.ones_like(table, dtype=torch.bool)
         extra: dict[str, Any] = {}
         if limited:
             what = f"what {table.shape[1]} pages of {self.page_size} hold"
             extra["k_len"] = check_lengths("k_len", k_len, batch, call.n_k, what, device)
-            first = torch.arange(table.shape[1], device=device) * self.page_size
-            needed = first < extra["k_len"].unsqueeze(-1)
-        right = ~needed | ((table >= -1) & (table < held))
-        require("page_table", right, f"pages in 0 .. {held - 1}, or -1 for one not needed", table, "in [row, page]")
+        if checked():
+            right = ((table >= 0) & (table < held)) | ~reached(call, extra)
+            wanted = f"pages in 0 .. {held - 1} where the mask lets a query see them"
+            require("page_table", right, wanted, table, "at [batch row, page slot]")
 
         def build() -> dict[str, Any]:
             mask = pieces.mask
@@ -79,9 +80,40 @@ class Paged(KeySet):
                 mask = mask & (j < pieces.tensor("k_len", 1)[b])
             return {"mask": mask, "score": pieces.score, "page_size": self.page_size}
 
-        # A key that nobody sees may lie in a tile that is read: its page must be one that is there.
+        # A key that nobody sees may lie in a tile that is read: its page has to be one that is there.
         extra["page_table"] = table.clamp(0, max(held - 1, 0)).to(torch.int32)
         return pieces.attend(("paged", limited), build, call.q, call.k, call.v, call.q_offset, **extra)
+
+
+def reached(call: Call, lengths: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Pages with a key that the mask, and k_len in `lengths`, let some query of their row see: bool [B, pages per row]. By
+    the walk that the kernels make, so in a mask that no intervals describe a few that nobody sees are among them.
+    """
+    (batch, heads, n_q, _), page_size, device = call.q.shape, call.spec.page_size, call.q.device
+    assert page_size is not None
+    slots = torch.arange(call.n_k // page_size, device=device)
+    if n_q == 0 or len(slots) == 0:
+        return torch.zeros((batch, len(slots)), dtype=torch.bool, device=device)
+    known = facts(_reading(call.spec, "k_len" in lengths))
+    env: dict[str, Any] = {**call.captures, **call.params, **lengths}
+    env |= {"b": torch.arange(batch, device=device).view(-1, 1, 1), "h": torch.arange(heads, device=device).view(1, -1, 1)}
+    check_positive(known.walk_keys, env)
+    offset = call.q_offset.view(-1, 1, 1) if isinstance(call.q_offset, torch.Tensor) else call.q_offset
+    queries, keys = Axis("i", offset, n_q), Axis("j", 0, call.n_k)  # one tile of all queries
+    segments = run(known.walk_keys, known.program_keys, env, queries, keys, n_q, page_size, device)
+    found = torch.zeros((1, 1, 1), dtype=torch.bool, device=device)
+    for first, count in (*segments[0], *segments[1]):
+        found = found | ((slots >= first) & (slots < first + count))
+    return found.any(1).expand(batch, -1)
+
+
+@lru_cache(maxsize=256)
+def _reading(spec: Spec, limited: bool) -> Spec:
+    """The mask alone, with k_len as part of it."""
+    from attngen.spec import Spec
+
+    mask = Expr(spec.mask, {**spec.tensors, **spec.params})
+    return Spec(mask & (j < Tensor("k_len", 1, torch.int32)[b]) if limited else mask)
 
 
 @lru_cache(maxsize=256)
@@ -101,7 +133,9 @@ def paged(page_size: int = 16, head_major: bool = False) -> Paged:
     k_len= int [B]: keys at logical positions k_len[b] and beyond are not there. Masks and scores see logical positions;
     queries that end the row have q_offset = k_len - Nq.
 
-    page_size from 1 to 256; rows may share pages; entries of the table behind k_len may be anything, and those of pages
-    that the mask lets nobody see -1. Inference only. InputError names the row of a page or a length out of range.
+    page_size from 1 to 256; rows may share pages. Entries of the table for pages that nobody sees, behind k_len or by the
+    mask, may be anything. Inference only. InputError names the row and the slot of an entry that is no page though some
+    query sees it, and the row of a length out of range; on a GPU the device asserts it. With ATTNGEN_CHECK=0 such entries
+    are clamped.
     """
     return Paged(page_size, head_major)

@@ -97,6 +97,7 @@ def _packed(
         _checked(name, cu, count, x.shape[2], q.device) for name, cu, x in (("cu_q", cu_q, q), ("cu_k", cu_k, k))
     )
     call = _bound(attention.spec, q, k, v, q_offset, count, captures)
+    _check_room(call, captures, {"i": cu_q.diff(), "j": cu_k.diff()})
     places = _places(call, cu_q, cu_k, count)
     pieces = Pieces(attention, call)
 
@@ -136,7 +137,7 @@ def _bound(
     captures: Mapping[str, Any],
 ) -> Call:
     """The checked call. Captures are [S, ...] along b; along i and j they are as long as the longest sequence, which only the
-    device knows: a load past their end reads what it may not use.
+    device knows: `_check_room` looks at that.
     """
     behind = q_offset if isinstance(q_offset, int) else 0
     full = {"b": count, "h": q.shape[1], "i": q.shape[2] + behind, "j": k.shape[2]}
@@ -151,6 +152,21 @@ def _bound(
     shortest = [t.detach().new_empty(()).expand(count, t.shape[1], 0, t.shape[3]) for t in (q, k, v)]
     call = bind(spec, *shortest, q_offset=q_offset, captures=expanded)
     return replace(call, q=q, k=k, v=v)
+
+
+def _check_room(call: Call, captures: Mapping[str, Any], lengths: Mapping[str, torch.Tensor]) -> None:
+    """InputError for a capture that is shorter, along i or j, than a sequence has positions. Where the checks are turned off
+    a load past the end reads the last element.
+    """
+    for name, dims in call.spec.plain_dims.items():
+        for dim, axis in dims:
+            size = captures[name].shape[dim]
+            if axis not in lengths or size == 1:
+                continue
+            length = lengths[axis]
+            end = torch.where(length > 0, length + (call.q_offset if axis == "i" else 0), 0)
+            wanted = f"{size} positions {axis} at most, or more elements along its dimension {dim}"
+            require(name, end <= size, wanted, end, "in sequence")
 
 
 def _places(call: Call, cu_q: torch.Tensor, cu_k: torch.Tensor, count: int) -> dict[str, torch.Tensor]:
