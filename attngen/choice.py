@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from attngen.analysis import Facts
-from attngen.errors import AttngenError
+from attngen.errors import AttngenError, ScheduleError
 from attngen.inputs import Call
-from attngen.reductions import check, decode_choice
+from attngen.reductions import check, decode_choice, why_not_stored
 from attngen.schedule import Schedule, Target, complete, fit
 
 PIECES = {"forward": "", "backward": ("dq_", "dkv_")}
@@ -27,6 +27,8 @@ def shape_bucket(call: Call) -> tuple[int, ...]:
 
 def choose(call: Call, facts: Facts, backend: str, pins: Schedule, db: str | None) -> tuple[Schedule, str]:
     """A complete schedule for this call on this backend, and in words where it came from."""
+    if pins.store and (reason := why_not_stored(call, backend)):
+        raise ScheduleError(f"store: expected False {reason}")
     if backend == "interpret":
         schedule = complete_for("interpreter", call.q.shape[3], call.v.shape[3], call.q.dtype, pins)
         check(call.spec, facts, schedule)

@@ -51,9 +51,11 @@ _COMMON = (
     "Tensor q, Tensor k, Tensor v, Tensor[] tensors, SymInt[] ints, float[] floats, SymInt q_offset, Tensor? q_offsets, "
     "str handle"
 )
-_library.define(f"forward({_COMMON}) -> (Tensor, Tensor)")
+# `store`: also the weights P, for a backward that shall not compute them again; else that result is empty.
+_library.define(f"forward({_COMMON}, bool store) -> (Tensor, Tensor, Tensor)")
 _library.define(
-    f"backward({_COMMON}, Tensor out, Tensor lse, Tensor grad_out, Tensor grad_lse, int[] wanted) -> Tensor[]"
+    f"backward({_COMMON}, Tensor out, Tensor lse, Tensor weights, Tensor grad_out, Tensor grad_lse, int[] wanted) "
+    "-> Tensor[]"
 )
 
 
@@ -68,17 +70,21 @@ def forward(
     q_offset: int,
     q_offsets: torch.Tensor | None,
     handle: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    store: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     attention = _registry[handle]
     call = _call(attention, q, k, v, tensors, ints, floats, q_offset, q_offsets)
-    return attention.run_forward(call)
+    if store:
+        return attention.run_storing(call)
+    return *attention.run_forward(call), q.new_empty(0)
 
 
 @torch.library.register_fake("attngen::forward", lib=_library)
-def _(q, k, v, tensors, ints, floats, q_offset, q_offsets, handle):  # type: ignore[no-untyped-def]
+def _(q, k, v, tensors, ints, floats, q_offset, q_offsets, handle, store):  # type: ignore[no-untyped-def]
     call = _call(_registry[handle], q, k, v, tensors, ints, floats, q_offset, q_offsets)
     out = call.q.new_empty((*call.q.shape[:3], call.v.shape[3]))
-    return out, call.q.new_empty(call.q.shape[:3], dtype=lse_dtype(call.q.dtype))
+    lse = call.q.new_empty(call.q.shape[:3], dtype=lse_dtype(call.q.dtype))
+    return out, lse, lse.new_empty((*call.q.shape[:3], call.n_k)) if store else q.new_empty(0)
 
 
 @torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
@@ -94,6 +100,7 @@ def backward(
     handle: str,
     out: torch.Tensor,
     lse: torch.Tensor,
+    weights: torch.Tensor,
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor,
     wanted: list[int],
@@ -102,31 +109,34 @@ def backward(
     attention = _registry[handle]
     call = _call(attention, q, k, v, tensors, ints, floats, q_offset, q_offsets)
     names = [list(attention.spec.tensors)[place] for place in wanted]
-    dq, dk, dv, captured = attention.run_backward(call, out, lse, grad_out, grad_lse, names)
+    dq, dk, dv, captured = attention.run_backward(
+        call, out, lse, grad_out, grad_lse, names, weights if weights.dim() == 4 else None
+    )
     grads = [captured[name].sum_to_size(tensors[place].shape) for name, place in zip(names, wanted, strict=True)]
     grads = [g.to(tensors[place].dtype) for g, place in zip(grads, wanted, strict=True)]
     return [dq, dk, dv, *(g.clone() if g._is_view() else g for g in grads)]
 
 
 @torch.library.register_fake("attngen::backward", lib=_library)
-def _(q, k, v, tensors, ints, floats, q_offset, q_offsets, handle, out, lse, grad_out, grad_lse, wanted):  # type: ignore[no-untyped-def]
+def _(q, k, v, tensors, ints, floats, q_offset, q_offsets, handle, out, lse, weights, grad_out, grad_lse, wanted):  # type: ignore[no-untyped-def]
     like = [q, k, v, *(tensors[place] for place in wanted)]
     return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like]
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, v, tensors, ints, floats, q_offset, q_offsets, handle = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, *tensors, *([] if q_offsets is None else [q_offsets]), out, lse)
+    q, k, v, tensors, ints, floats, q_offset, q_offsets, handle, _ = inputs
+    out, lse, weights = output
+    ctx.mark_non_differentiable(weights)
+    ctx.save_for_backward(q, k, v, *tensors, *([] if q_offsets is None else [q_offsets]), out, lse, weights)
     ctx.tensor_count, ctx.ints, ctx.floats = len(tensors), ints, floats
     ctx.q_offset, ctx.has_offsets, ctx.handle = q_offset, q_offsets is not None, handle
 
 
-def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> Any:
+def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None, _: Any) -> Any:
     q, k, v, *rest = ctx.saved_tensors
     tensors, rest = rest[: ctx.tensor_count], rest[ctx.tensor_count :]
     q_offsets = rest.pop(0) if ctx.has_offsets else None
-    out, lse = rest
+    out, lse, weights = rest
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
     wanted = [place for place, t in enumerate(tensors) if ctx.needs_input_grad[3][place] and t.is_floating_point()]
@@ -142,6 +152,7 @@ def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | 
         ctx.handle,
         out,
         lse,
+        weights,
         grad_out,
         grad_lse,
         wanted,
@@ -151,7 +162,7 @@ def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | 
         grads[place] = grad
     # torch takes an empty list for a list of tensors, and wants one back.
     ints, floats = (None if numbers else list[None]() for numbers in (ctx.ints, ctx.floats))
-    return dq, dk, dv, grads, ints, floats, None, None, None
+    return dq, dk, dv, grads, ints, floats, None, None, None, None
 
 
 def _no_second_derivative(ctx: Any, grads: Any) -> Any:
@@ -207,7 +218,8 @@ def apply(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (t.to(dtype) if t.dtype == torch.float32 else t for t in (q, k, v))
-    return torch.ops.attngen.forward(
+    store = bool(attention.pins.store) and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    out, lse, _ = torch.ops.attngen.forward(
         q,
         k,
         v,
@@ -217,4 +229,6 @@ def apply(
         0 if per_batch else q_offset,
         q_offset if per_batch else None,
         attention.handle,
+        store,
     )
+    return out, lse

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from attngen.defaults import decode_tile
 from attngen.errors import ScheduleError
-from attngen.expression import B, H, J, loads
+from attngen.expression import B, H, J, S, loads
 from attngen.lists import RowLists
 from attngen.schedule import Schedule
 
@@ -43,6 +43,24 @@ def why_not_specialised(spec: Spec) -> str:
         )
     if spec.dropout is not None or any(J in load.free_symbols for load in loads(spec.score)):
         return "with dropout, or with captured data that depends on j: the loop may hold no pointers"
+    return ""
+
+
+MOST_STORED = 2048  # keys: their weights for a tile of queries are one piece of work
+
+
+def why_not_stored(call: Call, backend: str) -> str:
+    """The reason why the weights cannot be kept for the backward, or should not; empty if they can."""
+    spec = call.spec
+    if backend != "cpu":
+        return (
+            "on a GPU: a weight written once and read by both passes is at least 6 bytes, for which memory takes longer than "
+            "the matrix units for two products of any head dim up to 256 (modelled for an H200: 4 times as long at 64)"
+        )
+    if spec.score != S or spec.dropout is not None or spec.lists is not None or spec.page_size is not None:
+        return "with a score, dropout, lists or pages: their derivatives need the logits too"
+    if call.n_k > MOST_STORED:
+        return f"for more than {MOST_STORED} keys: memory would grow with the square of the length"
     return ""
 
 

@@ -158,6 +158,11 @@ class CompiledAttention:
                 raise InputError(name, "at least 1, since the mask divides by it", call.params[name])
         return stages.backend.forward(call, stages.facts, stages.schedule)
 
+    def run_storing(self, call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """out, lse, and the weights P [B, Hq, Nq, Nk] in lse's dtype."""
+        stages = self.specialise(call)
+        return stages.backend.forward_storing(call, stages.facts, stages.schedule)
+
     def run_backward(
         self,
         call: Call,
@@ -166,9 +171,12 @@ class CompiledAttention:
         grad_out: torch.Tensor,
         grad_lse: torch.Tensor,
         wanted: list[str],
+        weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """dq, dk, dv and the wanted captures' gradients, each of its tensor's shape."""
+        """dq, dk, dv and the wanted captures' gradients, each of its tensor's shape. weights: from `run_storing`."""
         stages = self.specialise(call)
+        if weights is not None:
+            return stages.backend.backward_stored(call, stages.facts, stages.schedule, out, weights, grad_out, grad_lse)
         return stages.backend.backward(call, stages.facts, stages.schedule, out, lse, grad_out, grad_lse, wanted)
 
     def explain(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, q_offset: Any = 0, **captures: Any) -> str:

@@ -100,6 +100,8 @@ class Schedule:
     split: into how many parts a forward program's keys are cut, each a partial state that a second launch merges (1: not at
         all), or "stream": equal runs of key tiles over `programs` programs whatever the lengths (stream-K; None: one per SM).
     pack: forward rows are (query, head) pairs of the heads that share keys, so that keys are read once per kv head.
+    store: keep the weights P [B, Hq, Nq, Nk] for the backward instead of computing them again from lse: faster on a CPU for
+        short lengths, and more memory; see `attngen.reductions.why_not_stored`.
     deterministic: gradients without atomics (default). False allows atomics for scattered captured-tensor gradients.
     precision: of float32 products: "ieee" (default), "tf32" or "tf32x3". Half types are not affected.
     Raises ScheduleError for values no target can have.
@@ -132,6 +134,7 @@ class Schedule:
     split: int | str | None = None
     programs: int | None = None
     pack: bool | None = None
+    store: bool | None = None
     deterministic: bool | None = None
     precision: str | None = None
 
@@ -140,7 +143,7 @@ class Schedule:
             value = getattr(self, field.name)
             if value is None:
                 continue
-            if field.name in ("deterministic", "pack") or field.name.endswith(("tma", "warp_specialize")):
+            if field.name in ("deterministic", "pack", "store") or field.name.endswith(("tma", "warp_specialize")):
                 _expect(field.name, isinstance(value, bool), "True or False", value)
             elif field.name == "split":
                 holds = value == "stream" or (type(value) is int and 1 <= value <= MOST_SPLITS)

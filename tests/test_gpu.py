@@ -532,7 +532,7 @@ def test_cuda_graph(place: Place, mask: str):
 def test_opcheck(place: Place):
     attn = place.attention(ag.Spec(mask=ag.causal()))
     q, k, v = (t.requires_grad_() for t in place.qkv(torch.float16, n_q=17, n_k=17))
-    torch.library.opcheck(torch.ops.attngen.forward, (q, k, v, [], [], [], 0, None, attn.handle))
+    torch.library.opcheck(torch.ops.attngen.forward, (q, k, v, [], [], [], 0, None, attn.handle, False))
 
 
 # -- tuning and records -----------------------------------------------------------------------------------------------

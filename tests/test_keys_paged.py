@@ -125,10 +125,9 @@ def test_a_window_reads_live_pages_only(page_size: int, monkeypatch: pytest.Monk
     got = ag.compile(spec)(q, k, v, return_lse=True, **captures)
     monkeypatch.undo()
     assert read
-    if page_size >= GRAIN:  # chunks of keys begin and end at a page
-        assert sorted(set(sum(read, []))) == sorted(sum(seen, []))
-    rounded = sum(-(-(len(row) * page_size + 2 * GRAIN) // page_size) for row in seen)
-    assert len(sum(read, [])) <= 2 * rounded  # k and v
+    # Chunks of keys begin and end at multiples of GRAIN: entries of smaller pages that nobody sees are read as page 0.
+    rounding = set() if page_size >= GRAIN else {0}
+    assert set(sum(seen, [])) <= set(sum(read, [])) <= set(sum(seen, [])) | rounding
     for mine, want in zip(got, ag.oracle(spec, q, k, v, **captures), strict=True):
         assert mine.isfinite().all()
         torch.testing.assert_close(mine.double(), want, rtol=1e-5, atol=1e-5)
@@ -143,7 +142,7 @@ def test_a_window_asks_memory_for_live_pages_only():
 
 def dense_mask(mask: Any, q: torch.Tensor, n_k: int, **captures: Any) -> torch.Tensor:
     """bool [B, Hq, Nq, n_k]."""
-    spec = ag.Spec(mask=mask & (keys_j < ag.Tensor("k_len", 1)[keys_b]))
+    spec = ag.Spec(mask=mask & (keys_j < ag.Tensor("k_len", 1, torch.int32)[keys_b]))
     k = q.new_zeros((q.shape[0], 1, n_k, q.shape[3]))
     call = bind(spec, q, k, k, q_offset=captures.pop("q_offset"), captures=captures)
     return torch.as_tensor(evaluate(spec.mask, dense_env(call, torch.float64))).expand(*q.shape[:3], n_k)

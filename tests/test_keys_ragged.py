@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
 import attngen as ag
+from attngen.backends.cpu_tiles import GRAIN, Keys
+from attngen.expression import evaluate
+from attngen.inputs import bind
+from attngen.keys import base
+from attngen.keys.base import b as keys_b
+from attngen.keys.base import j as keys_j
 from tests.check import relative
 
 MASKS: dict[str, Any] = {
@@ -104,6 +111,111 @@ def test_packed_captures_by_sequence():
     cut = [slice(0, 5), slice(5, 12)]
     found = [ag.oracle(spec, q[:, :, c], k[:, :, c], v[:, :, c], slope=slopes[x : x + 1]) for x, c in enumerate(cut)]
     agree(list(got), [torch.cat(ts, 2) for ts in zip(*found, strict=True)], [q, k, v, slopes])
+
+
+@pytest.mark.parametrize("place", ["mask", "score"])
+@pytest.mark.parametrize("axis, offset", [("i", 0), ("i", 2), ("i", "tensor"), ("j", 0)])
+def test_captures_shorter_than_a_sequence(
+    axis: str, offset: Any, place: str, monkeypatch: pytest.MonkeyPatch
+):
+    mark = ag.Tensor("mark", 1)
+    reads: Any = {"i": lambda i, j: mark[i], "j": lambda i, j: mark[j]}[axis]
+    spec = ag.Spec(**(
+        dict(mask=lambda b, h, i, j: reads(i, j) > 0)
+        if place == "mask"
+        else dict(score=lambda s, b, h, i, j: s + reads(i, j))
+    ))  # fmt: skip
+    attn, cu = ag.compile(spec), torch.tensor([0, 3, 3, 12])
+    q, k, v = torch.randn(1, 2, 14, 16), torch.randn(1, 2, 14, 16), torch.randn(1, 2, 14, 16)
+    given: dict[str, Any] = dict(cu_q=cu, cu_k=cu)
+    given |= dict(q_offset=torch.tensor([7, 99, 2]) if offset == "tensor" else offset)
+    length = 9 + (2 if offset else 0)
+    length = length if offset != "tensor" else 11
+    values = torch.rand(length) + 0.1
+    attn(q, k, v, mark=values, **given)
+    with pytest.raises(ag.InputError, match=rf"mark: .* {length} in sequence \[2\]"):
+        attn(q, k, v, mark=values[:-1], **given)
+    monkeypatch.setenv("ATTNGEN_CHECK", "0")
+    if place == "mask":  # clamped
+        want = attn(q, k, v, mark=torch.cat([values[:-1], values[-2:-1]]), **given)
+        torch.testing.assert_close(attn(q, k, v, mark=values[:-1], **given), want)
+    else:
+        with pytest.raises(ag.InputError, match="mark"):
+            attn(q, k, v, mark=values[:-1], **given)
+
+
+def test_positions_before_a_capture():
+    mark = ag.Tensor("mark", 1)
+    attn = ag.compile(ag.Spec(score=lambda s, b, h, i, j: s + mark[i]))
+    q, cu = torch.randn(1, 2, 12, 16), torch.tensor([0, 3, 3, 12])
+    attn(q, q, q, cu_q=cu, cu_k=cu, mark=torch.randn(12), q_offset=torch.tensor([0, -4, 2]))
+    with pytest.raises(ag.InputError, match=r"q_offset: .* -1 in sequence \[0\]"):
+        attn(q, q, q, cu_q=cu, cu_k=cu, mark=torch.randn(12), q_offset=torch.tensor([-1, -4, 2]))
+
+
+# -- tiles ------------------------------------------------------------------------------------------------------------
+
+
+def tile_maps(
+    attn: Any, q: Any, k: Any, v: Any, block: int, transposed: bool, **given: Any
+) -> torch.Tensor:
+    """Tiles that the call's piece visits, bool [B, Hq, tiles_q, tiles_k]."""
+    base.RECORD = []
+    try:
+        attn(q, k, v, **given)
+        ((_, piece, pq, pk, _, offset, named),) = base.RECORD
+    finally:
+        base.RECORD = None
+    read = {name: value for name, value in named.items() if name in {x.name for x in piece.spec.mask.free_symbols}}
+    more: dict[str, Any] = dict(q_offset=offset, transposed=transposed, **read)
+    sizes = (pq.shape[2], pk.shape[2], block, block)
+    maps = [[ag.tile_map(piece.spec, *sizes, b=b, h=h, **more) for h in range(pq.shape[1])] for b in range(len(pq))]
+    return torch.stack([torch.stack(own) for own in maps]) > 0
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+def test_nothing_is_visited_behind_k_len(mask: str, transposed: bool):
+    lengths, block = torch.tensor([0, 1, 64, 65, 300]), 16
+    q, k = torch.randn(5, 1, 33, 16), torch.randn(5, 1, 320, 16)
+    offset = (lengths - 33).clamp(min=0)
+    attn = ag.compile(ag.Spec(mask=MASKS[mask]))
+    seen = tile_maps(attn, q, k, k, block, transposed, k_len=lengths, q_offset=offset)
+    for row, length in enumerate(lengths.tolist()):
+        assert not seen[row, ..., -(-length // block) :].any()
+        assert bool(seen[row].any()) == (length > 0)
+    call = bind(ag.Spec(mask=(keys_j < ag.Tensor("k_len", 1, torch.int32)[keys_b])), q, k, k, captures=dict(k_len=lengths))
+    keys = Keys(call, ag.facts(call.spec), 32, 64)  # of the CPU's loops
+    for row, length in enumerate(lengths.tolist()):
+        chunks = keys.chunks(row, 0, 0)
+        assert max(chunks.stop, default=0) == min(320, -(-length // GRAIN) * GRAIN)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+def test_packed_sequences_visit_their_own_tiles(mask: str, transposed: bool):
+    """At most the pairs of each sequence rounded out to tiles, and no tile without an attended pair where a mask by distance
+    leaves some out.
+    """
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 90, (12,), generator=generator)
+    cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    total, block = int(cu[-1]), 16
+    q = torch.randn(1, 1, total + 40, 16)  # with rows of no sequence
+    seen = tile_maps(ag.compile(ag.Spec(mask=MASKS[mask])), q, q, q, block, transposed, cu_q=cu, cu_k=cu)[0, 0]
+    pairs, needed = torch.zeros_like(seen), torch.zeros_like(seen)
+    for start, stop in pairwise(cu.tolist()):
+        own = slice(start // block, -(-stop // block))
+        pairs[own, own] = True
+        place = torch.arange(stop - start)
+        env = dict(b=0, h=0, i=place.view(-1, 1), j=place)
+        spec = ag.Spec(mask=MASKS[mask])
+        pair = torch.as_tensor(evaluate(spec.mask, env)).expand(stop - start, stop - start).nonzero() + start
+        needed[pair[:, 0] // block, pair[:, 1] // block] = True
+    assert not (needed & ~seen).any()
+    assert int(seen.sum()) <= int(pairs.sum()) and not (seen & ~pairs).any()
+    if mask in ("none", "causal", "window"):
+        assert torch.equal(seen, needed)
 
 
 def test_other_lengths_compile_nothing():

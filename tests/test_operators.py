@@ -27,7 +27,7 @@ def inputs(grad: bool = False, n: int = 40):
 def test_opcheck(backend: str):
     attn = ag.compile(SPEC, backend=backend)
     (q, k, v), captures = inputs(grad=True, n=17)
-    arguments = (q, k, v, [captures["sink"], captures["slope"]], [9], [], 0, None, attn.handle)
+    arguments = (q, k, v, [captures["sink"], captures["slope"]], [9], [], 0, None, attn.handle, False)
     torch.library.opcheck(torch.ops.attngen.forward, arguments)
 
 

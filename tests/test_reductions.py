@@ -142,3 +142,31 @@ def test_decode_schedules_do_not_spill(target: str, head_dim: int, split: Any) -
             spec = ag.Spec(mask=lambda b, h, i, j: (j < LENGTH[b]) & (i >= j), page_size=page_size)
             for kernel in cross_compile(spec, target, head_dim=head_dim, schedule=schedule, passes=("forward",)):
                 assert kernel.spills == 0, str(kernel)
+
+
+@pytest.mark.parametrize("mask", [ag.causal(), ag.window(20) | ag.global_tokens(3), None, "j < 0"])
+def test_stored_weights_give_the_same_gradients(mask: Any) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 150, 16), torch.randn(2, 2, 330, 16), torch.randn(2, 2, 330, 24)
+    results = []
+    for store in (False, True):
+        attn = ag.compile(ag.Spec(mask=mask), schedule=ag.Schedule(store=store))
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out, lse = attn(*leaves, return_lse=True, q_offset=180)
+        loss = out.square().sum() + lse.masked_fill(lse.isneginf(), 0).square().sum()
+        results.append((out, *torch.autograd.grad(loss, leaves)))
+    for got, want in zip(*results, strict=True):
+        assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+def test_weights_are_stored_where_that_makes_sense() -> None:
+    q = torch.randn(1, 2, 5, 16, requires_grad=True)
+    for spec, backend, says in (
+        (ag.Spec(), "interpret", "on a GPU"),
+        (ag.Spec(score=ag.soft_cap(3.0)), "cpu", "with a score"),
+    ):
+        with pytest.raises(ag.ScheduleError, match=says):
+            ag.compile(spec, backend=backend, schedule=ag.Schedule(store=True))(q, q, q)
+    long = torch.randn(1, 2, 2049, 16)
+    with pytest.raises(ag.ScheduleError, match="2048"):
+        ag.compile(ag.Spec(), schedule=ag.Schedule(store=True))(q, long, long)

@@ -63,6 +63,20 @@ def forward(call: Call, facts: Facts, schedule: Schedule) -> tuple[torch.Tensor,
     return (out, lse) if work.finite else _forward(work, schedule)
 
 
+def forward_storing(
+    call: Call, facts: Facts, schedule: Schedule
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`forward`, and the weights P [B, Hq, Nq, Nk] for `backward_stored`; where values are not finite they are empty, so that
+    the backward computes them with care.
+    """
+    work = Work(call, facts, schedule.block_m or ROWS, schedule.block_n or CHUNK)
+    weights = torch.zeros((*call.q.shape[:3], call.n_k), dtype=work.real)
+    out, lse = _forward(work, Schedule(split=1), weights)
+    if work.finite:
+        return out, lse, weights
+    return *_forward(work, Schedule(split=1)), weights.new_empty(0)
+
+
 def backward(
     call: Call,
     facts: Facts,
@@ -78,12 +92,40 @@ def backward(
         raise InputError("q", "no gradient: a paged cache is for inference", "a backward through it", "use torch.no_grad()")
     if isinstance(call.spec.lists, RowLists):
         return cpu_rows.backward(call, facts, out, lse, grad_out, grad_lse, wanted)
+    return _backward(call, facts, schedule, out, lse, None, grad_out, grad_lse, wanted)
+
+
+def backward_stored(
+    call: Call,
+    facts: Facts,
+    schedule: Schedule,
+    out: torch.Tensor,
+    weights: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """`backward` from the weights that `forward_storing` left; nothing is captured by the specs that have them."""
+    lse = torch.zeros_like(grad_lse)
+    return _backward(call, facts, schedule, out, lse, weights, grad_out, grad_lse, [])
+
+
+def _backward(
+    call: Call,
+    facts: Facts,
+    schedule: Schedule,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    weights: torch.Tensor | None,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    wanted: list[str],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     work = Work(call, facts, schedule.dq_block_m or ROWS, schedule.dq_block_n or CHUNK)
     work.finite = all(bool(t.sum(dtype=work.real).isfinite()) for t in (work.q, work.k, work.v, grad_out))
     real, pairs, jobs = work.real, work.k.shape[0] * work.k.shape[1], work.jobs()
     delta = (grad_out.to(real) * out.to(real)).sum(-1).sub_(grad_lse.to(real)).unsqueeze(-1)
     lse = lse.to(real).masked_fill(lse == -math.inf, math.inf)  # a row without a key: exp(-inf - inf) is 0
-    given = _Given(grad_out, delta, (lse * LOG2E).unsqueeze(-1))
+    given = _Given(grad_out, delta, (lse * LOG2E).unsqueeze(-1), weights)
     dq = torch.empty(call.q.shape, dtype=call.q.dtype)
     # Jobs that share a pair sum on their own. Transposed, because products then add to whole rows.
     sharing = sum(1 for own, _ in jobs if 0 in own) if pairs else 1
@@ -248,8 +290,12 @@ class Work:
 # -- forward ----------------------------------------------------------------------------------------------------------
 
 
-def _forward(work: Work, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse. If inf or nan shows up in out, `work.finite` is False afterwards and they may be wrong."""
+def _forward(
+    work: Work, schedule: Schedule, weights: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse. If inf or nan shows up in out, `work.finite` is False afterwards and they may be wrong. P goes to
+    `weights`.
+    """
     outputs = work.k.shape[1] * work.q.shape[0] * -(-work.q.shape[2] // work.block_m)
     few = outputs < torch.get_num_threads() and work.keys.visited > 4 * CHUNK  # a long context, and cores without work
     if schedule.split not in (None, 1) or (schedule.split is None and few):
@@ -259,7 +305,7 @@ def _forward(work: Work, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor
 
     def job(_: int, part: tuple[range, range]) -> None:
         for units in work.units(*part):
-            if not math.isfinite(_attend(work, units, lse, out)):
+            if not math.isfinite(_attend(work, units, lse, out, weights)):
                 work.finite = False
 
     run_jobs(work.jobs(finer=4), job)
@@ -312,9 +358,18 @@ def _parts(counts: list[int], split: int | str, programs: int) -> list[tuple[int
     return parts
 
 
-def _attend(work: Work, units: list[Unit], lse: torch.Tensor, out: torch.Tensor) -> float:
-    """Writes the units' rows of lse [B, Hq, Nq] and out [B, Hq, Nq, Dv]; returns a sum that is finite if they are."""
+def _attend(
+    work: Work, units: list[Unit], lse: torch.Tensor, out: torch.Tensor, weights: torch.Tensor | None = None
+) -> float:
+    """Writes the units' rows of lse [B, Hq, Nq], out [B, Hq, Nq, Dv] and the weights; returns a sum that is finite if they
+    are.
+    """
     chunks, caps = units[0].chunks, units[0].caps
+    if weights is not None and caps is not None and chunks.start:
+        return kernels().attend_storing(
+            work.q, work.k, work.v, [unit.place for unit in units], work.scale * work.base, chunks.start, chunks.stop,
+            chunks.bundle, caps, chunks.owner, chunks.low, chunks.high, lse, out, weights,
+        )  # fmt: skip
     if caps is None or not chunks.start or work.spec.sink is not None:
         return sum(_attend_unit(work, unit, lse, out) for unit in units)
     return kernels().attend(
@@ -405,11 +460,12 @@ def _dropout(work: Work, unit: Unit, scope: dict[str, Any]) -> torch.Tensor:
 
 
 class _Given(NamedTuple):
-    """do [B, Hq, Nq, Dv]; delta and lse (base 2) [B, Hq, Nq, 1]."""
+    """do [B, Hq, Nq, Dv]; delta and lse (base 2) [B, Hq, Nq, 1]; P [B, Hq, Nq, Nk] where it was stored."""
 
     grad_out: torch.Tensor
     delta: torch.Tensor
     lse: torch.Tensor
+    weights: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -425,6 +481,12 @@ class _Sums:
 def _differentiate(work: Work, units: list[Unit], given: _Given, sums: _Sums) -> None:
     """Writes the units' dq and adds their shares of the other gradients; dk comes out times `work.base`."""
     chunks, caps = units[0].chunks, units[0].caps
+    if given.weights is not None:
+        kernels().differentiate_stored(
+            work.q, given.grad_out, work.k, work.v, [unit.place for unit in units], work.scale * work.base, work.scale,
+            given.delta, given.weights, chunks.start, chunks.stop, chunks.bundle, sums.dk, sums.dv, sums.dq,
+        )  # fmt: skip
+        return
     if caps is None:
         for unit in units:
             _differentiate_unit(work, unit, given, sums)

@@ -16,9 +16,11 @@ columns low[x] .. high[x] - 1 of chunk owner[x].
 import warnings
 from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
+from attngen.errors import AttngenWarning
 from attngen.state import State, merge
 
 
@@ -264,13 +266,103 @@ def differentiate(
         )
 
 
+def attend_storing(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    places: list[list[int]],
+    factor: float,
+    start: list[int],
+    stop: list[int],
+    bundle: list[int],
+    cap: list[torch.Tensor],
+    owner: list[int],
+    low: list[int],
+    high: list[int],
+    lse: torch.Tensor,
+    out: torch.Tensor,
+    weights: torch.Tensor,
+) -> float:
+    """`attend`, which also writes the units' weights P [B, Hq, Nq, Nk] in the columns that they visit."""
+    total = 0.0
+    for place in places:
+        tile = [place[3], place[5], -1]
+        keys, values = k[place[0], place[1]], v[place[0], place[1]]
+        rows, kept = rows_of(tile_of(q, place), factor, keys), tile_of(weights, place)
+        states: list[State] = []
+        for m in range(len(bundle) - 1):
+            a, b = bundle[m], bundle[m + 1]
+            logits = masked_logits(
+                rows, bundled(keys, start, stop, a, b), tile, start, stop, a, b, cap, owner, low, high
+            )
+            states.append(state_of(logits, bundled(values, start, stop, a, b)))  # logits now holds exp2(x - m)
+            before = 0
+            for n in range(a, b):
+                size = stop[n] - start[n]
+                kept[:, :, start[n] : stop[n]] = logits.view(tile).narrow(2, before, size)
+                before += size
+        state = states[0]
+        for m in range(1, len(states)):
+            state = merge(state, states[m], True)
+        for m in range(len(states)):
+            weight = torch.exp2(states[m].m - state.m).div_(state.l.clamp(min=1)).view(place[3], place[5], 1)
+            for n in range(bundle[m], bundle[m + 1]):
+                kept[:, :, start[n] : stop[n]].mul_(weight)
+        total += write(state, tile_of(lse, place), tile_of(out, place))
+    return total
+
+
+def differentiate_stored(
+    q: torch.Tensor,
+    do: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    places: list[list[int]],
+    factor: float,
+    scale: float,
+    delta: torch.Tensor,
+    weights: torch.Tensor,
+    start: list[int],
+    stop: list[int],
+    bundle: list[int],
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    dq: torch.Tensor,
+) -> None:
+    """`differentiate` from the weights P [B, Hq, Nq, Nk] of `attend_storing`: a product and the exponentials less."""
+    for place in places:
+        pair = place[0] * k.size(1) + place[1]
+        keys, values = k[place[0], place[1]], v[place[0], place[1]]
+        rows, do_rows = rows_of(tile_of(q, place), factor, keys), rows_of(tile_of(do, place), 1.0, keys)
+        q_t, do_t = rows.t().contiguous(), do_rows.t().contiguous()
+        unit_delta, kept = tile_of(delta, place).reshape(-1, 1), tile_of(weights, place)
+        sums = torch.zeros_like(rows)
+        for m in range(len(bundle) - 1):
+            a, b = bundle[m], bundle[m + 1]
+            parts: list[torch.Tensor] = []
+            for n in range(a, b):
+                parts.append(kept[:, :, start[n] : stop[n]])
+            p = torch.cat(parts, 2).view(rows.size(0), -1)
+            ds = product(do_rows, bundled(values, start, stop, a, b)).sub_(unit_delta).mul_(p)
+            add_bundle(product(do_t, p.t()), dv.select(0, pair), start, stop, a, b)
+            add_bundle(product(q_t, ds.t()), dk.select(0, pair), start, stop, a, b)
+            sums.add_(product(ds, bundled(keys, start, stop, a, b).t()))
+        tile_of(dq, place).copy_(sums.mul_(scale).view(place[3], place[5], -1))
+
+
 @cache
 def kernels() -> SimpleNamespace:
-    """`attend` and `differentiate`, scripted where torch can."""
-    functions = {"attend": attend, "differentiate": differentiate}
+    """The functions for units, scripted where torch can."""
+    functions: dict[str, Any] = {f.__name__: f for f in (attend, differentiate, attend_storing, differentiate_stored)}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that TorchScript is in maintenance
             return SimpleNamespace(**{name: torch.jit.script(function) for name, function in functions.items()})
-    except (AttributeError, RuntimeError, OSError):
+    except (AttributeError, RuntimeError, OSError) as error:
+        warnings.warn(
+            f"torch can't script the CPU backend's inner loops here ({str(error).splitlines()[0]}): they run as plain "
+            "Python, about 20% slower",
+            AttngenWarning,
+            stacklevel=2,
+        )
         return SimpleNamespace(**functions)

@@ -18,6 +18,7 @@ from attngen.backends.cpu_tiles import check_loads, checked_loads
 from attngen.errors import InputError
 from attngen.expression import S, evaluate
 from attngen.inputs import Call
+from attngen.lists import RowLists
 
 PIECE = 2**20  # numbers of a gathered operand
 
@@ -119,6 +120,8 @@ class _Work:
     def __init__(self, call: Call, facts: Facts):
         if call.spec.dropout is not None:
             raise InputError("dropout", "none, for keys listed by row", "a probability", "leave out dropout=")
+        assert isinstance(call.spec.lists, RowLists)
+        self.lists = call.spec.lists
         self.call, self.facts, self.spec, self.real = call, facts, call.spec, _real(call)
         self.q, self.k, self.v = (t.detach().to(self.real) for t in (call.q, call.k, call.v))
         self.identity = bool(self.spec.score == S)
@@ -132,7 +135,7 @@ class _Work:
     def list_head(self, tensor: torch.Tensor, h: int) -> int:
         """Which list of [B', H', ...] is head h's."""
         lists = tensor.shape[1]
-        return 0 if lists == 1 else h if self.spec.lists.by_query_head else h // self.call.group
+        return 0 if lists == 1 else h if self.lists.by_query_head else h // self.call.group
 
     def _of(self, name: str, b: int, h: int) -> torch.Tensor:
         tensor = self.env[name]
@@ -159,7 +162,7 @@ class _Work:
             check_loads(self.checks, scope, mask, self.real)
         if not self.identity:
             x = torch.as_tensor(evaluate(self.spec.score, {**scope, "s": scaled}, real=self.real)).expand_as(scaled)
-        if self.spec.lists.weighted:
+        if self.lists.weighted:
             x = x + self._of("edge_weight", b, h)[edges.place]
         return torch.where(mask, x, -torch.inf), scaled
 

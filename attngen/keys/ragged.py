@@ -164,8 +164,11 @@ def _check_room(call: Call, captures: Mapping[str, Any], lengths: Mapping[str, t
             if axis not in lengths or size == 1:
                 continue
             length = lengths[axis]
+            if axis == "i" and isinstance(call.q_offset, torch.Tensor):
+                wanted = f"0 or more, since `{name}` is indexed by the position i"
+                require("q_offset", (call.q_offset >= 0) | (length == 0), wanted, call.q_offset, "in sequence")
             end = torch.where(length > 0, length + (call.q_offset if axis == "i" else 0), 0)
-            wanted = f"{size} positions {axis} at most, or more elements along its dimension {dim}"
+            wanted = f"{size} positions {axis} at most, as many as it has along dimension {dim}"
             require(name, end <= size, wanted, end, "in sequence")
 
 
@@ -185,13 +188,14 @@ def _places(call: Call, cu_q: torch.Tensor, cu_k: torch.Tensor, count: int) -> d
     word = torch.int32 if (count + 3) * stride < LIMIT else torch.int64
     q_position = q_row - cu_q[q_sequence] + own
     k_position = k_row - cu_k[k_sequence]
-    # A row behind the last sequence starts where no key is.
-    start = torch.where(q_sequence < count, q_sequence, count + 1) * stride
+    # Rows behind the last sequence have ranks that no other row's range has in it, and queries a range with no key, which
+    # starts after all and stops before: tiles that have such rows besides others visit no more for them.
+    far = torch.where(k_sequence < count, k_sequence, count + 1)
     found = {
         "q_rank": q_sequence * stride + shift + q_position,
-        "k_rank": k_sequence * stride + shift + k_position,
-        "start": start,
-        "stop": start + stride,
+        "k_rank": far * stride + shift + k_position,
+        "start": torch.where(q_sequence < count, q_sequence, count + 2) * stride,
+        "stop": torch.where(q_sequence < count, q_sequence + 1, count) * stride,
     }
     near = {"q_sequence": inside, "q_position": q_position, "k_position": k_position}
     return {n: t.to(word) for n, t in found.items()} | {n: t.to(torch.int32) for n, t in near.items()}
