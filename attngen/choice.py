@@ -63,7 +63,9 @@ def complete_for(target: str, head_dim: int, head_dim_v: int, dtype: torch.dtype
     """The schedule for a named target, without a database: what cross-compilation and `source` use."""
     if target == "interpreter":
         small = {"block_m": 16, "block_n": 16, "num_warps": 1, "num_stages": 1}
-        tiles: dict[str, Any] = {prefix + name: value for prefix in ("", "dq_", "dkv_") for name, value in small.items()}
+        tiles: dict[str, Any] = {
+            prefix + name: value for prefix in ("", "dq_", "dkv_") for name, value in small.items()
+        }
         return pins.over(Schedule(**tiles, deterministic=True, precision="ieee"))
     return complete(Target.named(target), head_dim, head_dim_v, dtype, pins)
 

@@ -103,7 +103,9 @@ class CompiledAttention:
         elif any(name in captures and name not in self.spec.tensors for name in LENGTHS):
             from attngen.keys import ragged
 
-            lengths = {name: captures.pop(name) for name in LENGTHS if name not in self.spec.tensors and name in captures}
+            lengths = {
+                name: captures.pop(name) for name in LENGTHS if name not in self.spec.tensors and name in captures
+            }
             if all(value is None for value in lengths.values()):
                 out, lse = operators.apply(self, q, k, v, captures, q_offset)
             else:

@@ -153,7 +153,10 @@ def dense_mask(mask: Any, q: torch.Tensor, n_k: int, **captures: Any) -> torch.T
 def test_random_page_tables(data: st.DataObject):
     """Entries that no query reaches hold anything, and one that a query reaches has to be a page."""
     page_size, slots = data.draw(st.sampled_from([1, 2, 7, 16, 33])), data.draw(st.integers(1, 5))
-    n_q, name = data.draw(st.integers(1, 5)), data.draw(st.sampled_from(["causal", "window", "sinks", "blocks", "prefix"]))
+    n_q, name = (
+        data.draw(st.integers(1, 5)),
+        data.draw(st.sampled_from(["causal", "window", "sinks", "blocks", "prefix"])),
+    )
     lengths = torch.tensor([data.draw(st.integers(0, slots * page_size)) for _ in range(2)])
     pages = data.draw(st.integers(1, 8))
     entries = st.lists(st.integers(0, pages - 1), min_size=2 * slots, max_size=2 * slots)

@@ -115,9 +115,7 @@ def test_packed_captures_by_sequence():
 
 @pytest.mark.parametrize("place", ["mask", "score"])
 @pytest.mark.parametrize("axis, offset", [("i", 0), ("i", 2), ("i", "tensor"), ("j", 0)])
-def test_captures_shorter_than_a_sequence(
-    axis: str, offset: Any, place: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_captures_shorter_than_a_sequence(axis: str, offset: Any, place: str, monkeypatch: pytest.MonkeyPatch):
     mark = ag.Tensor("mark", 1)
     reads: Any = {"i": lambda i, j: mark[i], "j": lambda i, j: mark[j]}[axis]
     spec = ag.Spec(**(
@@ -156,9 +154,7 @@ def test_positions_before_a_capture():
 # -- tiles ------------------------------------------------------------------------------------------------------------
 
 
-def tile_maps(
-    attn: Any, q: Any, k: Any, v: Any, block: int, transposed: bool, **given: Any
-) -> torch.Tensor:
+def tile_maps(attn: Any, q: Any, k: Any, v: Any, block: int, transposed: bool, **given: Any) -> torch.Tensor:
     """Tiles that the call's piece visits, bool [B, Hq, tiles_q, tiles_k]."""
     base.RECORD = []
     try:
@@ -184,7 +180,9 @@ def test_nothing_is_visited_behind_k_len(mask: str, transposed: bool):
     for row, length in enumerate(lengths.tolist()):
         assert not seen[row, ..., -(-length // block) :].any()
         assert bool(seen[row].any()) == (length > 0)
-    call = bind(ag.Spec(mask=(keys_j < ag.Tensor("k_len", 1, torch.int32)[keys_b])), q, k, k, captures=dict(k_len=lengths))
+    call = bind(
+        ag.Spec(mask=(keys_j < ag.Tensor("k_len", 1, torch.int32)[keys_b])), q, k, k, captures=dict(k_len=lengths)
+    )
     keys = Keys(call, ag.facts(call.spec), 32, 64)  # of the CPU's loops
     for row, length in enumerate(lengths.tolist()):
         chunks = keys.chunks(row, 0, 0)

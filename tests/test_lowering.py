@@ -17,8 +17,8 @@ from attngen.cross import cross_compile
 from attngen.errors import ScheduleError
 from attngen.expression import B, FloorDiv, H, I, J, Load, PyMod, Uniform
 from attngen.lowering import render, sites
-from attngen.lowering.sides import chunks
 from attngen.lowering.printer import Place, Printer
+from attngen.lowering.sides import chunks
 from attngen.schedule import Schedule, complete
 from attngen.schedule import Target as Gpu
 

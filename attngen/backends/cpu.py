@@ -23,10 +23,10 @@ import torch
 from attngen import state
 from attngen.analysis import Facts
 from attngen.backends import cpu_rows
-from attngen.balance import stream_k
 from attngen.backends.cpu_kernels import add_products, kernels, product, rows_of, state_of, write
 from attngen.backends.cpu_parallel import run_jobs, split_jobs
 from attngen.backends.cpu_tiles import Blocked, Chunks, Keys, ListedKeys, Masks, check_loads, checked_loads, positions
+from attngen.balance import stream_k
 from attngen.errors import InputError
 from attngen.expression import Load, S, evaluate, uniform
 from attngen.inputs import Call
@@ -63,9 +63,7 @@ def forward(call: Call, facts: Facts, schedule: Schedule) -> tuple[torch.Tensor,
     return (out, lse) if work.finite else _forward(work, schedule)
 
 
-def forward_storing(
-    call: Call, facts: Facts, schedule: Schedule
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def forward_storing(call: Call, facts: Facts, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`forward`, and the weights P [B, Hq, Nq, Nk] for `backward_stored`; where values are not finite they are empty, so that
     the backward computes them with care.
     """
@@ -89,7 +87,9 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """dq, dk, dv and the gradients of the wanted captures, see `attngen.backends`; sums are made in a fixed order."""
     if call.spec.page_size is not None:
-        raise InputError("q", "no gradient: a paged cache is for inference", "a backward through it", "use torch.no_grad()")
+        raise InputError(
+            "q", "no gradient: a paged cache is for inference", "a backward through it", "use torch.no_grad()"
+        )
     if isinstance(call.spec.lists, RowLists):
         return cpu_rows.backward(call, facts, out, lse, grad_out, grad_lse, wanted)
     return _backward(call, facts, schedule, out, lse, None, grad_out, grad_lse, wanted)
@@ -290,9 +290,7 @@ class Work:
 # -- forward ----------------------------------------------------------------------------------------------------------
 
 
-def _forward(
-    work: Work, schedule: Schedule, weights: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(work: Work, schedule: Schedule, weights: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse. If inf or nan shows up in out, `work.finite` is False afterwards and they may be wrong. P goes to
     `weights`.
     """

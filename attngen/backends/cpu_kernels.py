@@ -9,8 +9,8 @@ v [B, Hkv, Nk, Dv] contiguous in the computing dtype. Its place is [batch, kv he
 Logits are in base 2: torch's exp2 is several times faster than its exp.
 
 All units of a call visit chunks start[n] .. stop[n] - 1. Chunks bundle[m] .. bundle[m + 1] - 1 are taken together: several
-short ones are copied into one, since an operator on few keys costs as much as on many. Their masks: cap[x] (+inf or -inf, [rows, columns] or with heads in front) for the
-columns low[x] .. high[x] - 1 of chunk owner[x].
+short ones are copied into one, since an operator on few keys costs as much as on many. Their masks: cap[x] (+inf or -inf,
+[rows, columns] or with heads in front) for the columns low[x] .. high[x] - 1 of chunk owner[x].
 """
 
 import warnings
@@ -82,10 +82,7 @@ def bundled(x: torch.Tensor, start: list[int], stop: list[int], first: int, last
     """Rows of x [N, *] that chunks first .. last - 1 visit."""
     if last - first == 1:
         return x[start[first] : stop[first]]
-    parts: list[torch.Tensor] = []
-    for n in range(first, last):
-        parts.append(x[start[n] : stop[n]])
-    return torch.cat(parts)
+    return torch.cat([x[start[n] : stop[n]] for n in range(first, last)])
 
 
 def masked_logits(
@@ -339,10 +336,7 @@ def differentiate_stored(
         sums = torch.zeros_like(rows)
         for m in range(len(bundle) - 1):
             a, b = bundle[m], bundle[m + 1]
-            parts: list[torch.Tensor] = []
-            for n in range(a, b):
-                parts.append(kept[:, :, start[n] : stop[n]])
-            p = torch.cat(parts, 2).view(rows.size(0), -1)
+            p = torch.cat([kept[:, :, start[n] : stop[n]] for n in range(a, b)], 2).view(rows.size(0), -1)
             ds = product(do_rows, bundled(values, start, stop, a, b)).sub_(unit_delta).mul_(p)
             add_bundle(product(do_t, p.t()), dv.select(0, pair), start, stop, a, b)
             add_bundle(product(q_t, ds.t()), dk.select(0, pair), start, stop, a, b)

@@ -41,7 +41,7 @@ def forward(call: Call, facts: Facts) -> tuple[torch.Tensor, torch.Tensor]:
     def job(_: int, part: tuple[int, int]) -> None:
         b, h = part
         edges = work.edges(b, h)
-        x, _ = work.logits(b, h, edges)
+        x = work.logits(b, h, edges)[0]
         sink = work.sink(b, h)
         m = torch.full((call.q.shape[2],), -torch.inf, dtype=work.real).scatter_reduce_(0, edges.row, x, "amax")
         m = m if sink is None else torch.maximum(m, sink)
@@ -49,8 +49,8 @@ def forward(call: Call, facts: Facts) -> tuple[torch.Tensor, torch.Tensor]:
         p = torch.exp(x - m[edges.row])
         total = torch.zeros_like(m).scatter_add_(0, edges.row, p)
         total = total if sink is None else total + torch.exp(sink - m)
-        for at in _pieces(len(x), call.v.shape[3]):
-            _add(out[b, h], edges.row[at], _weighted(work.v[b, h // call.group], edges.key[at], p[at]))
+        for piece in _pieces(len(x), call.v.shape[3]):
+            _add(out[b, h], edges.row[piece], _weighted(work.v[b, h // call.group], edges.key[piece], p[piece]))
         out[b, h] /= total.clamp(min=torch.finfo(work.real).tiny).unsqueeze(-1)
         lse[b, h] = m + torch.log(total)
 

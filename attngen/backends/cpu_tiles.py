@@ -160,7 +160,7 @@ class Masks:
         self.by_batch = B in self.mask.free_symbols or isinstance(call.q_offset, torch.Tensor)
         self.by_head = H in self.mask.free_symbols
         self.by_distance = _depends_on_distance(self.mask)
-        self.apart = like.apart if like is not None else None if self.by_distance else apart(call, env)
+        self.apart: Allowed | None = like.apart if like is not None else None if self.by_distance else apart(call, env)
         self.offsets: list[int] = torch.as_tensor(call.q_offset).expand(call.q.shape[0]).tolist()
         self._known: dict[Any, Blocked] = {}
         self._tile: Any = None
@@ -178,7 +178,9 @@ class Masks:
             if self._bytes > KEPT_BYTES:
                 self._forget()
             if self.apart is not None:
-                allowed = self.apart(b, heads, slice(first - self.offsets[b], first - self.offsets[b] + rows), slice(start, stop))
+                allowed = self.apart(
+                    b, heads, slice(first - self.offsets[b], first - self.offsets[b] + rows), slice(start, stop)
+                )
             else:
                 env = {**self.env, **positions(b, heads, first, rows, start, stop)}
                 allowed = torch.as_tensor(evaluate(self.mask, env, real=self.real))
@@ -199,7 +201,9 @@ class Masks:
         self._bytes = 0
 
 
-Allowed = Callable[[int, range, slice, slice], torch.Tensor]  # b, heads, rows, keys -> bool [heads or nothing, rows, keys]
+Allowed = Callable[
+    [int, range, slice, slice], torch.Tensor
+]  # b, heads, rows, keys -> bool [heads or nothing, rows, keys]
 
 
 def apart(call: Call, env: dict[str, Any]) -> Allowed | None:

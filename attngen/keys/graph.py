@@ -41,7 +41,9 @@ class Graph(KeySet):
         # Whatever came, no run reaches past the list and no edge past the keys: the checks may be turned off.
         crow = crow.long().clamp(0, size if n_k else 0).cummax(-1).values
         place = torch.arange(size, device=col.device).expand_as(col)
-        row = torch.searchsorted(crow[..., 1:].contiguous(), place.contiguous(), right=True) if call.wants_grad else place
+        row = (
+            torch.searchsorted(crow[..., 1:].contiguous(), place.contiguous(), right=True) if call.wants_grad else place
+        )
         edges = col.clamp(0, max(n_k - 1, 0))
         listed = place < crow[..., -1:]
         runs = torch.stack([crow[..., :-1], crow.diff(dim=-1)], -1).to(word_for(size))

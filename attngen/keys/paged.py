@@ -96,7 +96,10 @@ def reached(call: Call, lengths: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return torch.zeros((batch, len(slots)), dtype=torch.bool, device=device)
     known = facts(_reading(call.spec, "k_len" in lengths))
     env: dict[str, Any] = {**call.captures, **call.params, **lengths}
-    env |= {"b": torch.arange(batch, device=device).view(-1, 1, 1), "h": torch.arange(heads, device=device).view(1, -1, 1)}
+    env |= {
+        "b": torch.arange(batch, device=device).view(-1, 1, 1),
+        "h": torch.arange(heads, device=device).view(1, -1, 1),
+    }
     check_positive(known.walk_keys, env)
     offset = call.q_offset.view(-1, 1, 1) if isinstance(call.q_offset, torch.Tensor) else call.q_offset
     queries, keys = Axis("i", offset, n_q), Axis("j", 0, call.n_k)  # one tile of all queries
