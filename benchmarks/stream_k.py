@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
-import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 from attngen.balance import shared, stream_k
+from attngen.reductions import even_splits
 from benchmarks import report
 from benchmarks.timing import Candidate, race, stopwatch_for
 
@@ -118,21 +118,9 @@ def makespan(programs: Iterable[float], sm_rate: float = SHARE, slots: int = SMS
     return time
 
 
-def fewest_splits(outputs: int, tiles: int, sms: int = SMS) -> int:
-    """FlashDecoding's way to fix the number of splits from the longest sequence: none where outputs fill 80% of the SMs, else
-    the fewest within 85% of the best share of the last wave that is busy.
-    """
-    if outputs >= 0.8 * sms:
-        return 1
-    splits = [n for n in range(1, min(128, sms, tiles) + 1) if n == 1 or -(-tiles // n) != -(-tiles // (n - 1))]
-    waves = {n: outputs * n / sms for n in splits}
-    efficiency = {n: wave / math.ceil(wave) for n, wave in waves.items()}
-    return min(n for n in splits if efficiency[n] >= 0.85 * max(efficiency.values()))
-
-
 def schedules(case: Case) -> dict[str, int | str | None]:
     """The schedules that are compared, by name."""
-    chosen = fewest_splits(len(case.counts()), max(case.counts()))
+    chosen = even_splits(len(case.counts()), max(case.counts()), SMS)
     return {"no split": None, "split-K, chosen": chosen, f"split-K, {FIXED}": FIXED, "stream-K": "stream"}
 
 

@@ -17,7 +17,6 @@ from attngen.keys.dense import DEFINITIONS
 from attngen.lists import as_log_weight
 from tests.keys_cases import MASKS, SIZES, compare, inputs
 
-
 KINDS = {"shared": 0, "batch": 1, "kv": 2, "query": 3}
 
 

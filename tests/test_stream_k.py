@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from attngen.balance import balance
+from attngen.reductions import even_splits
 from benchmarks.stream_k import (
     BANDWIDTH,
     CASES,
@@ -17,7 +18,6 @@ from benchmarks.stream_k import (
     SMS,
     TILE_BYTES,
     Case,
-    fewest_splits,
     main,
     makespan,
     measure,
@@ -52,16 +52,9 @@ def test_ragged_batches_gain_and_even_ones_do_not() -> None:
         and model(even, "stream").partials == 0
     )
     ragged = CASES[-1]
-    chosen = fewest_splits(len(ragged.counts()), max(ragged.counts()))
+    chosen = even_splits(len(ragged.counts()), max(ragged.counts()), SMS)
     assert model(ragged, chosen).seconds > 1.5 * model(ragged, "stream").seconds
     assert model(ragged, 4).seconds >= model(ragged, 4).partials / BANDWIDTH + LAUNCH
-
-
-def test_fewest_splits() -> None:
-    assert fewest_splits(outputs=128, tiles=1000) == 1
-    assert fewest_splits(outputs=66, tiles=1000) == 2
-    assert fewest_splits(outputs=1, tiles=4) == 4
-    assert fewest_splits(outputs=1, tiles=1) == 1
 
 
 def test_the_table_says_that_it_is_modelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
