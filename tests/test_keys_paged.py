@@ -15,6 +15,7 @@ from attngen import traffic
 from attngen.backends.cpu_tiles import GRAIN
 from attngen.expression import evaluate
 from attngen.inputs import bind
+from attngen.keys import paged
 from attngen.keys.base import b as keys_b
 from attngen.keys.base import j as keys_j
 from attngen.reference import dense_env
@@ -175,6 +176,18 @@ def test_random_page_tables(data: st.DataObject):
         where = re.escape(f"{int(table[row, slot])} at [batch row, page slot] [{row}, {slot}]")
         with pytest.raises(ag.InputError, match=where):
             ag.compile(spec)(q, k, v, page_table=table, **captures)
+
+
+def test_a_plan_checks_a_table_once(monkeypatch: pytest.MonkeyPatch):
+    q, k, v, table, lengths = cache(16)
+    width = ag.Param("width")
+    attn = ag.compile(ag.Spec(keys=ag.paged(16), mask=ag.causal() & ag.window(width)))
+    given = dict(page_table=table, k_len=lengths, q_offset=lengths - 2)
+    with pytest.raises(ag.InputError, match="width"):
+        attn.plan(q, k, v, **given)
+    plan, want = attn.plan(q, k, v, width=9, **given), attn(q, k, v, width=9, **given)
+    monkeypatch.setattr(paged, "reached", None)
+    assert torch.equal(attn(q, k, v, plan=plan, width=9, **given), want)
 
 
 def test_unchecked_tables_read_nothing_outside(monkeypatch: pytest.MonkeyPatch):

@@ -123,7 +123,11 @@ def _backward(
     work = Work(call, facts, schedule.dq_block_m or ROWS, schedule.dq_block_n or CHUNK)
     work.finite = all(bool(t.sum(dtype=work.real).isfinite()) for t in (work.q, work.k, work.v, grad_out))
     real, pairs, jobs = work.real, work.k.shape[0] * work.k.shape[1], work.jobs()
-    delta = (grad_out.to(real) * out.to(real)).sum(-1).sub_(grad_lse.to(real)).unsqueeze(-1)
+    delta = torch.empty(call.q.shape[:3], dtype=real)
+    for b in range(call.q.shape[0]):  # head by head: the pages of a large temporary cost more than the sums
+        for h in range(call.q.shape[1]):
+            torch.sum(grad_out[b, h].to(real) * out[b, h].to(real), -1, out=delta[b, h])
+    delta = delta.sub_(grad_lse.to(real)).unsqueeze(-1)
     lse = lse.to(real).masked_fill(lse == -math.inf, math.inf)  # a row without a key: exp(-inf - inf) is 0
     given = _Given(grad_out, delta, (lse * LOG2E).unsqueeze(-1), weights)
     dq = torch.empty(call.q.shape, dtype=call.q.dtype)
@@ -146,8 +150,9 @@ def _backward(
         gradients.setdefault(name, torch.zeros(call.captures[name].shape, dtype=real))
     if call.spec.sink is not None:
         _differentiate_sink(work, lse, delta, gradients)
-    dk = dk.sum(0).mul_(1 / work.base).view(*call.k.shape[:2], *dk.shape[2:]).mT
-    dv = dv.sum(0).view(*call.v.shape[:2], *dv.shape[2:]).mT
+    dk, dv = (x[0] if sharing == 1 else x.sum(0) for x in (dk, dv))
+    dk = dk.mul_(1 / work.base).view(*call.k.shape[:2], *dk.shape[1:]).mT
+    dv = dv.view(*call.v.shape[:2], *dv.shape[1:]).mT
     return dq, dk.to(call.k.dtype).contiguous(), dv.to(call.v.dtype).contiguous(), gradients
 
 

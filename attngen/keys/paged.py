@@ -32,6 +32,7 @@ class Paged(KeySet):
     head_major: bool = False
 
     name: ClassVar[str] = "paged"
+    prepared: ClassVar[tuple[str, ...]] = ("page_table", "k_len")  # checked, once for all calls with one plan
     used: ClassVar[tuple[str, ...]] = ("page_table", "k_len")
     optional: ClassVar[tuple[str, ...]] = ("k_len",)
 
@@ -55,6 +56,27 @@ class Paged(KeySet):
         named = {**captures, "page_table": given["page_table"]}
         return bind(_in_pages(spec, self.page_size), q, k, v, q_offset=q_offset, captures=named)
 
+    def prepare(self, spec: Spec, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
+        if checked():
+            table, held = given["page_table"], call.k.shape[0]
+            lengths = self._lengths(call, table, given.get("k_len"))
+            only = _mask_in_pages(spec, self.page_size, bool(lengths))
+            known = {**call.captures, **call.params, **lengths, "page_table": table}
+            named = {name: value for name, value in known.items() if name in only.tensors or name in only.params}
+            bound = bind(only, call.q, call.k, call.v, q_offset=call.q_offset, captures=named)
+            right = ((table >= 0) & (table < held)) | ~reached(bound)
+            wanted = f"pages in 0 .. {held - 1} where the mask lets a query see them"
+            require("page_table", right, wanted, table, "at [batch row, page slot]")
+        return {}
+
+    def _lengths(self, call: Call, table: torch.Tensor, k_len: Any) -> dict[str, torch.Tensor]:
+        """k_len, checked, if it is given."""
+        if k_len is None:
+            return {}
+        slots, batch = table.shape[1], call.q.shape[0]
+        what = f"what {slots} pages of {self.page_size} hold"
+        return {"k_len": check_lengths("k_len", k_len, batch, slots * self.page_size, what, call.q.device)}
+
     def run(self, pieces: Pieces, plan: Mapping[str, Any], given: Mapping[str, Any]) -> Result:
         call, device, k_len = pieces.call, pieces.call.q.device, given.get("k_len")
         learned = [call.q, call.k, call.v, *call.captures.values()]
@@ -62,17 +84,10 @@ class Paged(KeySet):
             raise InputError(
                 "k", "inference only, with pages", "an argument that requires a gradient", "torch.no_grad()"
             )
-        table, batch = given["page_table"], call.q.shape[0]
+        table = given["page_table"]
         table = check_tensor("page_table", table, "int", tuple(table.shape), "[B, pages per row]", device)
         held, limited = call.k.shape[0], k_len is not None
-        extra: dict[str, Any] = {}
-        if limited:
-            what = f"what {table.shape[1]} pages of {self.page_size} hold"
-            extra["k_len"] = check_lengths("k_len", k_len, batch, call.n_k, what, device)
-        if checked():
-            right = ((table >= 0) & (table < held)) | ~reached(call, extra)
-            wanted = f"pages in 0 .. {held - 1} where the mask lets a query see them"
-            require("page_table", right, wanted, table, "at [batch row, page slot]")
+        extra = self._lengths(call, table, k_len)
 
         def build() -> dict[str, Any]:
             mask = pieces.mask
@@ -85,17 +100,17 @@ class Paged(KeySet):
         return pieces.attend(("paged", limited), build, call.q, call.k, call.v, call.q_offset, **extra)
 
 
-def reached(call: Call, lengths: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Pages with a key that the mask, and k_len in `lengths`, let some query of their row see: bool [B, pages per row]. By
-    the walk that the kernels make, so in a mask that no intervals describe a few that nobody sees are among them.
+def reached(call: Call) -> torch.Tensor:
+    """Pages with a key that the mask lets some query of their row see: bool [B, pages per row]. By the walk that the kernels
+    make: of a mask that no intervals describe, some that nobody sees are among them.
     """
     (batch, heads, n_q, _), page_size, device = call.q.shape, call.spec.page_size, call.q.device
     assert page_size is not None
     slots = torch.arange(call.n_k // page_size, device=device)
     if n_q == 0 or len(slots) == 0:
         return torch.zeros((batch, len(slots)), dtype=torch.bool, device=device)
-    known = facts(_reading(call.spec, "k_len" in lengths))
-    env: dict[str, Any] = {**call.captures, **call.params, **lengths}
+    known = facts(call.spec)
+    env: dict[str, Any] = {**call.captures, **call.params}
     env |= {
         "b": torch.arange(batch, device=device).view(-1, 1, 1),
         "h": torch.arange(heads, device=device).view(1, -1, 1),
@@ -111,12 +126,14 @@ def reached(call: Call, lengths: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 @lru_cache(maxsize=256)
-def _reading(spec: Spec, limited: bool) -> Spec:
+def _mask_in_pages(spec: Spec, page_size: int, limited: bool) -> Spec:
     """The mask alone, with k_len as part of it."""
     from attngen.spec import Spec
 
     mask = Expr(spec.mask, {**spec.tensors, **spec.params})
-    return Spec(mask & (j < Tensor("k_len", 1, torch.int32)[b]) if limited else mask)
+    if limited:
+        mask = mask & (j < Tensor("k_len", 1, torch.int32)[b])
+    return Spec(mask, page_size=page_size)
 
 
 @lru_cache(maxsize=256)
