@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+
+# Two test processes share the cores: threads that spin at barriers would keep each other from working.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

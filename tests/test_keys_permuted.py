@@ -237,3 +237,17 @@ def test_lsh_buckets_are_the_nearest_directions():
     assert k_bucket.shape == (1, 2, 300) and set(k_bucket.unique().tolist()) == set(range(8))
     with pytest.raises(ag.InputError):
         ag.lsh_buckets(q, k, 7)
+
+
+def test_a_plan_is_for_one_mask_one_offset_and_instead_of_its_captures() -> None:
+    q, k, v = (torch.randn(2, 2, 40, 16) for _ in range(3))
+    keep = torch.rand(2, 2, 40) < 0.6
+    causal = ag.compile(ag.Spec(keys=ag.qk_sparse(), mask=ag.causal()))
+    plan = causal.plan(q, k, v, keep_q=keep, keep_k=keep, q_offset=torch.tensor([0, 3]))
+    causal(q, k, v, plan=plan, q_offset=torch.tensor([0, 3]))
+    with pytest.raises(ag.InputError, match="a plan for q_offset"):
+        causal(q, k, v, plan=plan, q_offset=torch.tensor([0, 4]))
+    with pytest.raises(ag.InputError, match="a plan for the mask True"):
+        ag.compile(ag.Spec(keys=ag.qk_sparse()))(q, k, v, plan=plan, q_offset=torch.tensor([0, 3]))
+    with pytest.raises(ag.InputError, match="keep_q: expected nothing next to a plan"):
+        causal(q, k, v, plan=plan, q_offset=torch.tensor([0, 3]), keep_q=~keep)

@@ -111,6 +111,15 @@ def test_other_dtypes_and_values_that_are_not_finite(dtype: torch.dtype) -> None
     assert out.shape == want.shape
 
 
+def test_no_edge_at_all_under_a_score_that_checks_its_loads() -> None:
+    q, k, v = inputs(batch=1, **ROWS)
+    table = ag.Tensor("table", 2)
+    spec = ag.Spec(keys=ag.graph(), score=lambda s, b, h, i, j: s + table[h, ag.absolute(i - j)])
+    crow, col = torch.zeros(ROWS["n_q"] + 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    out, lse = ag.compile(spec)(q, k, v, return_lse=True, crow=crow, col=col, table=torch.randn(4, 20))
+    assert not out.any() and lse.isneginf().all()
+
+
 def test_lists_have_one_text_and_no_name_of_the_users() -> None:
     for lists in (TileLists(128, 64), RowLists(), RowLists(weighted=True, by_query_head=True)):
         spec = ag.Spec(mask=ag.causal(), lists=lists)

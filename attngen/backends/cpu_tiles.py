@@ -85,7 +85,8 @@ class Keys:
         queries, keys = Axis("i", offset, call.q.shape[2]), Axis("j", 0, self.length)
         full, partial = run(facts.walk_keys, facts.program_keys, env, queries, keys, block_m, GRAIN)
         self.by_head = any(x.shape[1] > 1 for segment in (*full, *partial) for x in segment)
-        self.visited = sum(int(count.sum()) for _, count in (*full, *partial)) * GRAIN
+        every = (call.q.shape[0], call.q.shape[1] if self.by_head else 1, -(-call.q.shape[2] // block_m))
+        self.visited = sum(int(count.expand(every).sum()) for _, count in (*full, *partial)) * GRAIN
         self._segments = [*_lists(full, False), *_lists(partial, True)]
 
     def chunks(self, b: int, h: int, tile: int) -> Chunks:
@@ -320,6 +321,8 @@ def check_loads(
     for load, used in loads:
         for dim, (index, size) in enumerate(zip(load.indices, env[load.name].shape, strict=True)):
             values = torch.as_tensor(evaluate(index, env, real=real))
+            if values.numel() == 0:
+                continue
             low, high = (int(x) for x in values.aminmax())
             if low >= 0 and high < size:
                 continue

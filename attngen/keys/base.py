@@ -108,8 +108,37 @@ class KeyPlan:
     """What `attn.plan(q, k, v, ...)` prepared: to be reused for calls of the same sizes, in other layers and steps."""
 
     keys: str
+    mask: str
     sizes: tuple[Any, ...]
+    q_offset: int | torch.Tensor
     values: Mapping[str, Any] = field(repr=False)
+
+    @classmethod
+    def of(cls, spec: Spec, call: Call, values: Mapping[str, Any]) -> KeyPlan:
+        """What a spec's key set prepared for a call."""
+        from attngen.expression import to_text
+
+        assert spec.keys is not None
+        return cls(spec.keys.text, to_text(spec.mask), sizes_of(call), call.q_offset, values)
+
+    def check(self, spec: Spec, call: Call) -> None:
+        """InputError unless it was made for this key set and mask, and for such a call. On a GPU offsets are compared there."""
+        from attngen.expression import to_text
+
+        assert spec.keys is not None
+        for what, own, wanted in (
+            ("", self.keys, spec.keys.text),
+            ("the mask ", self.mask, to_text(spec.mask)),
+            ("(B, Hq, Nq, Hkv, Nk, q_offset, device) = ", self.sizes, sizes_of(call)),
+        ):
+            if own != wanted:
+                raise InputError("plan", f"a plan for {what}{wanted}", f"one for {own}", "make a new plan")
+        if isinstance(self.q_offset, torch.Tensor):
+            same = (self.q_offset == call.q_offset).all()
+            if same.device.type == "cpu" and not same:
+                raise InputError("plan", f"a plan for q_offset {call.q_offset}", f"one for {self.q_offset}", "make a new plan")
+            if same.is_cuda:
+                torch._assert_async(same, "plan: made for another q_offset")
 
     @property
     def nbytes(self) -> int:

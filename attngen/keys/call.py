@@ -13,7 +13,7 @@ from attngen.errors import InputError
 from attngen.expression import evaluate
 from attngen.inputs import Call
 from attngen.keys import base
-from attngen.keys.base import KeyPlan, Pieces, Result, sizes_of
+from attngen.keys.base import KeyPlan, Pieces, Result
 from attngen.merging import merge
 
 if TYPE_CHECKING:
@@ -68,13 +68,10 @@ def run(
         given_plan = _prepare(spec, replace(call, wants_grad=_wants_grad(call, given)), given)
     elif not isinstance(given_plan, KeyPlan):
         raise InputError("plan", "what attn.plan(...) returns", type(given_plan).__name__)
-    elif given_plan.keys != keys.text:
-        raise InputError("plan", f"a plan for {keys.text}", f"a plan for {given_plan.keys}")
-    elif given_plan.sizes != sizes_of(call):
-        names = "(B, Hq, Nq, Hkv, Nk, q_offset, device)"
-        raise InputError(
-            "plan", f"a plan for {names} = {sizes_of(call)}", f"one for {given_plan.sizes}", "make a new plan"
-        )
+    else:
+        given_plan.check(spec, call)
+        for name in (name for name in given if name in keys.prepared and name not in keys.used):
+            raise InputError(name, "nothing next to a plan, which holds what was made from it", "a value")
     result = keys.run(Pieces(attention, call), given_plan.values, given)
     if spec.sink is not None:
         sink = _sink(call, result[1])
@@ -125,7 +122,7 @@ def _prepare(spec: Spec, call: Call, given: Mapping[str, Any]) -> KeyPlan:
     keys = spec.keys
     assert keys is not None
     with torch.no_grad(), debug.timed(f"preparing {keys.name}"):
-        return KeyPlan(keys.text, sizes_of(call), keys.prepare(spec, call, given))
+        return KeyPlan.of(spec, call, keys.prepare(spec, call, given))
 
 
 def _wants_grad(call: Call, given: Mapping[str, Any]) -> bool:

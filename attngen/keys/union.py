@@ -72,13 +72,11 @@ class Union(KeySet):
             raise SpecError("union: a piece cannot have dropout")
 
     def prepare(self, spec: Spec, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
-        from attngen.keys.base import sizes_of
-
         plans: dict[str, Any] = {}
         for number, piece in enumerate(self.specs):
             if piece.keys is not None:
                 values = piece.keys.prepare(piece, call, given)
-                plans[f"piece {number}"] = KeyPlan(piece.keys.text, sizes_of(call), values)
+                plans[f"piece {number}"] = KeyPlan.of(piece, call, values)
         return plans
 
     def run(self, pieces: Pieces, plan: Mapping[str, Any], given: Mapping[str, Any]) -> Result:
