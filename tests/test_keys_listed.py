@@ -194,3 +194,29 @@ def test_merge_refuses_what_does_not_fit():
     for wrong in ((), (out,), ((out, lse), (out[:, :1], lse)), ((out, lse[..., :2]),)):
         with pytest.raises(ag.InputError, match="merge"):
             ag.merge(*wrong)
+
+
+@pytest.mark.parametrize("worst", [-1e4, -1e9, -1e30, torch.finfo(torch.float32).min, -torch.inf])
+@pytest.mark.parametrize("incremental", [False, True])
+def test_sparse_k_of_keys_that_are_as_good_as_absent(worst: float, incremental: bool) -> None:
+    """Such scores mark padding: they must not cancel the others in a sum."""
+    torch.manual_seed(0)
+    u = torch.randn(1, 2, 60)
+    u[:, :, 7], u[:, 1, 40:] = worst, worst
+    if worst > -torch.inf:
+        assert torch.allclose(weights(u, 5).sum(-1), torch.tensor(5.0))
+    q, k, v = (torch.randn(1, 2, 60, 16) for _ in range(3))
+    spec = ag.Spec(keys=ag.sparse_k(5, window=4, incremental=incremental), mask=ag.causal())
+    out, (want, _) = ag.compile(spec)(q, k, v, u=u), ag.oracle(spec, q, k, v, u=u)
+    assert (out - want).norm() <= 1e-5 * want.norm()
+
+
+def test_sparse_k_refuses_scores_that_say_nothing() -> None:
+    q = torch.randn(1, 2, 20, 16)
+    for wrong in (torch.nan, torch.inf):
+        u = torch.randn(1, 2, 20)
+        u[0, 1, 3] = wrong
+        with pytest.raises(ag.InputError, match="u: expected scores that are finite"):
+            ag.compile(ag.Spec(keys=ag.sparse_k(4)))(q, q, q, u=u)
+    with pytest.raises(ag.SpecError, match="incremental"):
+        ag.sparse_k(4, incremental="x")

@@ -194,6 +194,7 @@ def _clipped(u: torch.Tensor, seen: torch.Tensor, k: int) -> torch.Tensor:
     """clip(u - tau, 0, 1) that sums to k over the seen keys (all ones if there are no more than k), tau by bisection."""
     if 0 in seen.shape:
         return seen.double()
+    seen = seen & ~u.isneginf()
     values = torch.where(seen, u.detach(), -torch.inf)
     high = values.amax(-1, keepdim=True)
     low = torch.where(seen, u.detach(), torch.inf).amin(-1, keepdim=True) - 1

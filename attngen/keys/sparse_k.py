@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from attngen.errors import InputError
+from attngen.errors import InputError, SpecError
 from attngen.expression import absolute
 from attngen.keys.base import (
     KeySet,
@@ -33,6 +33,7 @@ from attngen.keys.base import (
     to_query_heads,
 )
 from attngen.keys.permuted import attend_kept, kept_first
+from attngen.keys.checks import checked, require
 from attngen.keys.rows import flat_rows, take, take_flat
 from attngen.merging import merge
 
@@ -59,9 +60,13 @@ class SparseK(KeySet):
         positive("sparse_k: k", self.k)
         if self.window is not None:
             positive("sparse_k: window", self.window)
+        if not isinstance(self.incremental, bool):
+            raise SpecError(f"sparse_k: incremental is True or False, got {self.incremental!r}")
 
     def prepare(self, spec: Spec, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
         u = self._scores(call, given)
+        if checked() and u.numel():
+            require("u", u < torch.inf, "scores that are finite, or -inf for keys that are not there", u.detach())
         if 0 in (call.q.shape[2], call.k.shape[2]):
             return {}
         if self.incremental:
@@ -192,6 +197,8 @@ def threshold(u: torch.Tensor, k: int) -> torch.Tensor:
     with torch.no_grad():
         ordered = u.detach().sort(dim=-1).values
         present = ordered.isfinite()
+        if u.shape[-1] > k:  # with tau so low that entry k + 1 were 1, the sum would pass k: what lies below is never chosen,
+            ordered = torch.maximum(ordered, ordered[..., -k - 1, None] - 2)  # and must not cancel the others in a sum
         known = torch.where(present, ordered, 0.0).double()
         total = torch.nn.functional.pad(known.cumsum(-1), (1, 0))
         kinks = torch.cat([ordered, ordered - 1], -1).sort(dim=-1).values
@@ -244,6 +251,10 @@ def sparse_k(k: int, window: int | None = None, incremental: bool = False) -> Sp
 
     k: how much is chosen: sum p = k (everything, as it is, where there are no more than k keys). window: keys closer than
     this are attended besides, as they are, and not chosen. incremental: p is made for every query from the keys up to it
-    (causal language models); else once from all keys. Gradients flow to u (arXiv 2406.16747).
+    (causal language models); else once from all keys. A score of -inf stands for a key that is not there. Gradients flow to u
+    (arXiv 2406.16747).
+
+    incremental=True waits for the device once per 128 queries, to keep its lists as short as what can still be chosen, and
+    its thresholds take O(N (k + 128)) memory per head while they are made.
     """
     return SparseK(k, window, incremental)
