@@ -221,3 +221,11 @@ def test_too_many_edges_for_int32():
     col = torch.zeros(1, dtype=torch.int32).expand(2**31)
     with pytest.raises(ag.InputError, match="int64"):
         ag.compile(ag.Spec(keys=ag.graph())).plan(q, k, v, crow=torch.zeros(4, dtype=torch.int32), col=col)
+
+
+def test_a_graph_can_be_drawn() -> None:
+    from attngen.cli import app
+    from typer.testing import CliRunner
+
+    shown = CliRunner().invoke(app, ["show", "mask: i >= j; keys: graph()", "-n", "64"])
+    assert shown.exit_code == 0 and "6 edges a row" in shown.output

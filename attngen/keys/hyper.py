@@ -66,9 +66,9 @@ class Hyper(KeySet):
 
     def prepare(self, spec: Spec, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
         seed = given.get("seed")
-        if isinstance(seed, bool) or not isinstance(seed, int):
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
             raise InputError(
-                "seed", "an int", type(seed).__name__, "" if seed is not None else "pass seed=... at the call"
+                "seed", "an int of 64 bits", repr(seed), "" if seed is not None else "pass seed=... at the call"
             )
         n_q, n_k = call.q.shape[2], call.k.shape[2]
         layout = self.layout(spec, n_q, n_k)
@@ -349,5 +349,7 @@ def hyper(block: int = 256, samples: int = 256, min_len: int = 4096) -> Hyper:
     block: keys in a bucket's block; samples: keys drawn for the rest; min_len: fewer keys than this are attended exactly.
     Memory is O(N), time O(N * (block + samples)), with a factor log N where causal. Other conditions in the mask hold
     pair by pair; the estimate stays unbiased (arXiv 2310.05869).
+
+    A causal mask over 2 * min_len queries or more needs as many queries as keys and no q_offset: InputError else.
     """
     return Hyper(block, samples, min_len)

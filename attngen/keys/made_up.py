@@ -16,7 +16,7 @@ def made_up(keys: KeySet, q: torch.Tensor, k: torch.Tensor, q_offset: int = 0) -
     words = []
     maker = _Maker(keys, q, k, q_offset)
     for name in keys.captures():
-        if name in keys.optional and not (name == "layout" and keys.name == "block_sparse"):
+        if name in keys.optional and (keys.name, name) not in _NEEDED:
             continue
         make = getattr(maker, name, None)
         if make is None:
@@ -26,6 +26,10 @@ def made_up(keys: KeySet, q: torch.Tensor, k: torch.Tensor, q_offset: int = 0) -
         values[name], how = make()
         words.append(f"{name} = {how}")
     return values, words
+
+
+# Optional at the call, because something else may be given instead of them.
+_NEEDED = {("block_sparse", "layout"), ("graph", "crow"), ("graph", "col")}
 
 
 class _Maker:

@@ -197,6 +197,12 @@ def lsh_buckets(q: torch.Tensor, k: torch.Tensor, n: int, *, seed: int = 0) -> t
 
     if isinstance(n, bool) or not isinstance(n, int) or n < 2 or n % 2:
         raise InputError("n", "an even int of at least 2", repr(n))
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise InputError("seed", "an int from 0 to 2**63 - 1", repr(seed))
+    for name, x in (("q", q), ("k", k)):
+        if not isinstance(x, torch.Tensor) or x.dim() != 4 or x.shape[-1] != q.shape[-1]:
+            got = f"shape {list(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+            raise InputError(name, "a tensor [B, H, N, D] with the D of q", got)
     generator = torch.Generator(q.device).manual_seed(seed)
     directions = torch.randn(q.shape[-1], n // 2, generator=generator, device=q.device)
 
