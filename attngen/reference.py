@@ -29,14 +29,7 @@ def oracle(
         from attngen.keys.dense import oracle_of_keys
 
         return oracle_of_keys(spec, q, k, v, q_offset, captures)
-    call = bind(spec, q, k, v, q_offset=q_offset, captures=captures)
-    log_weight = None
-    if spec.page_size is not None or spec.lists is not None:
-        from attngen.lists import as_log_weight, without_pages
-
-        log_weight = as_log_weight(call)
-        call = without_pages(call)
-    return dense(call, torch.float64, log_weight)
+    return _written_out(bind(spec, q, k, v, q_offset=q_offset, captures=captures), torch.float64)
 
 
 def plain(
@@ -49,8 +42,17 @@ def plain(
     **captures: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same by ordinary PyTorch operations in q's own dtype: the yardstick for the error of half types."""
-    call = bind(spec, q, k, v, q_offset=q_offset, captures=captures)
-    return dense(call, q.dtype)
+    return _written_out(bind(spec, q, k, v, q_offset=q_offset, captures=captures), q.dtype)
+
+
+def _written_out(call: Call, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """`dense`, with lists as weights of all pairs and pages as rows."""
+    if call.spec.page_size is None and call.spec.lists is None:
+        return dense(call, dtype)
+    from attngen.lists import as_log_weight, without_pages
+
+    log_weight = as_log_weight(call)
+    return dense(without_pages(call), dtype, None if log_weight is None else log_weight.to(dtype))
 
 
 def dense(

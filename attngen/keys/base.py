@@ -136,7 +136,9 @@ class KeyPlan:
         if isinstance(self.q_offset, torch.Tensor):
             same = (self.q_offset == call.q_offset).all()
             if same.device.type == "cpu" and not same:
-                raise InputError("plan", f"a plan for q_offset {call.q_offset}", f"one for {self.q_offset}", "make a new plan")
+                raise InputError(
+                    "plan", f"a plan for q_offset {call.q_offset}", f"one for {self.q_offset}", "make a new plan"
+                )
             if same.is_cuda:
                 torch._assert_async(same, "plan: made for another q_offset")
 

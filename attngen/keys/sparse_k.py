@@ -197,7 +197,9 @@ def threshold(u: torch.Tensor, k: int) -> torch.Tensor:
     with torch.no_grad():
         ordered = u.detach().sort(dim=-1).values
         present = ordered.isfinite()
-        if u.shape[-1] > k:  # with tau so low that entry k + 1 were 1, the sum would pass k: what lies below is never chosen,
+        if (
+            u.shape[-1] > k
+        ):  # with tau so low that entry k + 1 were 1, the sum would pass k: what lies below is never chosen,
             ordered = torch.maximum(ordered, ordered[..., -k - 1, None] - 2)  # and must not cancel the others in a sum
         known = torch.where(present, ordered, 0.0).double()
         total = torch.nn.functional.pad(known.cumsum(-1), (1, 0))
