@@ -81,7 +81,9 @@ class Sizes:
             names = tuple(
                 dict.fromkeys("sdpa-math" if name in ("sdpa-cudnn", "sdpa-efficient") else name for name in names)
             )
-            of_gpu = {"flex-max-autotune", "flashinfer", *HOPPER, "attngen-warp-specialize", *SPLITS} - {"attngen-paged"}
+            of_gpu = {"flex-max-autotune", "flashinfer", *HOPPER, "attngen-warp-specialize", *SPLITS} - {
+                "attngen-paged"
+            }
             names = tuple(name for name in names if name not in of_gpu)
         return ("attngen", *(name for name in names if name != "attngen"))
 

@@ -105,7 +105,9 @@ def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return out.view(q.shape)
 
 
-def compared(name: str, candidates: Mapping[str, Attention], expected: torch.Tensor, target: float, rounds: int) -> Line:
+def compared(
+    name: str, candidates: Mapping[str, Attention], expected: torch.Tensor, target: float, rounds: int
+) -> Line:
     """Check, then time in turns. RuntimeError for a candidate that is wrong. The line has the peak of this process's memory."""
     with torch.no_grad():
         errors = {who: float((run().double() - expected).norm() / expected.norm()) for who, run in candidates.items()}

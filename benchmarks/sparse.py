@@ -91,7 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=TARGETS, metavar="FIGURE", help=f"some of: {', '.join(TARGETS)}")
     parser.add_argument("--n", type=int, default=16384, help="length (default 16384)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each candidate (default 3)")
-    parser.add_argument("--shares", action="store_true", help="QK-sparse and block-sparse at 50%% to 5%%, time per live pair")
+    parser.add_argument(
+        "--shares", action="store_true", help="QK-sparse and block-sparse at 50%% to 5%%, time per live pair"
+    )
     parser.add_argument("--json", help="write the results to this file")
     parser.add_argument("--markdown", help="write a table to this file")
     given = parser.parse_args(arguments)

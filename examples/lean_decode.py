@@ -34,7 +34,9 @@ def main(longest: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
-    lengths = torch.tensor([longest // part for part in (64, 64, 32, 32, 16, 16, 2, 1)], dtype=torch.int32, device=device)
+    lengths = torch.tensor(
+        [longest // part for part in (64, 64, 32, 32, 16, 16, 2, 1)], dtype=torch.int32, device=device
+    )
     batch, heads, kv_heads, head_dim = len(lengths), 32, 8, 128
     q = torch.randn(batch, heads, 1, head_dim, device=device, dtype=dtype)
     k, v = (torch.randn(batch, kv_heads, longest, head_dim, device=device, dtype=dtype) for _ in range(2))
@@ -51,9 +53,13 @@ def main(longest: int) -> None:
     counts = (lengths.cpu().long().repeat_interleave(kv_heads) + 63) // 64
     runs = stream_k(counts, 132)
     loads, tiles = runs.begin.diff(), int(counts.sum())
-    print(f"  {tiles} key tiles of 64 over 132 programs: {int(loads.min())} to {int(loads.max())} each, {balance(tiles, 132):.0%}")
+    print(
+        f"  {tiles} key tiles of 64 over 132 programs: {int(loads.min())} to {int(loads.max())} each, {balance(tiles, 132):.0%}"
+    )
     alone = tiles / (132 * int(counts.max()))
-    print(f"  a program per output instead: the longest has {int(counts.max())}, {alone:.0%} of the machine's time is work")
+    print(
+        f"  a program per output instead: the longest has {int(counts.max())}, {alone:.0%} of the machine's time is work"
+    )
 
 
 if __name__ == "__main__":

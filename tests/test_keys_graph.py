@@ -224,8 +224,9 @@ def test_too_many_edges_for_int32():
 
 
 def test_a_graph_can_be_drawn() -> None:
-    from attngen.cli import app
     from typer.testing import CliRunner
+
+    from attngen.cli import app
 
     shown = CliRunner().invoke(app, ["show", "mask: i >= j; keys: graph()", "-n", "64"])
     assert shown.exit_code == 0 and "6 edges a row" in shown.output

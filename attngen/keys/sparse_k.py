@@ -32,8 +32,8 @@ from attngen.keys.base import (
     s,
     to_query_heads,
 )
-from attngen.keys.permuted import attend_kept, kept_first
 from attngen.keys.checks import checked, require
+from attngen.keys.permuted import attend_kept, kept_first
 from attngen.keys.rows import flat_rows, take, take_flat
 from attngen.merging import merge
 
