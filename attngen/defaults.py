@@ -97,10 +97,9 @@ def decode_tile(rows: int, head_dim: int) -> Tile:
     """The forward's tile for a few query rows, whose time is that of reading the keys: long key tiles, and stages to have
     several of them on their way.
     """
-    block_m = min(max(16, 1 << (rows - 1).bit_length()), 64 if head_dim <= 64 else 32)  # more rows spill
-    if block_m > 16:
-        return Tile(block_m, 64 if head_dim <= 128 else 16, 8, 2)
-    return Tile(block_m, 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32, 4, 3 if head_dim <= 128 else 2)
+    if rows > 16:  # more than 32 rows spill
+        return Tile(32, 64 if head_dim <= 64 else 32 if head_dim <= 128 else 16, 8, 2)
+    return Tile(16, 128, 4, 3) if head_dim <= 64 else Tile(16, 64, 4, 3) if head_dim <= 128 else Tile(16, 32, 8, 2)
 
 
 def _family(target: Target) -> str:
