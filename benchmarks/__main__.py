@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 
 from benchmarks import report, report_files
-from benchmarks.cases import CASES, Sizes, cases_of
+from benchmarks.case import Sizes
+from benchmarks.cases import CASES, cases_of
 from benchmarks.measure import Context
 from benchmarks.peers import PEERS
 from benchmarks.prepare import PLANNERS
-from benchmarks.suite import Mixed, Results, run
+from benchmarks.suite import DeviceLost, Mixed, Results, run
 from benchmarks.timing import stopwatch_for
 
 RESULTS = Path(__file__).parent / "results"
@@ -54,8 +55,13 @@ def main(arguments: list[str] | None = None) -> int:
             print(error)
             return 2
         cases = cases_of(suite, sizes, given.peers)
-        finished &= run(cases, results, context, given.budget, say=lambda text: print(text, flush=True))
-        report_files.write(out)
+        try:
+            finished &= run(cases, results, context, given.budget, say=lambda text: print(text, flush=True))
+        except DeviceLost as error:
+            print(error)
+            return 1
+        finally:
+            report_files.write(out)
     return 0 if finished else 1
 
 

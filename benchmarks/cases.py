@@ -3,89 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
-from typing import Any
 
-FORWARD, BACKWARD, TRAINING = "forward", "backward", "training"
-DIRECTIONS = (FORWARD, BACKWARD, TRAINING)  # training: forward and backward together
-
-SDPA = ("sdpa-cudnn", "sdpa-flash", "sdpa-efficient")
-CPU_SDPA = ("sdpa-flash", "sdpa-math")
-DENSE = ("attngen", *SDPA, "flex", "flashinfer")
-# attngen's own schedules, beside the one it chooses. Warps can be specialised only where there is no mask.
-HOPPER = ("attngen-tma", "attngen-persistent", "attngen-longest-first")
-SPLITS = ("attngen-no-split", "attngen-split-8", "attngen-stream", "attngen-paged")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of a table. `settings`: what the pattern or the suite's measurement needs besides sizes."""
-
-    suite: str
-    pattern: str
-    direction: str
-    batch: int
-    heads_q: int
-    heads_kv: int
-    n_q: int
-    n_k: int
-    head_dim: int
-    dtype: str
-    peers: tuple[str, ...]
-    settings: tuple[tuple[str, Any], ...] = ()
-
-    def setting(self, name: str) -> Any:
-        """The value of one setting. KeyError if the case has none of that name."""
-        return dict(self.settings)[name]
-
-    @property
-    def group(self) -> str:
-        """The case without batch and length: what belongs into one panel of a chart."""
-        heads = f"H{self.heads_q}" if self.heads_q == self.heads_kv else f"Hq{self.heads_q} Hkv{self.heads_kv}"
-        return f"{self._title} {self.direction} {heads} D{self.head_dim} {self.dtype}"
-
-    @property
-    def id(self) -> str:
-        """Names the case within its suite; results are kept and resumed by it."""
-        n = f"N{self.n_k}" if self.n_q == self.n_k else f"Nq{self.n_q} Nk{self.n_k}"
-        return f"{self.group} B{self.batch} {n}"
-
-    @property
-    def _title(self) -> str:
-        values = [f"{name}={_short(value)}" for name, value in self.settings]
-        return " ".join([self.pattern, *values])
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "+".join(f"{value.count(x)}x{x}" if value.count(x) > 1 else str(x) for x in dict.fromkeys(value))
-    return str(value)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How large: `small` is for a CPU and for trying the harness; `full` is for a GPU."""
-
-    small: bool
-    cuda: bool
-
-    @property
-    def dtype(self) -> str:
-        """bfloat16 on a GPU; a CPU's own kernels are float32."""
-        return "bfloat16" if self.cuda else "float32"
-
-    def peers(self, *names: str) -> tuple[str, ...]:
-        """attngen and those of the names that make sense on the device."""
-        if not self.cuda:
-            names = tuple(
-                dict.fromkeys("sdpa-math" if name in ("sdpa-cudnn", "sdpa-efficient") else name for name in names)
-            )
-            of_gpu = {"flex-max-autotune", "flashinfer", *HOPPER, "attngen-warp-specialize", *SPLITS} - {
-                "attngen-paged"
-            }
-            names = tuple(name for name in names if name not in of_gpu)
-        return ("attngen", *(name for name in names if name != "attngen"))
+from benchmarks.case import BACKWARD, CPU_SDPA, DENSE, FORWARD, HOPPER, SDPA, SPLITS, TRAINING, Case, Sizes
+from benchmarks.papers import seeds
+from benchmarks.papers_beside import LEAN_ATTENTION, lean
 
 
 def dense(sizes: Sizes) -> Iterable[Case]:
@@ -148,13 +71,6 @@ def scores(sizes: Sizes) -> Iterable[Case]:
         )  # fmt: skip
 
 
-LEAN = (  # arXiv 2405.10480's own cases: float16, d 128, 64 heads
-    (131072,),
-    (4096, 32768, 65536),
-    (1024, 1024, 2048, 2048, 4096, 4096, 32768, 65536),
-)
-
-
 def decode(sizes: Sizes) -> Iterable[Case]:
     """One query per sequence against its cache: even batches, then ragged ones by a length per sequence."""
     peers = sizes.peers(*SPLITS, *(CPU_SDPA if sizes.small else (*SDPA, "flex", "flashinfer")))
@@ -163,34 +79,13 @@ def decode(sizes: Sizes) -> Iterable[Case]:
     hq, hkv, dim = (8, 2, 64) if sizes.small else (32, 8, 128)
     for batch, n in ((1, 1024), (4, 2048)) if sizes.small else even:
         yield Case("decode", "full", FORWARD, batch, hq, hkv, 1, n, dim, sizes.dtype, peers)
-    for lengths in ((64, 500, 1024),) if sizes.small else LEAN:
+    for column, lengths in lean(sizes):
         heads, dtype = (8, sizes.dtype) if sizes.small else (64, "float16")
-        settings = (("lengths", lengths),)
+        shape = (len(lengths), heads, heads, 1, max(lengths), dim, dtype)
         yield Case(
-            "decode", "lengths", FORWARD, len(lengths), heads, heads, 1, max(lengths), dim, dtype, peers, settings
-        )
-
-
-def seeds(sizes: Sizes) -> Iterable[Case]:
-    """SCFA's and HyperAttention's own sizes, and block-sparse FlashAttention; the peers are dense."""
-    peers = ("attngen", "attngen-dense", "sdpa-flash") if not sizes.cuda else ("attngen", "attngen-dense", *SDPA[:2])
-    dim, dtype = 64, sizes.dtype
-    batch, heads = (1, 4) if sizes.small else (4, 48)
-    lengths = (2048,) if sizes.small else (8192, 16384, 32768)
-    variants = [("qk_sparse", "kept", kept) for kept in (0.7, 0.5, 0.3, 0.2)]
-    variants += [("hash_sparse", "buckets", count) for count in (4, 16, 64)]
-    for n, (pattern, name, value) in product(lengths, variants):
-        if sizes.small and value not in (0.5, 16):
-            continue
-        shape = (batch, heads, heads, n, n, dim, dtype)
-        yield Case("seeds", pattern, TRAINING, *shape, peers, ((name, value),))
-    for n, live in product((2048,) if sizes.small else (8192, 32768), (0.25,) if sizes.small else (0.5, 0.25, 0.1)):
-        heads = 4 if sizes.small else 16
-        yield Case("seeds", "block_sparse", TRAINING, 1, heads, heads, n, n, dim, dtype, peers, (("live", live),))
-    for n, direction in product((2048,) if sizes.small else (32768, 131072), (FORWARD, TRAINING)):
-        heads = 4 if sizes.small else 32
-        settings = (("min_len", 512 if sizes.small else 4096),)
-        yield Case("seeds", "hyper", direction, 1, heads, heads, n, n, dim, dtype, peers, settings)
+            "decode", "lengths", FORWARD, *shape, peers, (("lengths", lengths),), table=LEAN_ATTENTION.name,
+            column=column,
+        )  # fmt: skip
 
 
 def planning(sizes: Sizes) -> Iterable[Case]:
@@ -242,9 +137,9 @@ CASES: dict[str, Callable[[Sizes], Iterable[Case]]] = {
 
 
 def cases_of(suite: str, sizes: Sizes, peers: Iterable[str] | None = None) -> list[Case]:
-    """The suite's cases; `peers`: only these beside attngen, also ones a case would not list for the device."""
+    """The suite's cases; `peers`: only these beside attngen and the sparse systems, also ones a case would not list for the device."""
     found = list(CASES[suite](sizes))
     if peers is None:
         return found
     wanted = tuple(name for name in peers if name != "attngen")
-    return [replace(case, peers=("attngen", *wanted)) for case in found]
+    return [replace(case, peers=("attngen", *(s.name for s in case.systems), *wanted)) for case in found]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from attngen.reference import oracle, plain
-from benchmarks.cases import FORWARD
+from benchmarks.case import FORWARD
 from benchmarks.work import Inputs
 
 ROWS = 16  # queries in each sampled run

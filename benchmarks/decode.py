@@ -22,12 +22,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks.papers_beside import CONTEXT, RAGGED, SUFFIX
 from benchmarks.report import Line, save
 from benchmarks.timing import interleaved, ratio
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-LENGTHS = (1024, 1024, 2048, 2048, 4096, 4096, 32768, 65536)
-SAMPLES, CONTEXT, SUFFIX = 16, 8192, 128
+SAMPLES = 16
 SPARE = 2.0  # times the inputs' bytes that must be free
 LIMIT = 1e-5  # relative error allowed
 
@@ -38,7 +38,7 @@ def ragged(rounds: int, shrink: int = 1) -> Line:
     """One query of each of 8 sequences against its keys in a cache that is padded to the longest."""
     import attngen as ag
 
-    lengths = [max(1, n // shrink) for n in LENGTHS]
+    lengths = [max(1, n // shrink) for n in RAGGED]
     heads, kv_heads, note = fitting(len(lengths) * max(lengths))
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(len(lengths), heads, 1, HEAD_DIM, generator=generator)

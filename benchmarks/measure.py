@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any
 
 import torch
 
-from benchmarks.cases import BACKWARD, FORWARD, Case
+from benchmarks import seeds
+from benchmarks.case import BACKWARD, FORWARD, Case
 from benchmarks.check import Reference, WrongResult
+from benchmarks.memory import peak_memory
 from benchmarks.peers import PEERS, VARIANTS, Attention, Build, Built, Unavailable
 from benchmarks.timing import Candidate, Clock, DeviceStopwatch, HostStopwatch, Stopwatch, Timing, race
 from benchmarks.work import Inputs, Rates, Work, measure_rates, work
@@ -21,10 +23,10 @@ OK, WRONG, FAILED, UNAVAILABLE = "ok", "wrong", "failed", "not available"
 
 @dataclass(frozen=True)
 class Record:
-    """What came of one peer in one case. figure: the case's headline number, in `unit`; better says which way is good.
+    """What came of one peer in one case. figure: the case's headline number, in `unit`.
 
     error: the check's error over what is allowed. bound_fraction: the modelled bound's time over the median. ratio, of
-    attngen only: the best right peer's median over attngen's.
+    attngen and of sparse systems: the best right dense peer's median over this one's.
     """
 
     case: str
@@ -73,34 +75,55 @@ def _rates(device: torch.device, dtype: str, stopwatch: Stopwatch) -> Rates:
 
 
 def attention(case: Case, peers: tuple[str, ...], context: Context) -> Iterator[Record]:
-    """Attention itself: TFLOP/s on attended pairs, or GB/s where there is one query a sequence."""
+    """Attention itself: TFLOP/s on attended pairs, or GB/s where there is one query a sequence; of sparse systems, which attend
+    others, milliseconds.
+    """
     inputs = Inputs.make(case, context.device)
-    reference = Reference(inputs)
-    ready: dict[str, tuple[Built, float]] = {}
+    systems = {system.name: system for system in case.systems}
+    reference = Reference(inputs) if set(peers) - set(systems) else None
+    ready: dict[str, tuple[Candidate, float, dict[str, Any]]] = {}
     for peer in peers:
         context.starting(peer)
         try:
-            built = named(context.peers, peer)(inputs)
-            ready[peer] = built, reference.error(*results(built.run, inputs))
-        except Exception as error:
-            yield failure(case, peer, error)
-    timings, failed = _race(case, {peer: candidate(built.run, inputs) for peer, (built, _) in ready.items()}, context)
+            if peer in systems:
+                error = seeds.check(systems[peer], case, context.device)
+                run, own, notes = seeds.build(systems[peer], inputs)
+                seeds.check_finite(*results(run, own))
+            else:
+                assert reference is not None
+                built = named(context.peers, peer)(inputs)
+                run, own, notes = built.run, inputs, built.notes
+                error = reference.error(*results(run, own))
+            ready[peer] = candidate(run, own), error, notes | _peak(run, own)
+        except Exception as problem:
+            yield failure(case, peer, problem)
+    timings, failed = _race(case, {peer: action for peer, (action, _, _) in ready.items()}, context)
     for peer, reason in failed.items():
         yield Record(case.id, peer, FAILED, clean(reason), described=describe(case))
     done, rates = work(inputs), context.rates(case.dtype)
     bound, limit = rates.bound(done)
+    unit, figure = throughput(case, done, context.device)
+    counted = {"pairs": done.pairs, "flops": done.flops, "bytes": done.bytes}
     records = []
     for peer, timing in timings.items():
-        built, relative = ready[peer]
-        unit, figure = throughput(case, done, context.device)
-        records.append(
-            Record(
-                case.id, peer, OK, error=relative, timing=timing, figure=figure / timing.median, unit=unit,
-                bound_seconds=bound, bound_limit=limit, bound_fraction=bound / timing.median, notes=built.notes,
-                described=describe(case) | {"pairs": done.pairs, "flops": done.flops, "bytes": done.bytes},
-            )
-        )  # fmt: skip
-    yield from with_ratio(records)
+        _, relative, notes = ready[peer]
+        record = Record(case.id, peer, OK, error=relative, timing=timing, notes=notes, described=describe(case))
+        if peer in systems:
+            record = replace(record, figure=1e3 * timing.median, unit="ms")
+        else:
+            record = replace(
+                record, figure=figure / timing.median, unit=unit, bound_seconds=bound, bound_limit=limit,
+                bound_fraction=bound / timing.median, described=describe(case) | counted,
+            )  # fmt: skip
+        records.append(record)
+    yield from with_ratio(records, tuple(systems))
+
+
+def _peak(run: Attention, inputs: Inputs) -> dict[str, Any]:
+    """A note of what a call takes on a GPU at its peak; on a CPU the process's growth would say little of so small a call."""
+    if inputs.q.device.type != "cuda":
+        return {}
+    return {"peak bytes": peak_memory(lambda: results(run, inputs), inputs.q.device)}
 
 
 def overhead(case: Case, peers: tuple[str, ...], context: Context) -> Iterator[Record]:
@@ -197,14 +220,17 @@ def candidate(run: Attention, inputs: Inputs) -> Candidate:
     return Candidate(lambda: None, lambda _: torch.autograd.grad(run(), leaves, inputs.d_out))
 
 
-def with_ratio(records: Any) -> Iterator[Record]:
-    """attngen's record says how it stands to the best peer, its own variants left out; the others pass."""
+def with_ratio(records: Iterable[Record], systems: tuple[str, ...] = ()) -> Iterator[Record]:
+    """How attngen stands to the best peer, its own variants left out, and a sparse system to the best dense attention; the
+    others pass.
+    """
     records = list(records)
-    peers = {r.peer: r.timing.median for r in records if r.peer not in {"attngen", *VARIANTS} and r.timing}
-    best = min(peers, key=peers.__getitem__) if peers else ""
+    dense = {r.peer: r.timing.median for r in records if r.peer not in {*systems, *VARIANTS} and r.timing}
     for record in records:
-        if record.peer == "attngen" and best:
-            yield replace(record, ratio=peers[best] / record.timing.median, best_peer=best)
+        rivals = {peer: median for peer, median in dense.items() if peer != record.peer}
+        if record.peer in ("attngen", *systems) and rivals and record.timing:
+            best = min(rivals, key=rivals.__getitem__)
+            yield replace(record, ratio=rivals[best] / record.timing.median, best_peer=best)
         else:
             yield record
 
@@ -229,7 +255,8 @@ def named(table: Mapping[str, Any], peer: str) -> Any:
 
 def describe(case: Case) -> dict[str, Any]:
     """The case for tables and charts."""
-    values = {n: v for n, v in asdict(case).items() if n not in ("peers", "suite", "settings")}
+    kept = asdict(replace(case, systems=()))
+    values = {n: v for n, v in kept.items() if n not in ("peers", "suite", "settings", "systems") and v != ""}
     return {**values, "group": case.group, **dict(case.settings)}
 
 

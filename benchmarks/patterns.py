@@ -15,7 +15,7 @@ import torch
 import attngen as ag
 
 if TYPE_CHECKING:
-    from benchmarks.cases import Case
+    from benchmarks.case import Case
 
 Captures = dict[str, Any]
 Span = tuple[torch.Tensor, torch.Tensor]  # first key and one past the last, int64 [B or 1, Nq] each

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import attngen as ag
 from attngen.inputs import bind
-from benchmarks.cases import FORWARD
+from benchmarks.case import FORWARD
 from benchmarks.work import Inputs
 
 PAGE = 16  # keys, where a cache is paged

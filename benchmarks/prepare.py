@@ -9,14 +9,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from attngen.analysis import Axis, facts
 from attngen.analysis import run as run_walk
-from benchmarks.cases import FORWARD, Case
+from benchmarks.case import FORWARD, Case
 from benchmarks.measure import (
     FAILED,
     OK,
@@ -30,6 +29,7 @@ from benchmarks.measure import (
     synchronize,
     with_ratio,
 )
+from benchmarks.memory import peak_memory
 from benchmarks.peers import Unavailable, block_mask_of, compiled_flex, dense_mask
 from benchmarks.timing import Candidate, Timing, race
 from benchmarks.work import Inputs
@@ -141,33 +141,6 @@ def _expect_tiles(peer: str, planned: Any, inputs: Inputs) -> None:
         raise RuntimeError(f"a plan of only {count} tiles")
 
 
-def peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that a run takes at its peak beyond what was held before; on a CPU the growth of the process, None where the
-    system does not tell.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = _status("VmRSS")
-        run()
-        return max(0, _status("VmHWM") - before)
-    except OSError:
-        return None
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return 1024 * int(line.split()[1])
-    raise OSError(f"no {name}")
-
-
 # -- first calls ------------------------------------------------------------------------------------------------------
 
 
@@ -223,7 +196,8 @@ def _new_processes(case: Case, peer: str, context: Context) -> tuple[list[float]
 
 def child(job: dict[str, Any]) -> dict[str, Any]:
     """What a new process measures."""
-    from benchmarks.cases import Sizes, cases_of
+    from benchmarks.case import Sizes
+    from benchmarks.cases import cases_of
 
     device = torch.device(job["device"])
     sizes = Sizes(small=job["small"], cuda=device.type == "cuda")

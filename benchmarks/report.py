@@ -85,7 +85,7 @@ def setting(device: torch.device) -> dict[str, Any]:
     return {
         "device": found.name,
         "units": found.units,
-        "memory GiB": found.memory,
+        "memory GiB": found.memory or None,
         "driver": found.driver,
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,

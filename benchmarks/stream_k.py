@@ -25,6 +25,7 @@ import torch
 from attngen.balance import shared, stream_k
 from attngen.reductions import even_splits
 from benchmarks import report
+from benchmarks.papers_beside import LEAN
 from benchmarks.timing import Candidate, race, stopwatch_for
 
 HEAD_DIM, ELEMENT, BLOCK_N = 128, 2, 64
@@ -60,15 +61,10 @@ class Case:
         return [-(-n // BLOCK_N) for n in self.lengths for _ in range(self.heads_kv)]
 
 
-RAGGED = (1024, 1024, 2048, 2048, 4096, 4096, 32768, 65536)
 CASES = [
     Case(f"{name} H{heads}/{heads_kv}", lengths, heads, heads_kv)
-    for name, lengths, heads, several in (
-        ("B1 N131072", (131072,), 64, (64, 8)),
-        ("B3 N{4096, 32768, 65536}", (4096, 32768, 65536), 64, (64, 8)),
-        ("B8 N{1024x2, 2048x2, 4096x2, 32768, 65536}", RAGGED, 32, (32, 8)),
-    )
-    for heads_kv in several
+    for (name, lengths), heads in zip(LEAN.items(), (64, 64, 32), strict=True)
+    for heads_kv in (heads, 8)
 ]
 
 

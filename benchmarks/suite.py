@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks import measure, prepare
-from benchmarks.cases import Case
+from benchmarks.case import Case
 from benchmarks.measure import FAILED, OK, Context, Record, describe, failure
-from benchmarks.seeds import seeds
 
 Measure = Callable[[Case, tuple[str, ...], Context], Iterator[Record]]
 
@@ -22,7 +21,6 @@ MEASURES: Mapping[str, Measure] = {
     "planning": prepare.planning,
     "first_call": prepare.first_call,
     "overhead": measure.overhead,
-    "seeds": seeds,
 }  # every other suite measures attention itself
 
 SCHEMA = 1
@@ -30,6 +28,10 @@ SCHEMA = 1
 
 class Mixed(Exception):
     """Results in the file are from another machine, version or size."""
+
+
+class DeviceLost(Exception):
+    """The device answers no more: a new process has to go on."""
 
 
 class Results:
@@ -58,6 +60,12 @@ class Results:
         name = (record.case, record.peer)
         self.data["records"] = [r for r in self.data["records"] if (r["case"], r["peer"]) != name]
         self.data["records"].append(record.to_json())
+        self.write()
+
+    def forget(self, case: str, peers: Iterable[str]) -> None:
+        """Drop the records of that case and these peers, to be measured again."""
+        dropped = {(case, peer) for peer in peers}
+        self.data["records"] = [r for r in self.data["records"] if (r["case"], r["peer"]) not in dropped]
         self.write()
 
     def start(self, case: str, peer: str) -> None:
@@ -91,7 +99,9 @@ def run(
     budget: float,
     say: Callable[[str], None] = print,
 ) -> bool:
-    """Measure what is missing; True when nothing is left. Stops before a case that is likely to exceed `budget` seconds."""
+    """Measure what is missing; True when nothing is left. Stops before a case that is likely to exceed `budget` seconds. Raises
+    DeviceLost.
+    """
     by_id = {case.id: case for case in cases}
     if len(by_id) != len(cases):
         raise ValueError("two cases of one suite have the same id")
@@ -108,8 +118,7 @@ def run(
             return False
         # A case is timed in turns or not at all: those that already failed stay out, all others run (again).
         peers = tuple(peer for peer in case.peers if peer not in known or known[peer]["status"] == OK)
-        if not _case(case, peers, results, context, say, f"[{number}/{len(cases)}]"):
-            return False
+        _case(case, peers, results, context, say, f"[{number}/{len(cases)}]")
         longest = max(longest, context.clock() - started)
     for name in ("running", "ended"):
         results.data.pop(name, None)
@@ -119,31 +128,31 @@ def run(
 
 def _case(
     case: Case, peers: tuple[str, ...], results: Results, context: Context, say: Callable[[str], None], place: str
-) -> bool:
-    """False if the device is lost, so that a new process has to go on."""
+) -> None:
     say(f"{place} {case.id}")
     told = replace(context, starting=lambda peer: results.start(case.id, peer))
     action = MEASURES.get(case.suite, measure.attention)
-    seen = set()
+    statuses: dict[str, str] = {}
     try:
         for record in action(case, peers, told):
             results.add(record)
-            seen.add(record.peer)
+            statuses[record.peer] = record.status
             say(f"      {line(record)}")
     except Exception as error:  # of the harness or its reference, not of one peer
         for peer in peers:
-            if peer not in seen:
+            if peer not in statuses:
                 results.add(Record(case.id, peer, FAILED, failure(case, peer, error).reason, described=describe(case)))
+                statuses[peer] = FAILED
         say(f"      {failure(case, '', error).reason}")
-    if context.device.type != "cuda":
-        return True
     try:
-        torch.cuda.synchronize(context.device)
-        torch.cuda.empty_cache()
+        measure.synchronize(context.device)
+        if context.device.type == "cuda":
+            torch.cuda.empty_cache()
     except Exception as error:
-        say(f"the device is lost ({failure(case, '', error).reason}): run again with --resume")
-        return False
-    return True
+        # Once the device is lost everything fails: only the first to do so may be the reason.
+        failed = [peer for peer, status in statuses.items() if status == FAILED]
+        results.forget(case.id, failed[1:])
+        raise DeviceLost(f"the device is lost ({failure(case, '', error).reason}): run again with --resume") from error
 
 
 def line(record: Record) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from attngen.analysis import GPUS
-from benchmarks.cases import BACKWARD, FORWARD, Case
+from benchmarks.case import BACKWARD, FORWARD, Case
 from benchmarks.patterns import PATTERNS, Captures, Pattern, Span
 
 
@@ -109,7 +109,7 @@ class Rates:
 def measure_rates(device: torch.device, dtype: str, stopwatch: Any, runs: int = 12) -> Rates:
     """A large matrix product and a large copy on random data, the best of a few runs each."""
     cuda = device.type == "cuda"
-    n, elements = (8192, 2**30) if cuda else (1024, 2**25)
+    n, elements = (8192, 2**30) if cuda else (2048, 2**25)
     left, right = (torch.randn(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
     product = min(stopwatch(lambda: None, lambda _: left @ right) for _ in range(runs))
     source = torch.randn(elements, device=device, dtype=torch.float32)

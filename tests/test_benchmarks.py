@@ -16,15 +16,17 @@ import attngen as ag
 from attngen.expression import evaluate
 from attngen.inputs import bind
 from attngen.reference import dense_env
-from benchmarks import measure, prepare, report, report_files, suite
+from benchmarks import measure, paper_tables, prepare, report, report_files, seeds, suite
 from benchmarks.__main__ import main
-from benchmarks.cases import BACKWARD, CASES, FORWARD, TRAINING, Case, Sizes, cases_of
+from benchmarks.case import BACKWARD, FORWARD, TRAINING, Case, Sizes, System
+from benchmarks.cases import CASES, cases_of
 from benchmarks.check import Reference, WrongResult
 from benchmarks.measure import Context, clean
+from benchmarks.papers import FLASH, HYPER, PAPERS, SCFA
 from benchmarks.patterns import PATTERNS
 from benchmarks.peers import PEERS, Built, Unavailable
 from benchmarks.seeds import KEY_SETS
-from benchmarks.suite import Mixed, Results
+from benchmarks.suite import DeviceLost, Mixed, Results
 from benchmarks.timing import Candidate, HostStopwatch, race
 from benchmarks.work import Inputs, Rates, work
 
@@ -118,17 +120,30 @@ def run(cases: list[Case], kept: Results, where: Context, budget: float = 1e9) -
 def test_suites_are_data(name: str, small: bool, cuda: bool):
     cases = cases_of(name, Sizes(small, cuda))
     assert cases and len({case.id for case in cases}) == len(cases)
-    known = {*PEERS, *prepare.PLANNERS, "attngen-dense"}
     for case in cases:
-        assert (
-            case.suite == name
-            and case.pattern in {**PATTERNS, **KEY_SETS}
-            and set(case.peers) <= known
-            and case.peers[0] == "attngen"
-        )
+        systems = {system.name for system in case.systems}
+        assert len(systems) == len(case.systems) and not systems & {*PEERS, *prepare.PLANNERS}
+        assert {system.key_set for system in case.systems} <= set(KEY_SETS)
+        assert case.suite == name and case.pattern in PATTERNS and case.peers[0] == "attngen"
+        assert systems <= set(case.peers) <= {*PEERS, *prepare.PLANNERS, *systems}
         assert case.heads_q % case.heads_kv == 0 and hash(case) and json.dumps(measure.describe(case))
-    chosen = cases_of(name, Sizes(small, cuda), ["flex"])
-    assert {case.peers for case in chosen} == {("attngen", "flex")}
+    for case, chosen in zip(cases, cases_of(name, Sizes(small, cuda), ["flex"]), strict=True):
+        assert chosen.peers == ("attngen", *(system.name for system in case.systems), "flex")
+
+
+@pytest.mark.parametrize("paper", PAPERS, ids=lambda paper: paper.name)
+def test_every_row_of_a_paper_is_measured_somewhere(paper: Any):
+    of_table = [c for n in CASES for c in cases_of(n, Sizes(small=False, cuda=True)) if c.table == paper.name]
+    assert {case.column for case in of_table} == set(paper.columns)
+    assert len({row.label for row in paper.rows}) == len(paper.rows)
+    for row in paper.rows:
+        assert set(row.printed) <= set(paper.columns) and (row.peer or row.printed)
+        of_row = [c for c in of_table if row.part in ("", paper_tables.part_of(measure.describe(c)))]
+        assert not row.peer or {c.column for c in of_row if row.peer in c.peers} == set(paper.columns)
+    assert {system.name for case in of_table for system in case.systems} <= {row.peer for row in paper.rows}
+    for cuda in (False, True):  # small sizes have the same columns, or some of them
+        small = [c for n in CASES for c in cases_of(n, Sizes(True, cuda)) if c.table == paper.name]
+        assert small and {case.column for case in small} <= set(paper.columns)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -305,6 +320,33 @@ def test_a_process_that_died_blames_the_peer_it_ran(tmp_path: Path):
     assert not {"running", "ended"} & set(json.loads((tmp_path / "dense.json").read_text()))
 
 
+def test_a_lost_device_blames_the_first_peer_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clock, lost = Clock(), []
+
+    def kills(inputs: Inputs) -> Built:
+        lost.append(True)
+        raise RuntimeError("an illegal memory access")
+
+    def answers(device: Any) -> None:
+        if lost:
+            raise RuntimeError("an illegal memory access")
+
+    def after(inputs: Inputs) -> Built:
+        answers(CPU)
+        return takes(clock, 0.002)(inputs)
+
+    monkeypatch.setattr(measure, "synchronize", answers)
+    cases = [tiny(n_q=n, n_k=n, peers=("attngen", "kills", "after")) for n in (8, 16)]
+    with pytest.raises(DeviceLost, match="--resume"):
+        run(cases, results(tmp_path), context(clock, kills=kills, after=after))
+    kept = results(tmp_path, resume=True)
+    assert {name: r["status"] for name, r in kept.of(cases[0].id).items()} == {"attngen": "ok", "kills": "failed"}
+    assert not kept.of(cases[1].id)
+    lost.clear()
+    assert run(cases[:1], kept, context(clock, after=after))[0]
+    assert kept.of(cases[0].id)["after"]["status"] == "ok"
+
+
 def test_results_of_two_machines_do_not_mix(tmp_path: Path):
     run([tiny()], results(tmp_path), context(Clock()))
     with pytest.raises(Mixed, match=r"torch 0 \(now 1\)"):
@@ -348,16 +390,76 @@ def test_planning(tmp_path: Path, pattern: str):
     assert {name: r["status"] for name, r in kept.of(case.id).items()} == dict.fromkeys(case.peers, "ok")
 
 
-@pytest.mark.parametrize(("pattern", "setting"), [("qk_sparse", ("kept", 0.5)), ("hash_sparse", ("buckets", 4))])
-def test_sparse_systems_stand_against_dense_attention(tmp_path: Path, pattern: str, setting: tuple[str, Any]):
-    peers = ("attngen", "attngen-dense", "quick")
-    case = tiny(suite="seeds", direction=TRAINING, peers=peers, heads_kv=4)
-    case = replace(case, pattern=pattern, settings=(setting,))
+SETTINGS: dict[str, dict[str, Any]] = {
+    "qk_sparse": {"dropped": 50},
+    "hash_sparse": {"buckets": 4},
+    "hash_sparse_hashing": {"buckets": 4},
+    "hyper": {"block": 64, "samples": 32, "min_len": 256},
+    "butterfly": {},
+    "vertical_slash": {"budget": 256},
+    "adaptive": {"budget": 256},
+    "sparse_k": {"k": 6, "window": 4, "incremental": True},
+    "graph": {"degree": 8},
+    "shared_prefix": {"suffix": 8},
+}
+
+
+def beside_dense(key_set: str, **changed: Any) -> Case:
+    """The key set beside dense attention, a few hundred keys."""
+    system = System("it", key_set, tuple(SETTINGS[key_set].items()))
+    case = tiny("full" if key_set in ("graph", "shared_prefix") else "causal", TRAINING, ("attngen", "it", "sdpa"))
+    rows = {"n_q": 1, "direction": FORWARD} if key_set == "shared_prefix" else {"n_q": 200}
+    return replace(case, suite="seeds", systems=(system,), **{"n_k": 200, "batch": 2, **rows, **changed})
+
+
+@pytest.mark.parametrize("key_set", KEY_SETS)
+def test_sparse_systems_stand_against_dense_attention(tmp_path: Path, key_set: str):
+    case = beside_dense(key_set)
     kept = Results(tmp_path / "seeds.json", SETTING, False)
-    where = replace(context(Clock()), stopwatch=HostStopwatch(), seconds=0.01, clock=time.perf_counter)
+    where = Context(CPU, HostStopwatch(), time.perf_counter, seconds=0.01)
     suite.run([case], kept, where, 1e9, lambda text: None)
-    assert {name: r["status"] for name, r in kept.of(case.id).items()} == dict.fromkeys(peers, "ok")
-    assert kept.of(case.id)["attngen"]["best_peer"] in peers
+    records = kept.of(case.id)
+    assert {name: r["status"] for name, r in records.items()} == dict.fromkeys(case.peers, "ok"), records
+    assert records["it"]["best_peer"] in ("attngen", "sdpa") and records["attngen"]["best_peer"] == "sdpa"
+    assert records["it"]["unit"] == "ms" and "bound_fraction" not in records["it"]
+    notes = records["it"]["notes"]
+    assert {name: notes[name] for name in SETTINGS[key_set]} == SETTINGS[key_set]
+    assert notes["pieces"] and all(isinstance(piece["schedule"], dict) and piece["origin"] for piece in notes["pieces"])
+
+
+@pytest.mark.parametrize(("dtype", "relative"), [("float32", 1e-4), ("bfloat16", 0.05)])
+@pytest.mark.parametrize("key_set", KEY_SETS)
+def test_a_wrong_sparse_system_is_found(monkeypatch: pytest.MonkeyPatch, key_set: str, dtype: str, relative: float):
+    """One that is wrong in that dtype only: a case in bfloat16 is checked in both."""
+    seeds._checked.cache_clear()
+    case, compiled = beside_dense(key_set, dtype="bfloat16"), ag.compile
+    assert 0 < seeds.check(case.systems[0], case, CPU) < 1
+
+    def off(spec: ag.Spec) -> Any:
+        attn = compiled(spec)
+        return lambda q, *a, **c: attn(q, *a, **c) * (1 + relative * (q.dtype == getattr(torch, dtype)))
+
+    seeds._checked.cache_clear()
+    monkeypatch.setattr(seeds.ag, "compile", off)
+    with pytest.raises(WrongResult, match=f"out of it at N 200 in {dtype}"):
+        seeds.check(case.systems[0], case, CPU)
+    seeds._checked.cache_clear()
+
+
+def test_what_is_no_number_at_full_length_is_wrong():
+    seeds.check_finite(torch.ones(3), {"q": torch.ones(3)})
+    with pytest.raises(WrongResult, match="q at full length"):
+        seeds.check_finite(torch.ones(3), {"q": torch.tensor([1.0, torch.nan])})
+
+
+def test_the_graph_has_half_of_its_edges_near():
+    case = beside_dense("graph", n_q=100, n_k=100)
+    captures = seeds.graph(System("it", "graph", (("degree", 16),)), Inputs.make(case, CPU)).call()
+    rows = torch.repeat_interleave(torch.arange(100), captures["crow"].diff())
+    inner = (rows > 40) & (rows < 60)  # whose neighbours are all there
+    distance = (captures["col"] - rows)[inner]
+    assert len(distance) == 19 * 16 and int(((distance >= -4) & (distance < 4)).sum()) >= 19 * 8
+    assert {-12, 12, -20, 20} <= set(distance.tolist())
 
 
 def test_planning_refuses_what_does_not_fit():
@@ -418,6 +520,81 @@ def test_tables_and_charts_come_from_the_json(folder: Path, capsys: pytest.Captu
     assert len(rows) == 1 and "| attngen | 2 ms (2 ms .. 2 ms) |" in rows[0] and "| 1.50 (quick) |" in rows[0]
     assert "- off wrong: out (batch" in page and "device a test" in page
     assert "|  | slow | 500 ms" in page
+
+
+def of_paper(paper: Any, column: str, *systems: System, **changed: Any) -> Case:
+    peers = ("attngen", *(system.name for system in systems), "quick")
+    case = tiny(peers=peers, suite="seeds", systems=systems, table=paper.name, column=column, direction=TRAINING)
+    return replace(case, **changed)
+
+
+def cells_of(page: str, label: str) -> list[str]:
+    """The row's cells after its label. There must be one such row."""
+    rows = [line for line in page.splitlines() if line.startswith(f"| {label} |")]
+    assert len(rows) == 1, page
+    return [cell.strip() for cell in rows[0].split("|")[2:-1]]
+
+
+def test_paper_tables_stand_beside_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clock = Clock()
+    seconds = {"hash nb=16": 0.0005, "drop 50%": 0.001, "butterfly": 0.004}
+    monkeypatch.setattr(seeds, "check", lambda system, case, device: 0.5)
+    made = lambda system, inputs: (takes(clock, seconds[system.name])(inputs).run, inputs, {"size": 7})  # noqa: E731
+    monkeypatch.setattr(seeds, "build", made)
+    fast, drop, broken = (System(name, "hash_sparse") for name in ("hash nb=16", "drop 50%", "hash nb=4"))
+    cases = [
+        of_paper(SCFA, "32k", fast, drop, broken),
+        of_paper(SCFA, "8k", fast, n_q=20, n_k=20),
+        of_paper(FLASH, "4k", System("butterfly", "butterfly"), pattern="full"),
+    ]
+    kept = Results(tmp_path / "seeds.json", SETTING, False)
+    assert suite.run(cases, kept, context(clock), 1e9, lambda text: None)
+    records = json.loads((tmp_path / "seeds.json").read_text())["records"]
+    (memory,) = (r for r in records if (r["peer"], r["described"]["column"]) == ("attngen", "4k"))
+    memory["notes"] = {"peak bytes": 836_000_000}
+    (tmp_path / "seeds.json").write_text(json.dumps({**kept.data, "records": records}))
+    assert [path.name for path in report_files.write(tmp_path)] == ["seeds.png", "README.md"]
+    page = (tmp_path / "README.md").read_text()
+    tables = {
+        paper.name: paper_tables.table(paper, cells, "a test, small sizes")
+        for paper, cells in paper_tables.papers_of(records)
+    }
+    assert list(tables) == ["SCFA", "FlashAttention"] and all(table in page for table in tables.values())
+    # With the backward a run takes 1.5 times its seconds above. What is printed is quoted with its machine, whole.
+    scfa, flash = tables.values()
+    assert cells_of(scfa, "") == ["8k", "16k", "32k"]
+    assert cells_of(scfa, "measured on a test, small sizes:")[1:] == ["not measured", "B2 Hq4 Hkv2 d16 N40 float32"]
+    assert cells_of(scfa, "dense") == ["3 ms", "–", "3 ms"]
+    assert cells_of(scfa, "*dense (printed, A100-40GB)*") == ["", "", "*about 1008 ms*"]
+    assert cells_of(scfa, "hash, nb 16") == ["750 us", "–", "750 us"]
+    assert cells_of(scfa, "hash, nb 16, over the best dense") == ["4.00x attngen", "–", "4.00x attngen"]
+    assert cells_of(scfa, "hash, nb 4") == ["–", "–", "failed"]
+    assert cells_of(scfa, "*training step (printed, A100-40GB)*") == ["*2.0x*", "*3.3x*", ""]
+    assert "SDPA cuDNN" not in scfa and "| *hash, nb 64 (printed, A100-40GB)* |  |  | *290 ms* |" in scfa
+    assert cells_of(flash, "block-sparse, butterfly") == ["–", "–", "6 ms", "–", "–"]
+    assert cells_of(flash, "memory, dense") == ["–", "–", "836 MB", "–", "–"]
+    assert cells_of(flash, "memory, block-sparse") == ["–", "–", "not measured", "–", "–"]
+    assert "- hash nb=4 failed: KeyError" in page and "size 7" in page
+    assert [title for title, _, _ in paper_tables.panels(records)] == [
+        "SCFA: causal training",
+        "FlashAttention: full training",
+    ]
+
+
+def test_speed_ups_are_over_the_dense_attention_of_the_same_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clock = Clock()
+    monkeypatch.setattr(seeds, "check", lambda system, case, device: 0.5)
+    monkeypatch.setattr(seeds, "build", lambda system, inputs: (takes(clock, 0.001)(inputs).run, inputs, {}))
+    system, kept = System("hyper", "hyper"), Results(tmp_path / "seeds.json", SETTING, False)
+    cases = [of_paper(HYPER, "131k", system, direction=direction) for direction in (FORWARD, TRAINING)]
+    slower = context(clock, attngen=lambda inputs: takes(clock, 0.004 if inputs.leaves else 0.002)(inputs))
+    assert suite.run(cases, kept, slower, 1e9, lambda text: None)
+    ((paper, cells),) = paper_tables.papers_of(kept.data["records"])
+    table = paper_tables.table(paper, cells, "a test")
+    assert cells_of(table, "causal, forward, over attngen's dense") == ["2.00x"]
+    assert cells_of(table, "causal, forward and backward, over attngen's dense") == ["4.00x"]
+    assert cells_of(table, "causal, forward and backward, over the best dense") == ["3.00x quick"]
+    assert "not causal" not in table and "| *5x* |" in table
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
