@@ -75,6 +75,27 @@ def test_graph(mask: str, kind: str, size: tuple[int, ...]):
     compare(spec, size, csr(lead_of(kind, size), *size[3:5]))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "interpret"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_edges_that_positions_rule_out(kind: str, backend: str):
+    """Offsets of their own per batch: even lists that all share differ then. On a GPU the lists are as long as they were."""
+    small = backend == "interpret"
+    size = (2, 1, 2, 11, 13, torch.tensor([2, 7])) if small else (2, 1, 2, 45, 131, torch.tensor([86, 20]))
+    mask: Any = lambda b, h, i, j: (i >= j) & (i - j < 40) & (j != 3) & (i % 5 != h)  # noqa: E731
+    compare(ag.Spec(keys=ag.graph(), mask=mask), size, csr(lead_of(kind, size), *size[3:5]), backend=backend)
+    if not small:
+        compare(ag.Spec(keys=ag.gather(), mask=mask), size, by_row(size, 2, 7, True))
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1, 0, 9, 0), (1, 1, 1, 9, 0, 0), (2, 1, 1, 9, 9, 0)])
+def test_no_edge_under_a_mask(size: tuple[int, ...]):
+    crow, col = torch.zeros(size[3] + 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    compare(ag.Spec(keys=ag.graph(), mask=ag.causal()), size, dict(crow=crow, col=col))
+    if size[4]:
+        index = torch.full((size[0], 1, size[3], 2), -1)
+        compare(ag.Spec(keys=ag.gather(), mask=ag.causal()), size, dict(index=index))
+
+
 def test_learned_scores_and_sinks():
     size = (2, 1, 2, 45, 51, 6)
     captures = csr((2, 1), 45, 51) | dict(bias=torch.randn(2, 45 + 6, 51), sink=torch.randn(2))
@@ -185,6 +206,15 @@ def test_networkx(directed: bool):
     assert plan["query_runs"][0, 0, :, 1].tolist() == [sum(u == row for u, _ in pairs) for row in range(6)]
     with pytest.raises(ag.InputError, match="edge"):
         attn.plan(q[:, :, :4], k, v, graph=nx.Graph([(0, 5)]))
+    numpy = pytest.importorskip("numpy")
+    own = (nx.DiGraph if directed else nx.Graph)(
+        [(numpy.int64(u), numpy.int32(v)) for u, v in [(0, 1), (1, 1), (4, 2)]]
+    )
+    same = attn.plan(q, k, v, graph=own).values
+    assert torch.equal(same["query_edges"], plan["query_edges"]) and torch.equal(same["query_runs"], plan["query_runs"])
+    for node in (True, numpy.bool_(True), 1.0, "1", -1, numpy.int64(6)):
+        with pytest.raises(ag.InputError, match=r"graph: expected nodes that are ints in 0 \.\. 5, got"):
+            attn.plan(q, k, v, graph=nx.Graph([(0, node)]))
 
 
 BAD = [
@@ -214,6 +244,19 @@ def test_bad_input(change: dict[str, Any], name: str, monkeypatch: pytest.Monkey
         runs = plan["query_runs"]
         assert bool((plan["query_edges"] >= 0).all() and (plan["query_edges"] < 5).all())
         assert bool((runs >= 0).all() and (runs.sum(-1) <= 3).all())
+
+
+def test_one_of_the_two_lists_alone():
+    q, k, v = inputs((1, 1, 1, 3, 5, 0))
+    attn, lists = ag.compile(ag.Spec(keys=ag.graph())), torch.tensor([0, 0, 0, 0])
+    for captures, message in (
+        (dict(crow=lists), r"col: expected crow= and col=, or graph=, got crow= alone; pass col="),
+        (dict(col=lists), r"crow: expected crow= and col=, or graph=, got col= alone; pass crow="),
+        ({}, r"crow: expected crow= and col=, or graph=, got nothing; pass crow="),
+        (dict(crow=lists, col=lists, graph=3), "graph: expected either graph= or crow= and col=, got both"),
+    ):
+        with pytest.raises(ag.InputError, match=message):
+            attn(q, k, v, **captures)
 
 
 def test_too_many_edges_for_int32():

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import attngen as ag
 from attngen.inputs import bind
 from attngen.keys.hyper import Draws, cut, gray_decode
 from tests.check import check
 from tests.keys_cases import MASKS, SIZES, compare, inputs, visited
+from tests.keys_work import memory
 
 SMALL = (1, 1, 2, 70, 70, 0)
 
@@ -86,27 +86,48 @@ def test_neighbouring_buckets_differ_in_one_bit():
     assert sum(bin(int(a) ^ int(b)).count("1") > 1 for a, b in pairwise(encoded)) == 31
 
 
-def parts(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The softmax's denominator and the first value's numerator."""
-    total = lse.double().exp()
-    return total, out[..., 0].double() * total
+def sums(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The softmax's denominator [B, H, N, 1] and its numerator [B, H, N, Dv]."""
+    total = lse.double().exp().unsqueeze(-1)
+    return total, out.double() * total
 
 
-def test_the_estimate_is_unbiased():
-    """The mean over 256 seeds is within 3 standard errors of the exact sums (4 for the largest of 2 x 24 deviations).
+def deviations(values: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """How many standard errors the mean over the first dimension is off; what no draw changes has to be exact."""
+    error = values.std(0) / math.sqrt(len(values))
+    drawn = error > 1e-6 * exact.abs()
+    assert torch.allclose(values.mean(0)[~drawn], exact[~drawn], rtol=1e-4, atol=1e-5)
+    return ((values.mean(0) - exact) / error)[drawn]
 
-    The own block counted twice, or the wrong number of outside keys, is off by tens of them.
+
+RUNS = 256
+
+
+@pytest.mark.parametrize(
+    ("mask", "size", "min_len"), [(None, (2, 4, 1, 24, 96, 0), 8), (ag.causal(), (2, 4, 1, 96, 96, 0), 48)]
+)
+def test_the_estimate_is_unbiased(mask: Any, size: tuple[int, ...], min_len: int):
+    """Over 256 seeds the mean of the estimated numerator and denominator is within 3 standard errors of the exact ones.
+
+    Of each head's sums over all queries, the numerator along one direction: that is 16 numbers. A single entry may be further
+    off, one of 370 if they are normal; the queries of a head share their samples, so that how far the count of those strays
+    is taken from how much it differs between heads. The own block counted twice is off by more than 20 of them.
     """
-    q, k, v = inputs((1, 1, 1, 24, 96, 0), seed=1)
-    attn = ag.compile(ag.Spec(keys=ag.hyper(16, 16, 8)))
-    exact = parts(*ag.oracle(ag.Spec(), q, k, v))
-    runs = [parts(*attn(q, k, v, return_lse=True, seed=seed)) for seed in range(256)]
-    for name, values, expected in zip(("denominator", "numerator"), zip(*runs, strict=True), exact, strict=True):
+    q, k, v = inputs(size)
+    attn = ag.compile(ag.Spec(keys=ag.hyper(16, 16, min_len), mask=mask))
+    exact = sums(*ag.oracle(ag.Spec(mask=mask), q, k, v))
+    runs = [sums(*attn(q, k, v, return_lse=True, seed=seed)) for seed in range(RUNS)]
+    along = torch.randn(v.shape[-1], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for name, values, want in zip(("denominator", "numerator"), zip(*runs, strict=True), exact, strict=True):
         stack = torch.stack(values)
-        error = stack.std(0) / math.sqrt(len(runs))
-        deviation = ((stack.mean(0) - expected) / error).abs()
-        assert deviation.square().mean().sqrt() < 1.5, name
-        assert (deviation < 3).float().mean() > 0.95 and deviation.max() < 4.5, f"{name}: {deviation}"
+        way = along if name == "numerator" else along.new_ones(1)
+        whole = deviations((stack @ way).sum(-1), (want @ way).sum(-1))
+        assert whole.numel() == size[0] * size[1] and whole.abs().max() < 3, f"{name}: {whole}"
+        heads = [deviations(stack[:, b, h], want[b, h]) for b in range(size[0]) for h in range(size[1])]
+        far = torch.tensor([float((head.abs() > 3).sum()) for head in heads])
+        expected = math.erfc(3 / math.sqrt(2)) * sum(head.numel() for head in heads)
+        assert far.sum() <= expected + 3 * math.sqrt(len(far)) * max(far.std(), 1.0), f"{name}: {far}"
+        assert torch.cat(heads).square().mean().sqrt() < 1.2, name
 
 
 def test_the_error_falls_as_one_over_the_root_of_the_samples():
@@ -176,28 +197,14 @@ def test_work_is_the_patterns(mask: Any):
     assert needed <= seen <= 1.1 * needed
 
 
-class Largest(TorchDispatchMode):
-    """Remembers how many elements the largest tensor had that an operation made."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().size():
-                self.numel = max(self.numel, tensor.untyped_storage().size() // tensor.element_size())
-        return result
-
-
 @pytest.mark.parametrize("mask", [None, ag.causal()])
 def test_no_tensor_has_a_sample_per_query(mask: Any):
     """A bias of N x samples, or anything N x N, is never made, forward or backward."""
     n, samples = 2048, 512
     leaves = [x.requires_grad_() for x in inputs((1, 1, 1, n, n, 0))]
-    with Largest() as largest:
-        out = ag.compile(ag.Spec(keys=ag.hyper(64, samples, 256), mask=mask))(*leaves, seed=1)
-        torch.autograd.grad(out.sum(), leaves)
-    assert 0 < largest.numel <= n * 128 < n * samples
+    attn = ag.compile(ag.Spec(keys=ag.hyper(64, samples, 256), mask=mask))
+    found = memory(lambda: torch.autograd.grad(attn(*leaves, seed=1).sum(), leaves))
+    assert 0 < found.largest <= 4 * n * 128 < 4 * n * samples
 
 
 def test_preparation_is_linear():

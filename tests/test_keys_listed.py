@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import attngen as ag
+from attngen import traffic
 from attngen.keys import sparse_k as module
 from attngen.keys.sparse_k import survivors, threshold, weights
 from tests.keys_cases import MASKS, SIZES, compare, inputs
@@ -59,8 +60,23 @@ def test_bad_lists():
     ):
         with pytest.raises(ag.InputError, match=message):
             attn(q, k, v, index=index)
+    for index in (torch.zeros(1, 2, 5, dtype=torch.long), torch.zeros(1, 4, 130, 5, dtype=torch.long)):
+        for wrong in (torch.nan, torch.inf):
+            log_weight = torch.zeros(index.shape)
+            log_weight[0, 1, 3] = wrong
+            with pytest.raises(
+                ag.InputError, match=rf"log_weight: expected finite numbers, .* got {wrong} at \[0, 1, 3"
+            ):
+                attn(q, k, v, index=index, log_weight=log_weight)
+    attn, count = ag.compile(ag.Spec(keys=ag.codebook())), torch.ones(1, 2, 130)
     with pytest.raises(ag.InputError, match="count: expected float"):
-        ag.compile(ag.Spec(keys=ag.codebook()))(q, k, v, count=torch.zeros(1, 2, 7))
+        attn(q, k, v, count=torch.zeros(1, 2, 7))
+    for wrong in (-1.0, torch.nan, torch.inf, -torch.inf):
+        count[0, 1, 7] = wrong
+        with pytest.raises(ag.InputError, match=rf"count: expected finite numbers .* got {wrong} at \[0, 1, 7\]"):
+            attn(q, k, v, count=count)
+    with pytest.raises(ag.InputError, match=r"count: .* got -2 at \[0, 0, 0\]"):
+        attn(q, k, v, count=torch.full((1, 2, 130), -2))
 
 
 # -- SPARSEK ----------------------------------------------------------------------------------------------------------
@@ -113,6 +129,35 @@ def test_sparse_k_by_generated_kernels():
     compare(ag.Spec(keys=ag.sparse_k(6, 4), mask=ag.causal()), (1, 1, 1, 40, 40, 0), dict(u=u), backend="interpret")
 
 
+def interpreted(name: str, size: tuple[int, ...]) -> tuple[Any, dict[str, Any]]:
+    """A key set and captures for a few rows."""
+    generator = torch.Generator().manual_seed(2)
+    batch, heads, group, _, n_k, _ = size
+    if name == "codebook":
+        return ag.codebook(), dict(count=torch.randint(0, 4, (batch, heads, n_k), generator=generator) * 0.5)
+    if name.startswith("gather"):
+        lead = (batch, heads * (group if name == "gather by query head" else 1))
+        index = torch.randint(-1, n_k, (*lead, 18), generator=generator)
+        return ag.gather(), dict(index=index, log_weight=torch.randn(index.shape, generator=generator))
+    u = torch.randn((batch, heads, n_k), generator=generator)
+    if name == "union":
+        far = ag.Spec(keys=ag.sparse_k(6), mask=ag.causal() & ~ag.window(9), score=ag.soft_cap(5.0))
+        return ag.union(ag.Spec(mask=ag.causal() & ag.window(9)), far).keys, dict(u=u)
+    return ag.sparse_k(6, 5 if name.endswith("window") else None, incremental=True), dict(u=u)
+
+
+@pytest.mark.parametrize(
+    "name", ["codebook", "gather by head", "gather by query head", "incremental", "incremental, window", "union"]
+)
+def test_generated_kernels(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "CHUNK", 16)
+    offset = 0 if name.startswith("incremental") else 3
+    size = (1, 1, 2, 35, 35 + offset, offset)
+    keys, captures = interpreted(name, size)
+    mask = None if name == "union" else ag.causal()
+    compare(ag.Spec(keys=keys, mask=mask), size, captures, backend="interpret")
+
+
 # -- unions and merge -------------------------------------------------------------------------------------------------
 
 
@@ -141,6 +186,18 @@ def test_union():
     assert torch.equal(attn(*inputs(size), **captures), attn(*inputs(size), plan=plan, **rest)) and plan.nbytes > 0
 
 
+def test_every_piece_of_a_union_is_explained_and_counted():
+    q, k, v = inputs(SIZES[1])
+    near = ag.causal() & ag.window(9)
+    keep = dict(keep_q=torch.ones(1, 1, 67, dtype=torch.bool), keep_k=torch.ones(1, 1, 67, dtype=torch.bool))
+    attn = ag.compile(ag.union(ag.Spec(mask=near), ag.Spec(keys=ag.qk_sparse(), mask=ag.causal() & ~near)))
+    told = attn.explain(q, k, v, **keep)
+    assert "piece 1: 0" in told and "piece 2: ('kept', True)" in told
+    alone = ag.compile(ag.Spec(mask=near))
+    apart = ag.compile(ag.Spec(keys=ag.qk_sparse(), mask=ag.causal() & ~near))
+    assert traffic.of(attn, q, k, v, **keep) == traffic.of(alone, q, k, v) + traffic.of(apart, q, k, v, **keep)
+
+
 def test_overlaps_count_twice_and_the_debug_mode_finds_them(monkeypatch: pytest.MonkeyPatch):
     q, k, v = inputs(SIZES[1])
     attn = ag.compile(ag.union(ag.Spec(mask=ag.causal()), ag.Spec(mask=lambda b, h, i, j: i == j)))
@@ -155,8 +212,10 @@ def test_overlaps_count_twice_and_the_debug_mode_finds_them(monkeypatch: pytest.
 def test_bad_unions():
     with pytest.raises(ag.SpecError, match="not a Spec"):
         ag.union(ag.causal())
-    with pytest.raises(ag.SpecError, match="two pieces read"):
-        ag.union(ag.Spec(keys=ag.qk_sparse()), ag.Spec(keys=ag.qk_sparse()))
+    for pair, name in (((ag.qk_sparse(), ag.qk_sparse()), "keep_q"), ((ag.gather(), ag.block_cluster()), "index")):
+        with pytest.raises(ag.SpecError, match=rf"two pieces read the capture '{name}'\ncaptures go .* ag.merge"):
+            ag.union(*(ag.Spec(keys=keys) for keys in pair))
+    ag.union(ag.Spec(keys=ag.hyper()), ag.Spec(keys=ag.hyper(), mask=ag.causal()))  # one seed for both
     with pytest.raises(ag.SpecError, match="belong to the pieces"):
         ag.Spec(keys=ag.union(ag.Spec()).keys, mask=ag.causal())
 

@@ -8,18 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import attngen as ag
-from attngen.expression import evaluate
-from attngen.inputs import bind
-from attngen.keys.call import recorded
 from attngen.keys.dense import attended
-from attngen.lists import as_log_weight
-from attngen.reference import dense_env
 from tests.check import check
 from tests.keys_cases import MASKS, SIZES, compare, inputs
+from tests.keys_work import OnDevice, Work, memory, on_the_meta_device, pairs_of, to_meta, work
 
 
 def draw(size: tuple[int, ...], block: tuple[int, int], share: float = 0.4, seed: int = 0) -> torch.Tensor:
@@ -210,104 +204,86 @@ def test_tiles_are_sorted_by_what_the_mask_makes_of_them(name: str, mask: str, s
     assert torch.equal(got["key"][inner] == 2, full[inner])
 
 
-@pytest.mark.parametrize("name", [*GIVEN, *CLOSED])
+@pytest.mark.parametrize("name", [*GIVEN, *CLOSED, "adaptive"])
 @pytest.mark.parametrize("mask", ["none", "causal"])
 def test_work_is_the_patterns(name: str, mask: str):
-    """Tiles visited, against the attended pairs of each piece rounded out to tiles."""
+    """Tiles visited, forward and backward, against the attended pairs of each piece rounded out to tiles."""
     size = (1, 2, 1, 500, 500, 0)
-    keys, captures = case(name, size)
-    visited = needed = 0
-    for _, piece, q, k, v, offset, named in recorded(
-        ag.compile(ag.Spec(keys=keys, mask=MASKS[mask])), *inputs(size), 0, captures
-    ):
-        call, lists = bind(piece.spec, q, k, v, q_offset=offset, captures=named), piece.spec.lists
-        if lists is None:
-            continue  # closed form: tests/test_analysis.py counts those
-        mask_ = torch.as_tensor(evaluate(piece.spec.mask, dense_env(call, torch.float64)))
-        weight = as_log_weight(call)
-        assert weight is not None
-        pairs = (mask_ & ~weight.isneginf()).expand(*q.shape[:3], k.shape[2])
-        pad = torch.nn.functional.pad(pairs, (0, -k.shape[2] % lists.block_n, 0, -q.shape[2] % lists.block_m))
-        needed += int(pad.unflatten(-1, (-1, lists.block_n)).unflatten(2, (-1, lists.block_m)).any(-1).any(3).sum())
-        visited += int(named["query_runs"][..., 1:].sum()) * (2 if named["query_runs"].shape[1] == 1 else 1)
-    assert needed == visited == 0 or visited <= 1.1 * needed
+    keys, captures = (ag.adaptive(16), {}) if name == "adaptive" else case(name, size)
+    q, k, v = inputs(size)
+    if name == "adaptive":
+        captures = dict(estimate=ag.estimate(q, k, block=16, budget=64))
+    spec = ag.Spec(keys=keys, mask=MASKS[mask])
+    found = sum(work(spec, q, k, v, block=16, **captures), Work())
+    assert found.needed <= found.forward <= 1.1 * found.needed
+    assert found.needed_back <= found.backward <= 1.1 * found.needed_back
+    assert found.pairs == pairs_of(spec, q, k, v, captures)
 
 
-class Largest(TorchDispatchMode):
-    """The largest tensor that any operation makes, in bytes."""
+def long_case(name: str, n: int) -> tuple[Any, dict[str, Any]]:
+    """A key set in tiles of 64 for n queries and keys of 2 heads, as many live tiles for a query tile whatever n is."""
+    tiles, row = n // 64, torch.arange(n // 64)
+    if name == "counts":
+        indices = (row.view(-1, 1) - torch.arange(4)).clamp(min=0).expand(1, 2, -1, -1)
+        return ag.block_sparse(64), dict(counts=torch.full((1, 2, tiles), 4), indices=indices)
+    if name == "block_cluster":
+        return ag.block_cluster(64), dict(index=((row.view(-1, 1) + 9 * torch.arange(5)) % tiles).expand(1, 2, -1, -1))
+    if name == "vertical_slash":
+        lines = (n // 16 * torch.arange(16) + 1).expand(1, 2, -1)
+        return ag.vertical_slash(64), dict(vertical=lines, slash=lines)
+    closed = {"butterfly": ag.butterfly(64, levels=5), "big_bird": ag.big_bird(64), "pruned": ag.pruned(8 / tiles)}
+    return {**closed, "adaptive": ag.adaptive(64)}[name], {}
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.size = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and not leaf._is_view():
-                self.size = max(self.size, leaf.untyped_storage().nbytes())
-        return result
+LONG = ["counts", "block_cluster", "butterfly", "big_bird", "vertical_slash", "adaptive", "pruned"]
 
 
-@pytest.mark.parametrize("name", ["counts", "block_cluster", "butterfly", "big_bird", "vertical_slash", "adaptive"])
+@pytest.mark.parametrize("name", LONG)
 def test_preparation_memory_grows_with_the_length(name: str):
-    sizes, plans = [], []
+    found, plans = [], []
     for n in (4096, 8192):
-        q = torch.zeros(1, 2, n, 16)
-        tiles = n // 64
-        generator = torch.Generator().manual_seed(0)
-        row = torch.arange(tiles)
-        captures: dict[str, Any] = {}
-        if name == "counts":
-            indices = (row.view(-1, 1) - torch.arange(4)).clamp(min=0).expand(1, 2, -1, -1)
-            captures = dict(counts=torch.full((1, 2, tiles), 4), indices=indices)
-        elif name == "block_cluster":
-            captures = dict(index=((row.view(-1, 1) + 9 * torch.arange(5)) % tiles).expand(1, 2, -1, -1))
-        elif name == "vertical_slash":
-            lines = (n // 16 * torch.arange(16) + 1).expand(1, 2, -1)
-            captures = dict(vertical=lines, slash=lines)
-        elif name == "adaptive":
-            q = torch.randn(1, 2, n, 16, generator=generator)
-        keys = {"counts": ag.block_sparse(64), "butterfly": ag.butterfly(64, levels=5), "adaptive": ag.adaptive(64)}
-        keys |= {
-            "block_cluster": ag.block_cluster(64),
-            "big_bird": ag.big_bird(64),
-            "vertical_slash": ag.vertical_slash(64),
-        }
-        attn = ag.compile(ag.Spec(keys=keys[name]))
-        with Largest() as largest:
-            if name == "adaptive":
-                captures = dict(estimate=ag.estimate(q, q, budget=512))
-            plans.append(attn.plan(q, q, q, **captures).nbytes)
-        sizes.append(largest.size)
+        keys, captures = long_case(name, n)
+        q = torch.randn(1, 2, n, 16, generator=torch.Generator().manual_seed(0))
+        attn = ag.compile(ag.Spec(keys=keys))
+
+        def prepare() -> Any:
+            own = dict(estimate=ag.estimate(q, q, budget=512)) if name == "adaptive" else captures  # noqa: B023
+            return attn.plan(q, q, q, **own)  # noqa: B023
+
+        plans.append(prepare().nbytes)
+        found.append(memory(prepare))
     assert plans[1] <= 2.05 * plans[0]
     # What an estimate computes at a time does not grow; everything else may double.
-    assert sizes[1] <= 2.02 * sizes[0] and sizes[1] < 2**25
+    assert found[1].peak <= 2.05 * found[0].peak and found[1].largest < 2**25
 
 
-class OnDevice(TorchDispatchMode):
-    """Fails where a tensor of the CPU is copied: on a GPU that would wait for the device."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
-            moved = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
-            assert not moved, f"{func} of a tensor on the CPU"
-        return func(*args, **(kwargs or {}))
+@pytest.mark.parametrize("name", LONG)
+def test_a_call_allocates_nothing_for_every_pair(name: str):
+    """Forward and backward, preparation included: not even a byte per pair of a head."""
+    n = 2048
+    keys, captures = long_case(name, n)
+    q, k, v = (torch.randn(1, 2, n, 16).requires_grad_() for _ in range(3))
+    if name == "adaptive":
+        captures = dict(estimate=ag.estimate(q, k, budget=512))
+    attn = ag.compile(ag.Spec(keys=keys, mask=ag.causal()))
+    found = memory(lambda: torch.autograd.grad(attn(q, k, v, **captures).sum(), (q, k, v)))
+    assert 0 < found.largest < n * n
 
 
 @pytest.mark.parametrize("name", [*GIVEN, *CLOSED, "adaptive"])
-def test_preparation_does_not_wait_for_the_device(name: str):
-    """On the meta device nothing has a value: reading one, or counting what a condition selects, is an error."""
-    q, k, v = (x.to("meta") for x in inputs(SIZES[3]))
-    keys: Any = ag.adaptive(16)
-    captures: dict[str, Any] = {}
-    if name != "adaptive":
-        keys, own = case(name, SIZES[3])
-        captures = {n: torch.empty_like(x, device="meta") for n, x in own.items()}
+def test_a_call_does_not_wait_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Preparation, forward and backward. On the meta device nothing has a value: reading one is an error."""
+    keys, captures = (ag.adaptive(16), {}) if name == "adaptive" else case(name, SIZES[3])
+    q, k, v = (x.to("meta").requires_grad_() for x in inputs(SIZES[3]))
+    captures = to_meta(captures)
+    on_the_meta_device(monkeypatch)
     with OnDevice():
         if name == "adaptive":
             captures = dict(estimate=ag.estimate(q, k, block=16, budget=64))
-        doc = torch.empty(1, 130, dtype=torch.int32, device="meta")
-        ag.compile(ag.Spec(keys=keys, mask=ag.causal() & ag.documents())).plan(q, k, v, doc=doc, **captures)
+        captures["doc"] = torch.empty(1, 130, dtype=torch.int32, device="meta")
+        attn = ag.compile(ag.Spec(keys=keys, mask=ag.causal() & ag.documents()))
+        attn.plan(q, k, v, **captures)
+        torch.autograd.grad(attn(q, k, v, **captures).sum(), (q, k, v))
 
 
 @pytest.mark.parametrize("name", ["block_sparse", "big_bird", "vertical_slash", "pruned"])
@@ -389,6 +365,19 @@ def test_bad_layouts():
             attn(q, k, v, **captures)
 
 
+def test_too_many_tiles_for_int32():
+    """Offsets into a head's list have 32 bits. Nothing is read of tensors that have one element for all their places."""
+    size = SIZES[3]
+    one = torch.zeros(1, dtype=torch.int32)
+    many = one.expand(1, 1, 9, 2**31 // 9 + 1)
+    for keys, captures, name in (
+        (ag.block_sparse(16), dict(counts=one.expand(1, 1, 9), indices=many), "indices"),
+        (ag.block_cluster(16), dict(index=many), "index"),
+    ):
+        with pytest.raises(ag.InputError, match=rf"{name}: expected fewer than 2147483648 listed tiles for a head"):
+            ag.compile(ag.Spec(keys=keys))(*inputs(size), **captures)
+
+
 def test_out_of_range_tiles_are_never_loaded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ATTNGEN_CHECK", "0")
     size = SIZES[3]
@@ -417,8 +406,16 @@ def test_bad_lines():
 
 def test_bad_patterns():
     for make, message in (
-        (lambda: ag.block_sparse((100, 128)), "multiple of 16"),
-        (lambda: ag.block_sparse((128,)), "block is"),
+        (lambda: ag.block_sparse((100, 128)), "block_sparse: block is .* multiples of 16"),
+        (lambda: ag.block_sparse((128,)), "block_sparse: block is"),
+        (lambda: ag.block_sparse((128, 64.0)), "block_sparse: block is"),
+        (lambda: ag.butterfly(17), r"butterfly: block is .* multiples of 16, .* got 17"),
+        (lambda: ag.Spec(keys="butterfly(block=[16, 17])"), r"butterfly: block is .* got \(16, 17\)"),
+        (lambda: ag.big_bird(0), r"big_bird: block is .* got 0"),
+        (lambda: ag.pruned(0.5, (16, 40)), r"pruned: block is .* got \(16, 40\)"),
+        (lambda: ag.block_cluster("16"), "block_cluster: block is"),
+        (lambda: ag.Spec(keys="vertical_slash(block=20)"), "vertical_slash: block is a multiple of 16"),
+        (lambda: ag.Spec(keys="adaptive(block=true)"), "adaptive: block is a multiple of 16"),
         (lambda: ag.butterfly(64, size=6), "power of two"),
         (lambda: ag.butterfly(64, levels=-1), "levels"),
         (lambda: ag.big_bird(64, window=2), "odd"),
@@ -437,10 +434,17 @@ def test_bad_patterns():
 # -- generated kernels ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["block_sparse", "big_bird", "vertical_slash"])
+@pytest.mark.parametrize(
+    "name", ["block_sparse", "counts", "block_cluster", "big_bird", "vertical_slash", "pruned", "gated", "adaptive"]
+)
 def test_by_generated_kernels(name: str):
     size = (1, 1, 2, 45, 67, 22)
-    keys, captures = case(name, size)
+    if name == "adaptive":
+        q, k, _ = inputs(size)
+        keys: Any = ag.adaptive(16)
+        captures: dict[str, Any] = dict(estimate=ag.estimate(q, k, block=16, budget=64, sink=4, q_offset=22))
+    else:
+        keys, captures = case(name, size)
     compare(ag.Spec(keys=keys, mask=ag.causal()), size, captures, backend="interpret")
 
 

@@ -28,6 +28,14 @@ def require(name: str, right: torch.Tensor, wanted: str, values: torch.Tensor, r
         torch._assert_async(right.all(), f"{name}: expected {wanted}")
 
 
+def check_dims(name: str, value: object, dims: tuple[int, ...], wanted: str) -> torch.Tensor:
+    """InputError unless `value` is a tensor with one of these numbers of dimensions; its sizes are the next check's."""
+    if isinstance(value, torch.Tensor) and value.dim() in dims:
+        return value
+    got = f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+    raise InputError(name, wanted, got, f"pass {name}=... at the call" if value is None else "")
+
+
 def check_lengths(name: str, value: object, batch: int, most: int, what: str, device: torch.device) -> torch.Tensor:
     """Lengths int [B] in 0 .. most, as int32. InputError names the row."""
     from attngen.keys.base import check_tensor

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from attngen.errors import InputError, SpecError
-from attngen.keys.base import KeySet, Pieces, Result, check_tensor
-from attngen.keys.checks import require
+from attngen.expression import I, J, conjunction, evaluate
+from attngen.keys.base import KeySet, Pieces, Result, check_tensor, offset_column
+from attngen.keys.checks import check_dims, require
 from attngen.lists import RowLists
 
 if TYPE_CHECKING:
@@ -40,15 +42,17 @@ class Graph(KeySet):
         size = col.shape[-1]
         # Whatever came, no run reaches past the list and no edge past the keys: the checks may be turned off.
         crow = crow.long().clamp(0, size if n_k else 0).cummax(-1).values
-        place = torch.arange(size, device=col.device).expand_as(col)
-        row = (
-            torch.searchsorted(crow[..., 1:].contiguous(), place.contiguous(), right=True) if call.wants_grad else place
-        )
-        edges = col.clamp(0, max(n_k - 1, 0))
-        listed = place < crow[..., -1:]
+        place = row = torch.arange(size, device=col.device).expand_as(col)
+        edges, told = col.clamp(0, max(n_k - 1, 0)), by_position(spec)
+        if call.wants_grad or told is not None:
+            row = torch.searchsorted(crow[..., 1:].contiguous(), place.contiguous(), right=True)
+        if told is not None:
+            seen = evaluate(told, {"i": row + offset_column(call), "j": edges})
+            crow, row, edges = _thinned(crow, row, edges, seen)
+            place = place[..., : edges.shape[-1]]
         runs = torch.stack([crow[..., :-1], crow.diff(dim=-1)], -1).to(word_for(size))
         lists = {"query_edges": edges.to(torch.int32), "query_runs": runs}
-        lists |= transposed(torch.where(listed, edges, n_k), row, n_k, call.wants_grad)
+        lists |= transposed(torch.where(place < crow[..., -1:], edges, n_k), row, n_k, call.wants_grad)
         heads = col.shape[1]
         return {**lists, "by_query_head": heads not in (1, call.k.shape[1])}
 
@@ -65,6 +69,34 @@ def attend_lists(pieces: Pieces, plan: Mapping[str, Any], lists: RowLists, **mor
     named = {name: plan[name] for name in lists.names if name not in more}
     call = pieces.call
     return pieces.attend(lists, build, call.q, call.k, call.v, call.q_offset, **named, **more)
+
+
+def by_position(spec: Spec) -> Any:
+    """Those conditions of the mask that read nothing but the positions i and j, None if it has none: what they rule out need
+    not be listed. The others hold when a list is walked, so that a plan is for any values that they read.
+    """
+    parts = spec.mask.args if type(spec.mask).__name__ == "And" else (spec.mask,)
+    told = conjunction([part for part in parts if part.free_symbols <= {I, J}])
+    return told if told.free_symbols else None
+
+
+def _thinned(
+    crow: torch.Tensor, row: torch.Tensor, edges: torch.Tensor, seen: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Row offsets, rows and edges without those that are not `seen` [B', H', E], in the same order. Nobody waits to know how
+    many are left: on a GPU the lists stay as long as they were.
+    """
+    size, shape = edges.shape[-1], seen.shape
+    total = torch.nn.functional.pad(seen.cumsum(-1), (1, 0))
+    crow = total.gather(-1, crow.expand(*shape[:2], -1))
+    place = torch.where(seen, total[..., :-1], size)
+    left = int(crow[..., -1].max()) if crow.device.type == "cpu" and crow.numel() else size
+
+    def moved(x: torch.Tensor) -> torch.Tensor:
+        longer = x.new_zeros((*shape[:2], size + 1))  # the last place takes what goes
+        return longer.scatter_(-1, place, x.expand(shape))[..., :left]
+
+    return crow, moved(row), moved(edges)
 
 
 def transposed(key: torch.Tensor, row: torch.Tensor, n_k: int, wanted: bool = True) -> dict[str, torch.Tensor]:
@@ -107,10 +139,11 @@ def read_csr(call: Call, given: Mapping[str, Any]) -> tuple[torch.Tensor, torch.
         if crow is not None or col is not None:
             raise InputError("graph", "either graph= or crow= and col=", "both")
         crow, col = from_networkx(graph, call.q.shape[2], call.k.shape[2], call.q.device)
-    if not isinstance(crow, torch.Tensor) or crow.dim() not in (1, 2, 3):
-        got = f"shape {list(crow.shape)}" if isinstance(crow, torch.Tensor) else type(crow).__name__
-        fix = "pass crow=... and col=..., or graph=..." if crow is None else ""
-        raise InputError("crow", "int [Nq + 1], [B, Nq + 1] or [B, H, Nq + 1]", got, fix)
+    for name, own, other in (("crow", crow, col), ("col", col, crow)):
+        if own is None:
+            got = "nothing" if other is None else f"{'col' if name == 'crow' else 'crow'}= alone"
+            raise InputError(name, "crow= and col=, or graph=", got, f"pass {name}=... at the call")
+    crow = check_dims("crow", crow, (1, 2, 3), "int [Nq + 1], [B, Nq + 1] or [B, H, Nq + 1]")
     (batch, heads, n_q, _), device = call.q.shape, call.q.device
     kinds = (heads, call.k.shape[1], 1)
     own = crow.shape[1] if crow.dim() == 3 and crow.shape[1] in kinds else call.k.shape[1]
@@ -137,10 +170,10 @@ def from_networkx(graph: Any, n_q: int, n_k: int, device: torch.device) -> tuple
     """CSR of a networkx graph: edge u-v lets query u see key v, and where the graph is undirected also v see u. InputError."""
     if not (hasattr(graph, "edges") and hasattr(graph, "is_directed")):
         raise InputError("graph", "a networkx graph with nodes 0 .. N - 1", type(graph).__name__)
-    for node in graph.nodes():
-        if isinstance(node, bool) or not isinstance(node, int) or not 0 <= node < max(n_q, n_k):
+    for node in graph.nodes():  # numpy's integers are integers too
+        if isinstance(node, bool) or not isinstance(node, Integral) or not 0 <= int(node) < max(n_q, n_k):
             raise InputError("graph", f"nodes that are ints in 0 .. {max(n_q, n_k) - 1}", repr(node)[:80])
-    pairs = [(edge[0], edge[1]) for edge in graph.edges()]
+    pairs = [(int(edge[0]), int(edge[1])) for edge in graph.edges()]
     if not graph.is_directed():
         pairs += [(v, u) for u, v in pairs if u != v]
     for u, v in pairs:
@@ -160,7 +193,8 @@ def graph() -> Graph:
     Or with graph=, a networkx Graph or DiGraph with nodes 0 .. N - 1: an edge u-v lets query u see key v (undirected:
     both ways). `attn.plan(...)` converts and sorts once for many calls.
 
-    Rows of any degree; an edge listed twice counts twice; the spec's mask and score hold on top. InputError for offsets that
-    do not start at 0, fall, or pass col's length, and for keys out of range; with ATTNGEN_CHECK=0 those are clamped.
+    Rows of any degree, their edges in any order; an edge listed twice counts twice; the spec's mask and score hold on top.
+    Edges that the mask rules out by positions alone (causal, a window) cost nothing. InputError for offsets that do not start
+    at 0, fall, or pass col's length, and for keys out of range; with ATTNGEN_CHECK=0 those are clamped.
     """
     return Graph()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from attngen.errors import InputError
+from attngen.expression import evaluate
 from attngen.keys.base import (
     KeySet,
     Pieces,
@@ -23,7 +24,8 @@ from attngen.keys.base import (
     offset_column,
     to_query_heads,
 )
-from attngen.keys.graph import attend_lists, check_list_names, transposed, word_for
+from attngen.keys.checks import check_dims, require
+from attngen.keys.graph import attend_lists, by_position, check_list_names, transposed, word_for
 from attngen.keys.rows import take
 from attngen.lists import RowLists
 
@@ -43,6 +45,7 @@ class Codebook(KeySet):
         call, count = pieces.call, given.get("count")
         kind = "float" if isinstance(count, torch.Tensor) and count.is_floating_point() else "int"
         count = check_tensor("count", count, kind, tuple(call.k.shape[:3]), "[B, Hkv, Nk]", call.q.device)
+        require("count", (count >= 0) & (count < torch.inf), "finite numbers of at least 0", count.detach())
 
         def build() -> dict[str, Any]:
             log_count, counted = pieces.tensor("log_count", 3, None), pieces.tensor("counted", 3, torch.bool)
@@ -70,17 +73,10 @@ class Gather(KeySet):
         super().check_spec(spec)
 
     def prepare(self, spec: Spec, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
-        index = given.get("index")
-        if isinstance(index, torch.Tensor) and index.dim() == 4:
-            return _by_row(call, index)
-        if not isinstance(index, torch.Tensor) or index.dim() != 3:
-            got = f"shape {list(index.shape)}" if isinstance(index, torch.Tensor) else type(index).__name__
-            raise InputError(
-                "index",
-                "int [B, H, K] or [B, H, Nq, K], H of k or q",
-                got,
-                "" if index is not None else "pass index=...",
-            )
+        wanted = "int [B, H, K] or [B, H, Nq, K], H of k or q"
+        index = check_dims("index", given.get("index"), (3, 4), wanted)
+        if index.dim() == 4:
+            return _by_row(spec, call, index)
         heads = call.q.shape[1] if index.shape[1] == call.q.shape[1] else call.k.shape[1]
         shape = (call.q.shape[0], heads, index.shape[2])
         index = check_tensor("index", index, "int", shape, "[B, Hkv or Hq, K]", call.q.device)
@@ -101,9 +97,7 @@ class Gather(KeySet):
         call, rows, log_weight = pieces.call, plan["rows"], given.get("log_weight")
         n_k = call.k.shape[2]
         if log_weight is not None:
-            log_weight = check_tensor(
-                "log_weight", log_weight, "float", tuple(rows.shape), "like index", call.q.device
-            ).gather(-1, plan["order"])
+            log_weight = _weights(log_weight, call, rows).gather(-1, plan["order"])
             log_weight = log_weight if log_weight.shape[1] == call.q.shape[1] else to_query_heads(log_weight, call)
         weighted = log_weight is not None
 
@@ -133,14 +127,18 @@ class Gather(KeySet):
         return pieces.attend(("listed", weighted), build, call.q, k, v, **extra)
 
 
-def _by_row(call: Call, index: torch.Tensor) -> dict[str, Any]:
+def _by_row(spec: Spec, call: Call, index: torch.Tensor) -> dict[str, Any]:
     """The lists of an index [B, H, Nq, K]."""
     (batch, heads, n_q, _), n_k, count = call.q.shape, call.k.shape[2], index.shape[3]
     own = heads if index.shape[1] == heads else call.k.shape[1]
     check_tensor("index", index, "int", (batch, own, n_q, count), "[B, Hkv or Hq, Nq, K]", call.q.device)
     check_range("index", index, -1, n_k, "rows of k, or -1 for none")
-    # The missing ones last in each row, and with the checks turned off whatever is no row of k too.
-    position, order = torch.where((index < 0) | (index >= n_k), n_k, index).sort(dim=-1, stable=True)
+    # The missing ones last in each row, what the mask rules out, and with the checks turned off whatever is no row of k.
+    missing, told = (index < 0) | (index >= n_k), by_position(spec)
+    if told is not None:
+        row = torch.arange(n_q, device=index.device) + offset_column(call)
+        missing = missing | ~evaluate(told, {"i": row.unsqueeze(-1), "j": index})
+    position, order = torch.where(missing, n_k, index).sort(dim=-1, stable=True)
     size, flat = n_q * count, position.flatten(2)
     first = (torch.arange(n_q, device=index.device) * count).expand(position.shape[:3])
     runs = torch.stack([first, (position < n_k).sum(-1)], -1).to(word_for(size))
@@ -155,9 +153,16 @@ def _attend_by_row(pieces: Pieces, plan: Mapping[str, Any], log_weight: Any) -> 
     lists = RowLists(weighted=log_weight is not None, by_query_head=order.shape[1] != call.k.shape[1])
     if log_weight is None:
         return attend_lists(pieces, plan, lists)
-    shape = tuple(order.shape)
-    weight = check_tensor("log_weight", log_weight, "float", shape, "like index", call.q.device)
-    return attend_lists(pieces, plan, lists, edge_weight=weight.gather(-1, order).flatten(2))
+    weight = _weights(log_weight, call, order).gather(-1, order)
+    return attend_lists(pieces, plan, lists, edge_weight=weight.flatten(2))
+
+
+def _weights(log_weight: Any, call: Call, index: torch.Tensor) -> torch.Tensor:
+    """log_weight, checked: one for each element of index, -inf for one that is not there."""
+    shape, device = tuple(index.shape), call.q.device
+    log_weight = check_tensor("log_weight", log_weight, "float", shape, "like index", device)
+    require("log_weight", log_weight < torch.inf, "finite numbers, or -inf for none", log_weight.detach())
+    return log_weight
 
 
 def _column(offset: Any) -> Any:
@@ -172,7 +177,7 @@ def codebook() -> Codebook:
     """Attention to codewords that stand for many tokens each (LongVQ, arXiv 2404.11163): `Spec(keys=ag.codebook())`, with
     the codewords as k [B, Hkv, S, D] and v, and count= [B, Hkv, S] tokens per codeword. A codeword's logit gains
     log(count), as if each of its tokens had that key and value; one with count 0 is not there. j is the codeword's number.
-    A float count gets a gradient.
+    A float count gets a gradient. InputError for a count that is negative, infinite or nan.
     """
     return Codebook()
 
@@ -181,6 +186,7 @@ def gather() -> Gather:
     """The keys whose rows are given: `Spec(keys=ag.gather(), mask=...)`, called with index= int [B, H, K], one list for all
     queries of a (kv or query) head, or int [B, H, Nq, K], one for each query; -1 for none; and
     optionally log_weight= float of the same shape, added to the logits
-    and differentiable. A row listed twice counts twice. The mask reads the keys' original positions.
+    and differentiable. A row listed twice counts twice. The mask reads the keys' original positions. InputError for rows out
+    of range, and for weights that are nan or infinite (but for -inf, a row that is not there).
     """
     return Gather()

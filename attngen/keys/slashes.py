@@ -27,6 +27,7 @@ from attngen.keys.base import (
     offset_column,
     positive,
 )
+from attngen.keys.checks import check_dims
 from attngen.keys.estimate import A_SHAPE, CLUSTER, Estimate
 from attngen.keys.rows import take
 from attngen.keys.tiles import Live, check_params, tile_lists
@@ -163,16 +164,12 @@ class VerticalSlash(Slashes):
     prepared: ClassVar[tuple[str, ...]] = ("vertical", "slash")
 
     def __post_init__(self) -> None:
-        TileLists(self.block, self.block)
+        _square(self.name, self.block)
 
     def prepare(self, spec: Spec, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
         found = []
         for name, size, what in (("vertical", "Kv", "rows of k"), ("slash", "Ks", "distances i - j")):
-            value = given.get(name)
-            if not isinstance(value, torch.Tensor) or value.dim() != 3:
-                got = f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-                fix = f"pass {name}=... at the call" if value is None else ""
-                raise InputError(name, f"int [B, H, {size}]", got, fix)
+            value = check_dims(name, given.get(name), (3,), f"int [B, H, {size}]")
             shape = (*call.q.shape[:2], value.shape[2])
             value = check_tensor(name, value, "int", shape, f"[B, H, {size}]", call.q.device)
             check_range(name, value, -1, call.k.shape[2] if name == "vertical" else 2**28, f"{what}, or -1 for none")
@@ -191,7 +188,7 @@ class Adaptive(Slashes):
     prepared: ClassVar[tuple[str, ...]] = ("estimate",)
 
     def __post_init__(self) -> None:
-        TileLists(self.block, self.block)
+        _square(self.name, self.block)
 
     def prepare(self, spec: Spec, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
         found = given.get("estimate")

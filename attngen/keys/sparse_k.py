@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from attngen.spec import Spec
 
 CHUNK = 128  # queries that share a list of keys in the incremental form
+STEP = 8  # chunks whose lists are found at once
+LARGEST = 2**20  # entries for which thresholds are found at once, per (batch, head) at least one chunk's
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class SparseK(KeySet):
     k: int
     window: int | None = None
     incremental: bool = False
+    capacity: int | None = None
 
     name: ClassVar[str] = "sparse_k"
     prepared: ClassVar[tuple[str, ...]] = ("u",)
@@ -62,6 +65,10 @@ class SparseK(KeySet):
             positive("sparse_k: window", self.window)
         if not isinstance(self.incremental, bool):
             raise SpecError(f"sparse_k: incremental is True or False, got {self.incremental!r}")
+        if self.capacity is not None:
+            positive("sparse_k: capacity", self.capacity)
+            if not self.incremental:
+                raise SpecError("sparse_k: capacity is for incremental=True, which makes lists of earlier keys")
 
     def prepare(self, spec: Spec, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
         u = self._scores(call, given)
@@ -73,7 +80,7 @@ class SparseK(KeySet):
             if call.q.shape[2] != call.k.shape[2] or isinstance(call.q_offset, torch.Tensor) or call.q_offset != 0:
                 got = f"{call.q.shape[2]} queries, {call.k.shape[2]} keys, q_offset {call.q_offset}"
                 raise InputError("q", "as many queries as keys and no q_offset, for incremental=True", got)
-            return {"past": survivors(u, self.k, CHUNK)}
+            return {"past": survivors(u, self.k, CHUNK, self.capacity)}
         rows, position, count = kept_first(weights(u, self.k) > 0)
         queries = torch.arange(call.q.shape[2], device=u.device) + offset_column(call)
         heads = call.q.shape[:2]
@@ -118,7 +125,7 @@ class SparseK(KeySet):
         """
         call, past = pieces.call, plan["past"]
         batch, heads_kv, n = u.shape
-        chunks, _heads = -(-n // CHUNK), call.q.shape[1]
+        chunks = -(-n // CHUNK)
         length = chunks * CHUNK
         q = torch.nn.functional.pad(call.q, (0, 0, 0, length - n))
         own = torch.arange(length, device=u.device).view(chunks, CHUNK)
@@ -128,7 +135,7 @@ class SparseK(KeySet):
         valid = (index >= 0) & (index < n)
         rows = index.clamp(0, n - 1)
         scores = u.gather(-1, rows.flatten(2)).view(rows.shape)
-        tau = self._thresholds(scores, index, valid, own)  # [B, Hkv, chunks, CHUNK]
+        tau = _Thresholds.apply(scores, torch.where(valid, index, n), own, self.k)  # [B, Hkv, chunks, CHUNK]
         flat = flat_rows(rows, n).transpose(1, 2).flatten(0, 1)
         (k,), (v,) = (take_flat(x, flat) for x in (call.k, call.v))
 
@@ -165,9 +172,8 @@ class SparseK(KeySet):
             return lambda: {"mask": mask & (above if full else (p > 0) & below), "score": score}
 
         whole = pieces.attend("p = 1", build(True), q, k, v, **extra)
-        weighed = v * u.gather(-1, rows.flatten(2)).view(rows.shape).transpose(1, 2).flatten(0, 1).unsqueeze(-1).to(
-            v.dtype
-        )
+        factors = u.gather(-1, rows.flatten(2)).view(rows.shape).transpose(1, 2).flatten(0, 1)
+        weighed = v * factors.unsqueeze(-1).to(v.dtype)
         if 2 * v.shape[-1] <= 256:
             out, lse = pieces.attend("p < 1", build(False), q, k, torch.cat([weighed, v], -1), **extra)
             first, second = out.chunk(2, -1)
@@ -179,47 +185,99 @@ class SparseK(KeySet):
         out, lse = (x.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3) for x in (out, lse))
         return out[:, :, :n], lse[:, :, :n]
 
-    def _thresholds(
-        self, scores: torch.Tensor, index: torch.Tensor, valid: torch.Tensor, own: torch.Tensor
-    ) -> torch.Tensor:
-        """tau of every query, [B, Hkv, chunks, CHUNK]: O(N * (past + CHUNK)) memory."""
-        seen = valid.unsqueeze(-2) & (index.unsqueeze(-2) <= own.unsqueeze(-1))
-        return threshold(torch.where(seen, scores.unsqueeze(-2), -torch.inf), self.k)
+
+class _Thresholds(torch.autograd.Function):
+    """tau of every query, [B, H, chunks, CHUNK], from the scores [B, H, chunks, L] of its chunk's list. The keys' positions
+    [B, H, chunks, L] say which of them it sees: those not behind its own, [chunks, CHUNK]. A few chunks at a time, so that
+    memory does not hold an entry per query and key.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores: torch.Tensor, position: torch.Tensor, own: torch.Tensor, k: int) -> torch.Tensor:
+        tau, start, size = (scores.new_empty((*scores.shape[:3], own.shape[1])) for _ in range(3))
+        for part in _parts(scores, own):
+            seen = position[:, :, part].unsqueeze(-2) <= own[part].unsqueeze(-1)
+            u = torch.where(seen, scores[:, :, part].unsqueeze(-2), -torch.inf)
+            found = _segment(u, k)
+            inside = found.inside(u)
+            tau[:, :, part], start[:, :, part] = found.threshold(u, inside, k), found.start.squeeze(-1)
+            size[:, :, part] = inside.sum(-1)
+        ctx.save_for_backward(scores, position, own, start, size)
+        return tau
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        """d tau / d u is 1 / size for each of the entries that tau is a mean of."""
+        scores, position, own, start, size = ctx.saved_tensors
+        share = (grads[0] / size.clamp(min=1)).unsqueeze(-2)
+        total = torch.empty_like(scores)
+        for part in _parts(scores, own):
+            seen = position[:, :, part].unsqueeze(-2) <= own[part].unsqueeze(-1)
+            u = torch.where(seen, scores[:, :, part].unsqueeze(-2), -torch.inf)
+            inside = _Segment(start[:, :, part].unsqueeze(-1)).inside(u)
+            total[:, :, part] = (share[:, :, part] @ inside.to(scores.dtype)).squeeze(-2)
+        return total, None, None, None
+
+
+def _parts(scores: torch.Tensor, own: torch.Tensor) -> list[slice]:
+    each = max(1, LARGEST // max(1, own.shape[1] * scores.shape[-1] * scores.shape[0] * scores.shape[1]))
+    return [slice(at, at + each) for at in range(0, own.shape[0], each)]
+
+
+class _Segment(NamedTuple):
+    """The piece of sum clip(u - tau, 0, 1) on which it is k, [..., 1]; infinite where every entry is chosen whole, and then
+    `few` is that tau.
+    """
+
+    start: torch.Tensor
+    few: torch.Tensor | None = None
+
+    def inside(self, u: torch.Tensor) -> torch.Tensor:
+        """The entries strictly between 0 and 1 on it."""
+        return (u > self.start) & (u - 1 <= self.start)  # as the kink was rounded
+
+    def threshold(self, u: torch.Tensor, inside: torch.Tensor, k: int) -> torch.Tensor:
+        """tau [...]: differentiable in u."""
+        assert self.few is not None
+        size, whole = inside.sum(-1, keepdim=True), (u - 1 > self.start).sum(-1, keepdim=True)
+        tau = (torch.where(inside, u, 0.0).sum(-1, keepdim=True) - (k - whole)) / size.clamp(min=1)
+        every = self.start == torch.inf
+        return torch.where(every, self.few, torch.where(size > 0, tau, self.start)).squeeze(-1)
 
 
 def threshold(u: torch.Tensor, k: int) -> torch.Tensor:
     """tau [...] with sum clip(u - tau, 0, 1) = k over the last dimension of u, exact by sorting, differentiable in u; where
     there are at most k finite entries, two less than the least of them, so that each is clipped to 1. Entries of -inf are absent.
+    """
+    segment = _segment(u.detach(), k)
+    return segment.threshold(u, segment.inside(u), k)
 
-    The sum falls piecewise linearly in tau with kinks at u and u - 1: the last kink at which it still is k or more starts
+
+@torch.no_grad()
+def _segment(u: torch.Tensor, k: int) -> _Segment:
+    """The sum falls piecewise linearly in tau with kinks at u and u - 1: the last kink at which it still is k or more starts
     the piece that holds tau; on it, tau is a mean of the entries strictly between.
     """
-    with torch.no_grad():
-        ordered = u.detach().sort(dim=-1).values
-        present = ordered.isfinite()
-        if (
-            u.shape[-1] > k
-        ):  # with tau so low that entry k + 1 were 1, the sum would pass k: what lies below is never chosen,
-            ordered = torch.maximum(ordered, ordered[..., -k - 1, None] - 2)  # and must not cancel the others in a sum
-        known = torch.where(present, ordered, 0.0).double()
-        total = torch.nn.functional.pad(known.cumsum(-1), (1, 0))
-        kinks = torch.cat([ordered, ordered - 1], -1).sort(dim=-1).values
-        # Entries from place `low` on exceed tau, from place `high` on by 1 or more.
-        low = torch.searchsorted(ordered, kinks, right=True)
-        high = torch.searchsorted(ordered - 1, kinks)
-        n = u.shape[-1]
-        sums = (n - high) + total.gather(-1, high) - total.gather(-1, low) - (high - low) * kinks.double()
-        enough = (sums >= k) & kinks.isfinite()
-        place = torch.where(enough, torch.arange(2 * n, device=u.device), -1).amax(-1, keepdim=True)
-        start = kinks.gather(-1, place.clamp(min=0))
-        few = present.sum(-1, keepdim=True) <= k
-        least = torch.where(present, ordered, torch.inf).amin(-1, keepdim=True) - 2
-        # On the piece right of the kink: above it by less than 1 (included), by 1 or more (excluded: it shrinks there).
-        whole = u - 1 > start  # as the kink was rounded
-        part = (u > start) & ~whole
-        size = part.sum(-1, keepdim=True)
-    tau = (torch.where(part, u, 0.0).sum(-1, keepdim=True) - (k - whole.sum(-1, keepdim=True))) / size.clamp(min=1)
-    return torch.where(few, least, torch.where(size > 0, tau, start)).squeeze(-1)
+    ordered = u.sort(dim=-1).values
+    present = ordered.isfinite()
+    few = present.sum(-1, keepdim=True) <= k
+    least = torch.where(present, ordered, torch.inf).amin(-1, keepdim=True) - 2
+    if u.shape[-1] > k:
+        # With tau so low that entry k + 1 were 1, the sum would pass k: what lies below is never chosen, and must not
+        # cancel the others in a sum.
+        ordered = torch.maximum(ordered, ordered[..., -k - 1, None] - 2)
+    known = torch.where(present, ordered, 0.0).double()
+    total = torch.nn.functional.pad(known.cumsum(-1), (1, 0))
+    kinks = torch.cat([ordered, ordered - 1], -1).sort(dim=-1).values
+    # Entries from place `low` on exceed tau, from place `high` on by 1 or more.
+    low = torch.searchsorted(ordered, kinks, right=True)
+    high = torch.searchsorted(ordered - 1, kinks)
+    n = u.shape[-1]
+    sums = (n - high) + total.gather(-1, high) - total.gather(-1, low) - (high - low) * kinks.double()
+    enough = (sums >= k) & kinks.isfinite()
+    place = torch.where(enough, torch.arange(2 * n, device=u.device), -1).amax(-1, keepdim=True)
+    start = kinks.gather(-1, place.clamp(min=0))
+    return _Segment(torch.where(few, torch.inf, start), least)
 
 
 def weights(u: torch.Tensor, k: int) -> torch.Tensor:
@@ -227,27 +285,48 @@ def weights(u: torch.Tensor, k: int) -> torch.Tensor:
     return (u - threshold(u, k).unsqueeze(-1)).clamp(0, 1)
 
 
-def survivors(u: torch.Tensor, k: int, chunk: int) -> torch.Tensor:
+def survivors(u: torch.Tensor, k: int, chunk: int, capacity: int | None = None) -> torch.Tensor:
     """For each chunk of queries the earlier keys that its first one may still choose: int64 [B, H, chunks, m] in ascending
-    order, -1 for none. m is the longest list: about k, O(N * m / chunk) memory.
+    order, -1 for none; O(N * m / chunk) memory. m is `capacity`, and scores that leave more are an InputError (asserted on
+    the device); without a capacity the longest list, about k, whose length the host has to wait for.
     """
+    if capacity is not None:
+        found, longest = _scan(u, k, chunk, min(capacity, u.shape[-1]))
+        wanted = f"scores that leave at most capacity={capacity} earlier keys to choose from"
+        require("u", longest <= capacity, wanted, longest, "of them in (batch, head)")
+        return found
+    size = min(u.shape[-1], 2 * k + chunk)
+    while True:
+        found, longest = _scan(u, k, chunk, size)
+        most = int(longest.max()) if longest.numel() else 0
+        if most <= size:
+            return found[..., : max(1, most)]
+        size = min(u.shape[-1], 2 * most)
+
+
+@torch.no_grad()
+def _scan(u: torch.Tensor, k: int, chunk: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(lists of at most `size` keys, how long the longest of each (batch, head) would have been): right if none was cut."""
     batch, heads, n = u.shape
-    kept = torch.empty((batch, heads, 0), dtype=torch.int64, device=u.device)
-    lists = []
-    for start in range(0, n, chunk):
-        lists.append(kept)
-        fresh = torch.arange(start, min(start + chunk, n), device=u.device).expand(batch, heads, -1)
+    kept = torch.full((batch, heads, size), -1, device=u.device)
+    lists, longest = [kept.unsqueeze(-2)], torch.zeros((batch, heads), dtype=torch.int64, device=u.device)
+    for begin in range(0, n - chunk, STEP * chunk):
+        starts = torch.arange(begin + chunk, min(begin + STEP * chunk, n - 1) + 1, chunk, device=u.device)
+        fresh = torch.arange(begin, min(begin + STEP * chunk, n), device=u.device).expand(batch, heads, -1)
         known = torch.cat([kept, fresh], -1)
-        values = torch.where(known >= 0, u.gather(-1, known.clamp(min=0)), -torch.inf)
-        alive = (known >= 0) & (values > threshold(values, k).unsqueeze(-1))
-        order = torch.argsort(~alive, dim=-1, stable=True)[..., : max(1, int(alive.sum(-1).max()))]
-        kept = torch.where(alive, known, -1).gather(-1, order)
-    longest = max((x.shape[-1] for x in lists), default=0)
-    pad = torch.nn.functional.pad
-    return torch.stack([pad(x, (0, longest - x.shape[-1]), value=-1) for x in lists], 2)
+        values = torch.where(known >= 0, u.gather(-1, known.clamp(min=0)), -torch.inf).unsqueeze(-2)
+        values = torch.where(known.unsqueeze(-2) < starts.unsqueeze(-1), values, -torch.inf)  # [B, H, starts, entries]
+        alive = values > threshold(values, k).unsqueeze(-1)
+        longest = torch.maximum(longest, alive.sum(-1).amax(-1))
+        order = torch.argsort(~alive, dim=-1, stable=True)[..., :size]
+        found = torch.where(alive, known.unsqueeze(-2), -1).gather(-1, order)
+        found = torch.nn.functional.pad(found, (0, size - found.shape[-1]), value=-1)
+        lists.append(found)
+        kept = found[..., -1, :]
+    return torch.cat(lists, -2), longest
 
 
-def sparse_k(k: int, window: int | None = None, incremental: bool = False) -> SparseK:
+def sparse_k(k: int, window: int | None = None, incremental: bool = False, capacity: int | None = None) -> SparseK:
     """SPARSEK: `Spec(keys=ag.sparse_k(512, window=256, incremental=True), mask=ag.causal())`, called with
     u= float [B, Hkv, Nk], a score per key.
 
@@ -256,7 +335,9 @@ def sparse_k(k: int, window: int | None = None, incremental: bool = False) -> Sp
     (causal language models); else once from all keys. A score of -inf stands for a key that is not there. Gradients flow to u
     (arXiv 2406.16747).
 
-    incremental=True waits for the device once per 128 queries, to keep its lists as short as what can still be chosen, and
-    its thresholds take O(N (k + 128)) memory per head while they are made.
+    incremental=True makes, for every 128 queries, a list of the earlier keys that they may choose: about k of them, more
+    where many scores differ by less than 1. capacity: the longest list; longer ones raise an InputError, asserted on the
+    device. Without it lists are as long as the scores need, for which `plan` (or each call, without a plan) waits for the
+    device once.
     """
-    return SparseK(k, window, incremental)
+    return SparseK(k, window, incremental, capacity)

@@ -16,6 +16,7 @@ import torch
 from attngen.errors import InputError, SpecError
 from attngen.expression import Expr
 from attngen.keys.base import KeySet, Pieces, Result, check_range, check_tensor
+from attngen.keys.checks import check_dims
 from attngen.lists import TileLists
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 Block = tuple[int, int]
 FULL, PARTIAL, EMPTY = 0, 1, 2  # in the order in which a list has them
+LIMIT = 2**31
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +72,12 @@ def read_block(place: str, block: Any) -> Block:
     pair = (block, block) if isinstance(block, int) else block
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise SpecError(f"{place}: block is (queries, keys) of a tile, or one number for both, got {block!r}")
-    TileLists(*pair)  # checks the two
-    return (pair[0], pair[1])
+    try:
+        lists = TileLists(*pair)
+    except SpecError:
+        wanted = "block is (queries, keys) of a tile, both multiples of 16, or one number for both"
+        raise SpecError(f"{place}: {wanted}, got {block!r}") from None
+    return lists.block_m, lists.block_n
 
 
 # -- preparation ------------------------------------------------------------------------------------------------------
@@ -92,13 +98,14 @@ def tile_lists(live: Live, spec: Spec, call: Call, block: Block, masked_inside: 
         empty = torch.zeros((1, 1, 0), dtype=torch.int32, device=call.q.device)
         runs = [empty.new_zeros((1, 1, tiles, 3)) for tiles in (tiles_q, tiles_k)]
         return dict(zip((*TileLists.names, "mask_params"), (empty, runs[0], empty, runs[1], params), strict=True))
+    check_entries("q and k", live.columns.shape[-1])
     rows, columns = live.rows.long(), live.columns.long()
     state = Segments(bound, block).state(rows, columns)
     if masked_inside:
         state = torch.where(state == FULL, PARTIAL, state)
     # A number that is no tile is in none of the mask's segments: it is dropped too where the checks are turned off.
     state = torch.where(columns < 0, EMPTY, state)
-    word = torch.int32 if 2 * tiles_q * tiles_k < 2**31 else torch.int64
+    word = torch.int32 if 2 * tiles_q * tiles_k < LIMIT else torch.int64
     none = 2 * tiles_q * tiles_k
     code = torch.where(state == EMPTY, none, (2 * rows + state) * tiles_k + columns).to(word).sort(dim=-1).values
     if not live.distinct:
@@ -217,12 +224,15 @@ class BlockSparse(Tiles):
             got = "neither" if layout is None else "both"
             raise InputError("layout", "layout=, or counts= and indices=", got, "pass one of the two at the call")
         if layout is not None:
-            lead = _lead("layout", layout, 4, "bool [B or 1, H or 1, tiles_q, tiles_k]", call)
+            lead = _lead(check_dims("layout", layout, (4,), "bool [B or 1, H or 1, tiles_q, tiles_k]"), call)
+            check_entries("layout", rows * columns)
             dims = f"[B or 1, H or 1, tiles_q, tiles_k] for tiles of {self.block[0]} x {self.block[1]}"
             return from_layout(check_tensor("layout", layout, "bool", (*lead, rows, columns), dims, call.q.device))
-        lead = _lead("indices", indices, 4, "int [B or 1, H or 1, tiles_q, L]", call)
-        shape = (*lead, rows, indices.shape[3])  # type: ignore[union-attr]
+        indices = check_dims("indices", indices, (4,), "int [B or 1, H or 1, tiles_q, L]")
+        lead = _lead(indices, call)
+        shape = (*lead, rows, indices.shape[3])
         indices = check_tensor("indices", indices, "int", shape, "[B or 1, H or 1, tiles_q, L]", call.q.device)
+        check_entries("indices", rows * indices.shape[3])
         counts = check_tensor("counts", counts, "int", (*lead, rows), "[B or 1, H or 1, tiles_q]", call.q.device)
         check_range("counts", counts, 0, indices.shape[3] + 1, "numbers of indices")
         counted = torch.arange(indices.shape[3], device=counts.device) < counts.unsqueeze(-1)
@@ -242,18 +252,24 @@ class BlockCluster(Tiles):
         read_block(self.name, self.block)
 
     def live(self, spec: Spec, call: Call, given: Mapping[str, Any]) -> Live:
-        index, dims = given.get("index"), "[B or 1, H or 1, tiles_q, K]"
-        rows, columns = self.grid(call)
-        lead = _lead("index", index, 4, f"int {dims}", call)
-        shape = (*lead, rows, index.shape[3])  # type: ignore[union-attr]
+        dims, (rows, columns) = "[B or 1, H or 1, tiles_q, K]", self.grid(call)
+        index = check_dims("index", given.get("index"), (4,), f"int {dims}")
+        shape = (*_lead(index, call), rows, index.shape[3])
         return from_indices("index", check_tensor("index", index, "int", shape, dims, call.q.device), columns)
 
 
 def from_indices(name: str, index: torch.Tensor, columns: int) -> Live:
     """Of key-tile numbers int [B', H', tiles_q, L], -1 for none. InputError for one out of range."""
+    check_entries(name, index.shape[2] * index.shape[3])
     check_range(name, index, -1, columns, "numbers of key tiles, or -1 for none")
     rows = torch.arange(index.shape[2], device=index.device).repeat_interleave(index.shape[3])
     return Live(rows.view(1, 1, -1), index.flatten(2), distinct=False)
+
+
+def check_entries(name: str, count: int) -> None:
+    """InputError if a head's list could have more entries than its offsets, which are int32, reach."""
+    if count >= LIMIT:
+        raise InputError(name, f"fewer than {LIMIT} listed tiles for a head", count, "choose larger tiles")
 
 
 def from_layout(layout: torch.Tensor) -> Live:
@@ -273,11 +289,8 @@ def from_layout(layout: torch.Tensor) -> Live:
     return Live(place // columns, torch.where(flat, place % columns, -1))
 
 
-def _lead(name: str, value: Any, ndim: int, wanted: str, call: Call) -> tuple[int, int]:
+def _lead(value: torch.Tensor, call: Call) -> tuple[int, int]:
     """The batch and head sizes that `value` should have: each the call's, or 1."""
-    if not isinstance(value, torch.Tensor) or value.dim() != ndim:
-        got = f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-        raise InputError(name, wanted, got, f"pass {name}=... at the call" if value is None else "")
     batch, heads = call.q.shape[:2]
     return (1 if value.shape[0] == 1 else batch, 1 if value.shape[1] == 1 else heads)
 

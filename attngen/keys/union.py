@@ -11,6 +11,7 @@ import torch
 
 from attngen import debug
 from attngen.errors import InputError, SpecError
+from attngen.keys import base
 from attngen.keys.base import KeyPlan, KeySet, Pieces, Result
 from attngen.merging import merge
 
@@ -36,7 +37,8 @@ class Union(KeySet):
         for name in names:
             if names.count(name) > 1 and name != "seed":
                 raise SpecError(
-                    f"union: two pieces read the capture {name!r}", fix="one piece of a kind that has captures"
+                    f"union: two pieces read the capture {name!r}",
+                    fix="captures go to the pieces by name: call the two apart, and ag.merge what they return",
                 )
         declared: dict[str, Any] = {}
         for spec in self.specs:
@@ -94,6 +96,8 @@ class Union(KeySet):
                     spec, schedule=attention.pins, backend=attention.backend, db=attention.db
                 )
             named = {name: captures[name] for name in (*spec.tensors, *spec.params)}
+            if spec.keys is None and base.RECORD is not None:
+                base.RECORD.append((number, found, call.q, call.k, call.v, call.q_offset, dict(named)))
             own = () if spec.keys is None else spec.keys.used
             named |= {name: given[name] for name in own if name in given}
             made = plan.get(f"piece {number}")
@@ -126,6 +130,10 @@ def _check_disjoint(specs: tuple[Spec, ...], call: Call, captures: Mapping[str, 
 def union(*pieces: Any, sink: Any = None) -> Spec:
     """One spec from several: `ag.union(Spec(keys=..., mask=...), Spec(mask=...))`. Each piece has its own mask and score; a
     sink (of the union, or of one piece) joins once.
+
+    Captures go to the pieces by name, so that two key sets which take one of the same name are not possible (two of
+    `ag.qk_sparse()`, say, or `ag.gather()` next to `ag.block_cluster()`: call them apart and `ag.merge` what they return);
+    only seed= may be for several.
 
     The pieces should be disjoint: a pair (i, j) that is in two of them counts twice in the softmax. With ATTNGEN_DEBUG at
     least 1, calls of up to 2**22 pairs per head are checked for that and raise InputError. Raises SpecError.
