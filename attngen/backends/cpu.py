@@ -130,39 +130,51 @@ def _backward(
     delta = delta.sub_(grad_lse.to(real)).unsqueeze(-1)
     lse = lse.to(real).masked_fill(lse == -math.inf, math.inf)  # a row without a key: exp(-inf - inf) is 0
     given = _Given(grad_out, delta, (lse * LOG2E).unsqueeze(-1), weights)
-    dq = torch.empty(call.q.shape, dtype=call.q.dtype)
-    # Jobs that share a pair sum on their own. Transposed, because products then add to whole rows.
-    sharing = sum(1 for own, _ in jobs if 0 in own) if pairs else 1
-    dk = torch.zeros((sharing, pairs, call.k.shape[3], call.k.shape[2]), dtype=real)
-    dv = torch.zeros((sharing, pairs, call.v.shape[3], call.v.shape[2]), dtype=real)
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (call.q, call.k, call.v))
+    alone = all(
+        own != jobs[0][0] for own, _ in jobs[1:]
+    )  # else jobs sum the same pairs' gradients, each its own tiles'
+    kept: list[dict[int, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in jobs]
     scattered = [name for name in wanted if name in facts.load_grads]
     captured = [{name: torch.zeros(call.captures[name].shape, dtype=real) for name in scattered} for _ in jobs]
 
+    def finish(pair: int, shares: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        b, head_kv = divmod(pair, call.k.shape[1])
+        sum_k, sum_v = (x[0] if len(x) == 1 else torch.stack(x).sum(0) for x in zip(*shares, strict=True))
+        dk[b, head_kv].copy_(sum_k.mul_(1 / work.base).to(dk.dtype).t())
+        dv[b, head_kv].copy_(sum_v.to(dv.dtype).t())
+
     def job(number: int, part: tuple[range, range]) -> None:
-        slot = number * sharing // len(jobs)
-        sums = _Sums(dq, dk[slot], dv[slot], captured[number])
-        for units in work.units(*part):
-            _differentiate(work, units, given, sums)
+        sums = None
+        for group in work.groups(part[0]):
+            sums = _Sums.zeros(work, len(group), dq, captured[number], sums if alone else None)
+            for units in work.units(group, part[1]):
+                _differentiate(work, units, given, sums)
+            for slot, pair in enumerate(group):
+                shares = sums.dk[slot], sums.dv[slot]
+                if alone:
+                    finish(pair, [shares])
+                else:
+                    kept[number][pair] = shares
 
     run_jobs(jobs, job)
+    if not alone:
+        run_jobs(range(pairs), lambda _, pair: finish(pair, [own[pair] for own in kept if pair in own]))
     gradients = {name: torch.stack([own[name] for own in captured]).sum(0) for name in scattered}
     for name in wanted:
         gradients.setdefault(name, torch.zeros(call.captures[name].shape, dtype=real))
     if call.spec.sink is not None:
         _differentiate_sink(work, lse, delta, gradients)
-    dk, dv = (x[0] if sharing == 1 else x.sum(0) for x in (dk, dv))
-    dk = dk.mul_(1 / work.base).view(*call.k.shape[:2], *dk.shape[1:]).mT
-    dv = dv.view(*call.v.shape[:2], *dv.shape[1:]).mT
-    return dq, dk.to(call.k.dtype).contiguous(), dv.to(call.v.dtype).contiguous(), gradients
+    return dq, dk, dv, gradients
 
 
 # -- what a call looks like to the loops ------------------------------------------------------------------------------
 
 
 class Unit(NamedTuple):
-    """A tile of `rows` queries of the heads that share one (batch, kv head) `pair`, and the keys it visits."""
+    """A tile of `rows` queries of the heads that share one (batch, kv head), and the keys it visits."""
 
-    pair: int
+    slot: int  # which of its group's (batch, kv head) pairs it has
     b: int
     head_kv: int
     heads: range
@@ -181,7 +193,7 @@ class Unit(NamedTuple):
     @property
     def place(self) -> list[int]:
         """The same for `cpu_kernels`."""
-        return [self.b, self.head_kv, self.heads.start, len(self.heads), self.start, self.rows]
+        return [self.b, self.head_kv, self.heads.start, len(self.heads), self.start, self.rows, self.slot]
 
     @property
     def tile(self) -> tuple[int, int, int]:
@@ -233,6 +245,18 @@ class Work:
         work = self.keys.visited * min(self.block_m, n_q) * (head_dim + self.v.shape[3]) * heads
         return split_jobs(batch * self.k.shape[1], tiles, work, finer)
 
+    def groups(self, pairs: range) -> list[range]:
+        """Pairs to compute together, tile by tile: those of a batch, where masks or chunks serve all of them; else single
+        ones, whose sums stay in the cache.
+        """
+        if self.keys.by_head or self.masks.by_head:
+            return [pairs[at : at + 1] for at in range(len(pairs))]
+        edges = [at for at, pair in enumerate(pairs) if at == 0 or self._batch(pair) != self._batch(pairs[at - 1])]
+        return [pairs[a:b] for a, b in pairwise([*edges, len(pairs)])]
+
+    def _batch(self, pair: int) -> int:
+        return pair // self.k.shape[1]
+
     def units(self, pairs: range, tiles: range) -> Iterator[list[Unit]]:
         """Tile by tile, so that what the mask gives for a tile serves all heads: lists of units with the same chunks and masks."""
         masks = self.masks if self.masks.by_distance else Masks(self.call, self.env, self.real, self.masks)
@@ -241,7 +265,7 @@ class Work:
         for tile in tiles:
             start, stop = tile * self.block_m, min((tile + 1) * self.block_m, n_q)
             units: list[Unit] = []
-            for pair in pairs:
+            for slot, pair in enumerate(pairs):
                 b, head_kv = divmod(pair, heads_kv)
                 first = start + self.offsets[b]
                 for head in range(head_kv * group, (head_kv + 1) * group, each):
@@ -253,7 +277,7 @@ class Work:
                     if not shared:
                         chunks = self.keys.chunks(b, head, tile)
                         caps = self._caps(masks, chunks, b, heads, first, stop - start)
-                    units.append(Unit(pair, b, head_kv, heads, stop - start, first, start, chunks, masks, caps))
+                    units.append(Unit(slot, b, head_kv, heads, stop - start, first, start, chunks, masks, caps))
             if units:
                 yield units
 
@@ -473,12 +497,26 @@ class _Given(NamedTuple):
 
 @dataclass(frozen=True)
 class _Sums:
-    """Where a unit's shares go: dq [B, Hq, Nq, D]; dk [pairs, D, Nk] and dv [pairs, Dv, Nk]; captures by name."""
+    """Where a unit's shares go: dq [B, Hq, Nq, D]; dk [slots, D, Nk] and dv [slots, Dv, Nk], transposed, because products then
+    add to whole rows; captures by name.
+    """
 
     dq: torch.Tensor
     dk: torch.Tensor
     dv: torch.Tensor
     captured: dict[str, torch.Tensor]
+
+    @classmethod
+    def zeros(
+        cls, work: Work, slots: int, dq: torch.Tensor, captured: dict[str, torch.Tensor], over: _Sums | None
+    ) -> _Sums:
+        """For a group of pairs; `over`: another group's, no longer wanted, whose memory serves again if it is as large."""
+        if over is not None and over.dk.shape[0] == slots:
+            over.dk.zero_()
+            over.dv.zero_()
+            return over
+        dk, dv = (torch.zeros((slots, t.shape[3], t.shape[2]), dtype=work.real) for t in (work.k, work.v))
+        return cls(dq, dk, dv, captured)
 
 
 def _differentiate(work: Work, units: list[Unit], given: _Given, sums: _Sums) -> None:
@@ -527,7 +565,7 @@ def _differentiate_unit(work: Work, unit: Unit, given: _Given, sums: _Sums) -> N
                     share = _times(ds, evaluate(slope, scope, values, work.real), unit, blocked)
                     _scatter(total, load, share.view(unit.tile), scope, work.real)
             ds = _times(ds, evaluate(work.facts.score_ds, scope, values, work.real), unit, blocked)
-        dk, dv = sums.dk[unit.pair, :, start:stop], sums.dv[unit.pair, :, start:stop]
+        dk, dv = sums.dk[unit.slot, :, start:stop], sums.dv[unit.slot, :, start:stop]
         if work.finite:
             add_products(ds, weights, q_t, do_t, k, dq, dk, dv)
         else:

@@ -5,7 +5,8 @@ core keeps every core busy; where torch can't script, the same functions run as 
 this file: TorchScript reads them.
 
 A unit takes the call's whole tensors: q, do [B, Hq, Nq, *] in any dtype and with any strides; k [B, Hkv, Nk, D] and
-v [B, Hkv, Nk, Dv] contiguous in the computing dtype. Its place is [batch, kv head, first query head, heads, first row, rows].
+v [B, Hkv, Nk, Dv] contiguous in the computing dtype. Its place is
+[batch, kv head, first query head, heads, first row, rows, which of dk and dv it adds to].
 Logits are in base 2: torch's exp2 is several times faster than its exp.
 
 All units of a call visit chunks start[n] .. stop[n] - 1. Chunks bundle[m] .. bundle[m + 1] - 1 are taken together: several
@@ -13,6 +14,7 @@ short ones are copied into one, since an operator on few keys costs as much as o
 [rows, columns] or with heads in front) for the columns low[x] .. high[x] - 1 of chunk owner[x].
 """
 
+import threading
 import warnings
 from functools import cache
 from types import SimpleNamespace
@@ -50,8 +52,24 @@ product = _product_onednn if _has_onednn() else _product_plain
 
 
 def tile_of(x: torch.Tensor, place: list[int]) -> torch.Tensor:
-    """The unit's part of x [B, Hq, Nq, *]: [heads, rows, *]."""
-    return x.select(0, place[0]).narrow(0, place[2], place[3]).narrow(1, place[4], place[5])
+    """The unit's part of x [B, Hq, Nq, *]: [heads, rows, *]. Views are made in one step: of a short list of tiles they cost
+    as much as the arithmetic.
+    """
+    first = x.storage_offset() + place[0] * x.stride(0) + place[2] * x.stride(1) + place[4] * x.stride(2)
+    if x.dim() == 3:
+        return x.as_strided([place[3], place[5]], [x.stride(1), x.stride(2)], first)
+    return x.as_strided([place[3], place[5], x.size(3)], [x.stride(1), x.stride(2), x.stride(3)], first)
+
+
+def head_of(x: torch.Tensor, place: list[int]) -> torch.Tensor:
+    """The unit's rows of k or v: [Nk, *]."""
+    first = x.storage_offset() + place[0] * x.stride(0) + place[1] * x.stride(1)
+    return x.as_strided([x.size(2), x.size(3)], [x.stride(2), x.stride(3)], first)
+
+
+def part(x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Rows start .. stop - 1 of a matrix."""
+    return x.as_strided([stop - start, x.size(1)], [x.stride(0), x.stride(1)], x.storage_offset() + start * x.stride(0))
 
 
 def rows_of(x: torch.Tensor, factor: float, like: torch.Tensor) -> torch.Tensor:
@@ -81,8 +99,8 @@ def write(state: State, lse: torch.Tensor, out: torch.Tensor) -> float:
 def bundled(x: torch.Tensor, start: list[int], stop: list[int], first: int, last: int) -> torch.Tensor:
     """Rows of x [N, *] that chunks first .. last - 1 visit."""
     if last - first == 1:
-        return x[start[first] : stop[first]]
-    return torch.cat([x[start[n] : stop[n]] for n in range(first, last)])
+        return part(x, start[first], stop[first])
+    return torch.cat([part(x, start[n], stop[n]) for n in range(first, last)])
 
 
 def masked_logits(
@@ -127,7 +145,7 @@ def _attend_unit(
     out: torch.Tensor,
 ) -> float:
     tile = [place[3], place[5], -1]
-    k, v = k[place[0], place[1]], v[place[0], place[1]]
+    k, v = head_of(k, place), head_of(v, place)
     rows = rows_of(tile_of(q, place), factor, k)
     a, b = bundle[0], bundle[1]
     logits = masked_logits(rows, bundled(k, start, stop, a, b), tile, start, stop, a, b, cap, owner, low, high)
@@ -189,7 +207,7 @@ def add_bundle(
     before = 0
     for n in range(first, last):
         size = stop[n] - start[n]
-        total[:, start[n] : stop[n]].add_(shares[:, before : before + size])
+        part(total.t(), start[n], stop[n]).add_(part(shares.t(), before, before + size))
         before += size
 
 
@@ -214,10 +232,9 @@ def _differentiate_unit(
     dv: torch.Tensor,
     dq: torch.Tensor,
 ) -> None:
-    pair = place[0] * k.size(1) + place[1]
-    dk, dv = dk.select(0, pair), dv.select(0, pair)
+    dk, dv = dk.select(0, place[6]), dv.select(0, place[6])
     tile = [place[3], place[5], -1]
-    k, v = k[place[0], place[1]], v[place[0], place[1]]
+    k, v = head_of(k, place), head_of(v, place)
     rows, do_rows = rows_of(tile_of(q, place), factor, k), rows_of(tile_of(do, place), 1.0, k)
     q_t, do_t = rows.t().contiguous(), do_rows.t().contiguous()
     delta, lse = tile_of(delta, place).reshape(-1, 1), tile_of(lse, place).reshape(-1, 1)
@@ -254,8 +271,8 @@ def differentiate(
     dv: torch.Tensor,
     dq: torch.Tensor,
 ) -> None:
-    """Backward of units with the identity score. delta, lse (base 2) [B, Hq, Nq, 1]; dk [B x Hkv, D, Nk] and
-    dv [B x Hkv, Dv, Nk] are added to, dk times `factor` / `scale`; the units' parts of dq [B, Hq, Nq, D] are written.
+    """Backward of units with the identity score. delta, lse (base 2) [B, Hq, Nq, 1]; dk [slots, D, Nk] and
+    dv [slots, Dv, Nk] are added to, dk times `factor` / `scale`; the units' parts of dq [B, Hq, Nq, D] are written.
     """
     for place in places:
         _differentiate_unit(
@@ -284,7 +301,7 @@ def attend_storing(
     total = 0.0
     for place in places:
         tile = [place[3], place[5], -1]
-        keys, values = k[place[0], place[1]], v[place[0], place[1]]
+        keys, values = head_of(k, place), head_of(v, place)
         rows, kept = rows_of(tile_of(q, place), factor, keys), tile_of(weights, place)
         states: list[State] = []
         for m in range(len(bundle) - 1):
@@ -328,8 +345,7 @@ def differentiate_stored(
 ) -> None:
     """`differentiate` from the weights P [B, Hq, Nq, Nk] of `attend_storing`: a product and the exponentials less."""
     for place in places:
-        pair = place[0] * k.size(1) + place[1]
-        keys, values = k[place[0], place[1]], v[place[0], place[1]]
+        keys, values = head_of(k, place), head_of(v, place)
         rows, do_rows = rows_of(tile_of(q, place), factor, keys), rows_of(tile_of(do, place), 1.0, keys)
         q_t, do_t = rows.t().contiguous(), do_rows.t().contiguous()
         unit_delta, kept = tile_of(delta, place).reshape(-1, 1), tile_of(weights, place)
@@ -338,15 +354,23 @@ def differentiate_stored(
             a, b = bundle[m], bundle[m + 1]
             p = torch.cat([kept[:, :, start[n] : stop[n]] for n in range(a, b)], 2).view(rows.size(0), -1)
             ds = product(do_rows, bundled(values, start, stop, a, b)).sub_(unit_delta).mul_(p)
-            add_bundle(product(do_t, p.t()), dv.select(0, pair), start, stop, a, b)
-            add_bundle(product(q_t, ds.t()), dk.select(0, pair), start, stop, a, b)
+            add_bundle(product(do_t, p.t()), dv.select(0, place[6]), start, stop, a, b)
+            add_bundle(product(q_t, ds.t()), dk.select(0, place[6]), start, stop, a, b)
             sums.add_(product(ds, bundled(keys, start, stop, a, b).t()))
         tile_of(dq, place).copy_(sums.mul_(scale).view(place[3], place[5], -1))
 
 
-@cache
+_scripting = threading.Lock()
+
+
 def kernels() -> SimpleNamespace:
     """The functions for units, scripted where torch can."""
+    with _scripting:  # of the threads that come here first, Python can parse for one only
+        return _kernels()
+
+
+@cache
+def _kernels() -> SimpleNamespace:
     functions: dict[str, Any] = {f.__name__: f for f in (attend, differentiate, attend_storing, differentiate_stored)}
     try:
         with warnings.catch_warnings():
