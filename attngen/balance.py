@@ -46,7 +46,7 @@ def stream_k(counts: torch.Tensor, programs: int) -> Runs:
     begin = number * (total // programs) + torch.minimum(number, total % programs)
     first = _holder(starts, begin).clamp(max=max(len(counts) - 1, 0))
     owners = torch.stack([_holder(begin, starts[:-1]), _holder(begin, ends - 1)], -1)
-    nobody = torch.tensor([0, -1], device=counts.device)
+    nobody = torch.arange(0, -2, -1, device=counts.device)
     owners = torch.where((counts > 0).unsqueeze(-1), owners, nobody)
     return Runs(starts.int(), begin.int(), first.int(), owners.int())
 

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from attngen.agreement import Given, agree, identity, lost, process_group, whole_call
 from attngen.block import block_of
 from attngen.errors import InputError
-from attngen.expression import evaluate
+from attngen.expression import evaluate, tensor_of
 from attngen.inputs import Call, bind
 from attngen.merging import Result, merge
 from attngen.operators import lse_dtype
@@ -285,7 +285,7 @@ def _sink(ring: Ring, shards: Shards, lse: torch.Tensor, q_offset: Any, env: Giv
     env = {**env, "i": rows + offset}
     env |= {"b": torch.arange(lse.shape[0], device=device).view(-1, 1, 1)}
     env |= {"h": torch.arange(lse.shape[1], device=device).view(1, -1, 1)}
-    value = torch.as_tensor(evaluate(ring.attention.spec.sink, env, real=lse.dtype), device=device)
+    value = tensor_of(evaluate(ring.attention.spec.sink, env, real=lse.dtype), device)
     return value.to(lse.dtype).expand(lse.shape)
 
 

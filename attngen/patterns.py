@@ -56,8 +56,11 @@ def global_tokens(count: Size) -> Expr:
 
 def dilated_window(size: Size, dilation: Size) -> Expr:
     """Every `dilation`-th key on both sides, `size` of them each way, itself included (Longformer, arXiv 2004.05150)."""
-    dilation = wrap(_positive("dilated_window: dilation", dilation))
-    return (absolute(i - j) < _positive("dilated_window: size", size) * dilation) & ((i - j) % dilation == 0)
+    size, dilation = (
+        wrap(_positive("dilated_window: size", size)),
+        wrap(_positive("dilated_window: dilation", dilation)),
+    )
+    return (absolute(i - j) <= (size - 1) * dilation) & ((i - j) % dilation == 0)
 
 
 def documents(doc: Tensor | None = None) -> Expr:

@@ -87,7 +87,7 @@ def test_edges_that_positions_rule_out(kind: str, backend: str):
         compare(ag.Spec(keys=ag.gather(), mask=mask), size, by_row(size, 2, 7, True))
 
 
-@pytest.mark.parametrize("size", [(1, 1, 1, 0, 9, 0), (1, 1, 1, 9, 0, 0), (2, 1, 1, 9, 9, 0)])
+@pytest.mark.parametrize("size", [(1, 1, 1, 0, 9, 0), (1, 1, 1, 9, 0, 0), (2, 1, 1, 9, 9, 0), (0, 1, 1, 9, 9, 0)])
 def test_no_edge_under_a_mask(size: tuple[int, ...]):
     crow, col = torch.zeros(size[3] + 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     compare(ag.Spec(keys=ag.graph(), mask=ag.causal()), size, dict(crow=crow, col=col))

@@ -37,13 +37,8 @@ MASKS = {"none": None, "causal": ag.causal(), "window": ag.causal() & ag.window(
 # -- tiles ------------------------------------------------------------------------------------------------------------
 
 
-ROOM = pytest.mark.xfail(
-    strict=True, reason="the forward walks over places of a list that stay empty up to its capacity"
-)
-
-
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("name", [pytest.param(n, marks=ROOM) if "capacity" in n else n for n in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_tiles_are_the_patterns(name: str, mask: str):
     """Forward and backward; every attended pair is in one piece, and no other."""
     n = 512 if "incremental" in name else 500  # that form fills its last 128 queries up
@@ -234,7 +229,6 @@ def _packed_sink(mask: Any) -> None:
     ag.compile(ag.Spec(mask=mask, sink="0.5"))(*rows(1, *SIZE[1:5]), cu_q=ints(6), cu_k=ints(6))
 
 
-@pytest.mark.xfail(strict=True, reason="numbers of masks and sinks are copied to the device: torch.tensor, as_tensor")
 @pytest.mark.parametrize("call", [_paged, _tiles, _sink, _packed_sink])
 def test_numbers_are_made_on_the_device(call: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch):
     on_the_meta_device(monkeypatch)

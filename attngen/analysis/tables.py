@@ -20,7 +20,7 @@ import sympy
 import torch
 
 from attngen.expression import is_int, loads, to_text
-from attngen.expression.evaluate import evaluate
+from attngen.expression.evaluate import evaluate, tensor_of
 
 GRANULE = 16  # walked positions summarised together by an `order` table
 CHUNK = 8192  # positions evaluated at a time, so that temporaries stay small
@@ -224,7 +224,7 @@ def _match(table: Table, env: Any, tile: Axis, walked: Axis, block: int, device:
 
 
 def _floor(table: Table, env: Any, tile: Axis, walked: Axis, block: int, device: Any) -> tuple[torch.Tensor, ...]:
-    value = _nan_holds(torch.as_tensor(evaluate(table.tile, env), dtype=torch.float64, device=device))
+    value = _nan_holds(tensor_of(evaluate(table.tile, env), device).double())
     return (value.floor().expand(*value.shape[:-1] if value.ndim else (1, 1), -(-tile.length // block)),)
 
 
@@ -245,7 +245,7 @@ def _chunks(expr: Any, env: Any, axis: Axis, device: Any, multiple: int) -> Iter
     for start in range(0, axis.length, size):
         stop = min(start + size, axis.length)
         positions = axis.positions(start, stop, device)
-        values = torch.as_tensor(evaluate(expr, {**env, axis.name: positions}), device=device)
+        values = tensor_of(evaluate(expr, {**env, axis.name: positions}), device)
         yield start, values.expand(torch.broadcast_shapes(values.shape, (1, 1, stop - start)))
 
 

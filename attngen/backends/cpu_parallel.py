@@ -37,6 +37,8 @@ def run_jobs(jobs: Sequence[Job], work: Callable[[int, Job], None]) -> None:
     """work(number, job) for every job. Threads take the next job when they are done with one, and share the cores among
     them. The first error is raised here, after all threads have ended.
     """
+    if not jobs:
+        return
     cores = torch.get_num_threads()
     workers = min(cores, len(jobs))
     inference = torch.is_inference_mode_enabled()

@@ -14,7 +14,7 @@ from attngen.analysis.tables import Axis
 from attngen.balance import slots, stream_k
 from attngen.choice import multiprocessors
 from attngen.errors import InputError, ScheduleError
-from attngen.expression import evaluate
+from attngen.expression import evaluate, tensor_of
 from attngen.inputs import Call
 from attngen.lists import RowLists, TileLists
 from attngen.lowering import Source, render
@@ -262,10 +262,10 @@ def _capture_gradient(
         total += collect(site, grad, tensor, env, shifted)
     for load, slope in facts.sink_grads.get(name, ()):
         # The sink is a key with value 0: its dS is P * (0 - delta).
-        sink = torch.as_tensor(evaluate(call.spec.sink, env), device=tensor.device).to(torch.float32)
+        sink = tensor_of(evaluate(call.spec.sink, env), tensor.device).to(torch.float32)
         ds = -torch.exp(sink - buffers["lse"][..., None]) * buffers["delta"][..., None]  # [B, Hq, Nq, 1]
         share = (ds * evaluate(slope, env)).expand(batch, heads, n_q, 1)
-        places = [torch.as_tensor(evaluate(index, env), device=tensor.device).long() for index in load.indices]
+        places = [tensor_of(evaluate(index, env), tensor.device).long() for index in load.indices]
         total.index_put_(tuple(place.expand(share.shape) for place in places), share, accumulate=True)
     return total
 

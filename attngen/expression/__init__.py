@@ -25,7 +25,7 @@ from attngen.expression.canonical import (
     not_equal,
     truth,
 )
-from attngen.expression.evaluate import evaluate, uniform
+from attngen.expression.evaluate import evaluate, tensor_of, uniform
 from attngen.expression.functions import (
     Absolute,
     B,
@@ -87,6 +87,7 @@ __all__ = [
     "sigmoid",
     "sqrt",
     "tanh",
+    "tensor_of",
     "to_text",
     "truth",
     "uniform",

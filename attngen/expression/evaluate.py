@@ -46,6 +46,15 @@ def evaluate(
     return value
 
 
+def tensor_of(value: Value, device: torch.device) -> torch.Tensor:
+    """A value as a tensor there. A number is made on the device: copying it there would wait for it."""
+    if isinstance(value, torch.Tensor):
+        if value.device == device or value.dim():
+            return value.to(device)
+        value = value.item() if value.device.type == "cpu" else value
+    return value.to(device) if isinstance(value, torch.Tensor) else torch.full((), value, device=device)
+
+
 def uniform(seed: Value, b: Value, h: Value, i: Value, j: Value) -> Value:
     """The counter-based random number of `Uniform` as float32; arguments broadcast, integers of any width."""
     state = _mix(torch.as_tensor(seed))
@@ -147,8 +156,8 @@ def _load(tensor: torch.Tensor, indices: list[Value]) -> torch.Tensor:
 
 
 def _tensors(*args: Value) -> list[torch.Tensor]:
-    device = next((a.device for a in args if isinstance(a, torch.Tensor)), None)
-    return [a if isinstance(a, torch.Tensor) else torch.tensor(a, device=device) for a in args]
+    device = next((a.device for a in args if isinstance(a, torch.Tensor)), torch.device("cpu"))
+    return [tensor_of(a, device) for a in args]
 
 
 def _lattice(function: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 
 from attngen import debug
 from attngen.errors import InputError
-from attngen.expression import evaluate
+from attngen.expression import evaluate, tensor_of
 from attngen.inputs import Call
 from attngen.keys import base
 from attngen.keys.base import KeyPlan, Pieces, Result
@@ -140,7 +140,7 @@ def _sink(call: Call, lse: torch.Tensor) -> torch.Tensor:
     env |= {"b": torch.arange(batch, device=lse.device).view(-1, 1, 1)}
     env |= {"h": torch.arange(heads, device=lse.device).view(1, -1, 1)}
     env |= {"i": torch.arange(rows, device=lse.device) + base.offset_column(call)}
-    value = torch.as_tensor(evaluate(call.spec.sink, env, real=lse.dtype), device=lse.device)
+    value = tensor_of(evaluate(call.spec.sink, env, real=lse.dtype), lse.device)
     return value.to(lse.dtype).expand(lse.shape)
 
 

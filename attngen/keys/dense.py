@@ -35,7 +35,8 @@ def oracle_of_keys(
         return _union(call, given)
     if spec.keys.name in COPIED:
         call = COPIED[spec.keys.name](spec.keys, call, given)
-    log_weight, gain = DEFINITIONS[spec.keys.name](spec.keys, call, given)
+    with q.device:  # the definitions make tensors of their own
+        log_weight, gain = DEFINITIONS[spec.keys.name](spec.keys, call, given)
     return dense(call, torch.float64, log_weight, gain)
 
 
@@ -53,7 +54,8 @@ def attended(
         call, given = split(spec, q, k, v, q_offset, captures)
     mask = torch.as_tensor(evaluate(spec.mask, dense_env(call, torch.float64), real=torch.float64), device=q.device)
     if spec.keys is not None:
-        mask = mask & ~DEFINITIONS[spec.keys.name](spec.keys, call, given)[0].isneginf()
+        with q.device:
+            mask = mask & ~DEFINITIONS[spec.keys.name](spec.keys, call, given)[0].isneginf()
     return mask.expand(*q.shape[:3], k.shape[2])
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attngen.errors import InputError
-from attngen.expression import evaluate
+from attngen.expression import evaluate, tensor_of
 from attngen.inputs import Call, bind
 from attngen.keys.base import Pieces, Result, b, by_distance, check_tensor, i, j, moved, moved_by, split_causal
 from attngen.keys.checks import check_lengths, require
@@ -206,6 +206,6 @@ def _packed_sink(call: Call, lse: torch.Tensor, places: Mapping[str, torch.Tenso
     env: dict[str, Any] = {**call.captures, **call.params}
     env |= {"b": places["q_sequence"].long(), "i": places["q_position"].long()}
     env |= {"h": torch.arange(lse.shape[1], device=lse.device).view(1, -1, 1)}
-    value = torch.as_tensor(evaluate(call.spec.sink, env, real=lse.dtype), device=lse.device).to(lse.dtype)
+    value = tensor_of(evaluate(call.spec.sink, env, real=lse.dtype), lse.device).to(lse.dtype)
     here = torch.arange(lse.shape[2], device=lse.device) < cu_q[-1]
     return torch.where(here, value.expand(lse.shape), -torch.inf)

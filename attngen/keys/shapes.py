@@ -44,9 +44,7 @@ class Longformer(Shape):
 
     def condition(self) -> Expr:
         reach = self.window // 2 + 1
-        # The last of `reach` dilated keys is this far: without that as a bound, tiles behind it would be visited.
-        local = window((reach - 1) * self.dilation + 1)
-        local = local if self.dilation == 1 else local & dilated_window(reach, self.dilation)
+        local = window(reach) if self.dilation == 1 else dilated_window(reach, self.dilation)
         return local | global_tokens(self.globals) if self.globals else local
 
 

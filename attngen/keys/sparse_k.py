@@ -129,13 +129,12 @@ class SparseK(KeySet):
         length = chunks * CHUNK
         q = torch.nn.functional.pad(call.q, (0, 0, 0, length - n))
         own = torch.arange(length, device=u.device).view(chunks, CHUNK)
-        index = torch.cat(
-            [past, own.expand(batch, heads_kv, -1, -1)], -1
-        )  # [B, Hkv, chunks, past + CHUNK], -1 for none
-        valid = (index >= 0) & (index < n)
-        rows = index.clamp(0, n - 1)
+        index = torch.cat([past, own.expand(batch, heads_kv, -1, -1)], -1)  # [B, Hkv, chunks, past + CHUNK]
+        # What is not there comes last, in tiles that nobody visits.
+        index = torch.where((index >= 0) & (index < n), index, n).sort(-1).values
+        rows = index.clamp(max=n - 1)
         scores = u.gather(-1, rows.flatten(2)).view(rows.shape)
-        tau = _Thresholds.apply(scores, torch.where(valid, index, n), own, self.k)  # [B, Hkv, chunks, CHUNK]
+        tau = _Thresholds.apply(scores, index, own, self.k)  # [B, Hkv, chunks, CHUNK]
         flat = flat_rows(rows, n).transpose(1, 2).flatten(0, 1)
         (k,), (v,) = (take_flat(x, flat) for x in (call.k, call.v))
 
@@ -150,7 +149,7 @@ class SparseK(KeySet):
             "tau": tau,
             # Compared with u as it is, so that rounding puts no pair in both pieces or in neither.
             "tau_whole": tau.detach() + 1,
-            "k_position": fold(torch.where(valid, index, n)).to(torch.int32),
+            "k_position": fold(index).to(torch.int32),
             "start": own[:, 0].to(torch.int32).repeat(batch),
             "batch": torch.arange(batch, device=u.device, dtype=torch.int32).repeat_interleave(chunks),
             "length": torch.full((batch * chunks,), n, dtype=torch.int32, device=u.device),

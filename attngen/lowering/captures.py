@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from attngen.expression import B, H, I, J, evaluate
+from attngen.expression import B, H, I, J, evaluate, tensor_of
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _lookup(place: Any, size: int, axes: list[Any], buffer: torch.Tensor, env: M
     if isinstance(place, int):
         shape = [size if axis == place else 1 for axis in axes]
         return torch.arange(size, device=buffer.device).view(shape).expand(buffer.shape)
-    value = torch.as_tensor(evaluate(place, env), device=buffer.device).clamp(0, size - 1).long()
+    value = tensor_of(evaluate(place, env), buffer.device).clamp(0, size - 1).long()
     if value.dim() == 4:
         value = value.view(*value.shape[:2], *(value.shape[2:] if I in axes else [1] * (len(axes) - 2)))
     return value.expand(buffer.shape)
