@@ -31,6 +31,7 @@ from attngen.errors import InputError
 from attngen.expression import Load, S, evaluate, uniform
 from attngen.inputs import Call
 from attngen.lists import RowLists, TileLists
+from attngen.memory import empty
 from attngen.schedule import Schedule, fit
 
 LOG2E = 1 / math.log(2)
@@ -124,13 +125,16 @@ def _backward(
     work.finite = all(bool(t.sum(dtype=work.real).isfinite()) for t in (work.q, work.k, work.v, grad_out))
     real, pairs, jobs = work.real, work.k.shape[0] * work.k.shape[1], work.jobs()
     delta = torch.empty(call.q.shape[:3], dtype=real)
-    for b in range(call.q.shape[0]):  # head by head: the pages of a large temporary cost more than the sums
+    for b in range(
+        call.q.shape[0]
+    ):  # in parts that stay in the cache: the pages of a large temporary cost more than the sums
         for h in range(call.q.shape[1]):
-            torch.sum(grad_out[b, h].to(real) * out[b, h].to(real), -1, out=delta[b, h])
+            for rows in zip(*(t.split(1024) for t in (grad_out[b, h], out[b, h], delta[b, h])), strict=True):
+                torch.sum(rows[0].to(real) * rows[1].to(real), -1, out=rows[2])
     delta = delta.sub_(grad_lse.to(real)).unsqueeze(-1)
     lse = lse.to(real).masked_fill(lse == -math.inf, math.inf)  # a row without a key: exp(-inf - inf) is 0
     given = _Given(grad_out, delta, (lse * LOG2E).unsqueeze(-1), weights)
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (call.q, call.k, call.v))
+    dq, dk, dv = (empty(t.shape, t.dtype) for t in (call.q, call.k, call.v))
     alone = all(
         own != jobs[0][0] for own, _ in jobs[1:]
     )  # else jobs sum the same pairs' gradients, each its own tiles'
@@ -327,7 +331,7 @@ def _forward(work: Work, schedule: Schedule, weights: torch.Tensor | None = None
     few = outputs < torch.get_num_threads() and work.keys.visited > 4 * CHUNK  # a long context, and cores without work
     if schedule.split not in (None, 1) or (schedule.split is None and few):
         return _forward_split(work, schedule.split or "stream", schedule.programs or torch.get_num_threads())
-    out = work.q.new_empty((*work.q.shape[:3], work.v.shape[3]))
+    out = empty((*work.q.shape[:3], work.v.shape[3]), work.q.dtype)
     lse = torch.empty(work.q.shape[:3], dtype=work.real)
 
     def job(_: int, part: tuple[range, range]) -> None:
@@ -343,7 +347,7 @@ def _forward_split(work: Work, split: int | str, programs: int) -> tuple[torch.T
     """The same with the key chunks of each unit in `split` parts, or all units' in equal runs over `programs`: partial
     states, which are merged.
     """
-    out = work.q.new_empty((*work.q.shape[:3], work.v.shape[3]))
+    out = empty((*work.q.shape[:3], work.v.shape[3]), work.q.dtype)
     lse = torch.empty(work.q.shape[:3], dtype=work.real)
     pairs, tiles = range(work.q.shape[0] * work.k.shape[1]), range(-(-work.q.shape[2] // work.block_m))
     units = [unit for same in work.units(pairs, tiles) for unit in same]
@@ -515,7 +519,7 @@ class _Sums:
             over.dk.zero_()
             over.dv.zero_()
             return over
-        dk, dv = (torch.zeros((slots, t.shape[3], t.shape[2]), dtype=work.real) for t in (work.k, work.v))
+        dk, dv = (empty((slots, t.shape[3], t.shape[2]), work.real).zero_() for t in (work.k, work.v))
         return cls(dq, dk, dv, captured)
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from attngen.memory import full
+
 
 def take(x: torch.Tensor, index: torch.Tensor, unique: bool = True) -> torch.Tensor:
     """x [B, H, N, D], index int64 [B, H, n] in 0 .. N - 1 -> [B, H, n, D]. `unique`: no (b, h) takes a row twice."""
@@ -57,9 +59,9 @@ class _Take(torch.autograd.Function):
         shape = (ctx.rows, grad.shape[1])
         if ctx.unique:
             every = len(flat) == ctx.rows  # a permutation: nothing is left to zero
-            total = grad.new_empty(shape) if every else grad.new_zeros(shape)
+            total = full(grad, shape, None if every else 0.0)
             return total.index_copy_(0, flat, grad), None, None
-        total = grad.new_zeros(shape)
+        total = full(grad, shape, 0.0)
         _add_rows(total, flat, grad)
         return total, None, None
 
@@ -73,7 +75,7 @@ class _TakeAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        total = grads[0].new_zeros(ctx.shape)
+        total = full(grads[0], ctx.shape, 0.0)
         for index, grad in zip(ctx.saved_tensors, grads, strict=True):
             _add_rows(total, index, grad)
         return total, *(None for _ in grads)
@@ -92,7 +94,7 @@ class _Put(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, flat: torch.Tensor, rows: int, fill: float) -> torch.Tensor:
         ctx.save_for_backward(flat)
         shape = (rows, x.shape[1])
-        result = x.new_empty(shape) if len(flat) == rows else x.new_full(shape, fill)
+        result = full(x, shape, None if len(flat) == rows else fill)
         return result.index_copy_(0, flat, x)
 
     @staticmethod
