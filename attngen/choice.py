@@ -13,6 +13,7 @@ from attngen.errors import AttngenError, ScheduleError
 from attngen.inputs import Call
 from attngen.reductions import check, decode_choice, why_not_stored
 from attngen.schedule import Schedule, Target, complete, fit
+from attngen.spec import Spec
 
 PIECES = {"forward": "", "backward": ("dq_", "dkv_")}
 
@@ -30,7 +31,7 @@ def choose(call: Call, facts: Facts, backend: str, pins: Schedule, db: str | Non
     if pins.store and (reason := why_not_stored(call, backend)):
         raise ScheduleError(f"store: expected False {reason}")
     if backend == "interpret":
-        schedule = complete_for("interpreter", call.q.shape[3], call.v.shape[3], call.q.dtype, pins)
+        schedule = complete_for(call.spec, "interpreter", call.q.shape[3], call.v.shape[3], call.q.dtype, pins)
         check(call.spec, facts, schedule)
         return fit(schedule, call.spec.lists, pins), "the interpreter's small tiles"
     tuned, origins = Schedule(), []
@@ -44,7 +45,7 @@ def choose(call: Call, facts: Facts, backend: str, pins: Schedule, db: str | Non
     else:
         target, processors = Target.of_device(call.q.device), multiprocessors(call.q.device)
         decode = decode_choice(call, facts, processors) if call.q.dtype != torch.float32 else Schedule()
-        schedule = complete(target, call.q.shape[3], call.v.shape[3], call.q.dtype, pins, tuned, decode)
+        schedule = complete(call.spec, target, call.q.shape[3], call.v.shape[3], call.q.dtype, pins, tuned, decode)
         check(call.spec, facts, schedule)
         schedule = fit(schedule, call.spec.lists, pins)
     origins = origins or ["the model's choice: no tuned record for this spec, dtype, head dims and device"]
@@ -59,7 +60,9 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def complete_for(target: str, head_dim: int, head_dim_v: int, dtype: torch.dtype, pins: Schedule) -> Schedule:
+def complete_for(
+    spec: Spec, target: str, head_dim: int, head_dim_v: int, dtype: torch.dtype, pins: Schedule
+) -> Schedule:
     """The schedule for a named target, without a database: what cross-compilation and `source` use."""
     if target == "interpreter":
         small = {"block_m": 16, "block_n": 16, "num_warps": 1, "num_stages": 1}
@@ -67,7 +70,7 @@ def complete_for(target: str, head_dim: int, head_dim_v: int, dtype: torch.dtype
             prefix + name: value for prefix in ("", "dq_", "dkv_") for name, value in small.items()
         }
         return pins.over(Schedule(**tiles, deterministic=True, precision="ieee"))
-    return complete(Target.named(target), head_dim, head_dim_v, dtype, pins)
+    return complete(spec, Target.named(target), head_dim, head_dim_v, dtype, pins)
 
 
 def _records(call: Call, backend: str, db: str | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from attngen.schedule import Schedule, Target, complete, fit
 
 PASSES = {"forward": ("forward",), "backward": ("delta", "dq", "dkv")}
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-_CAPTURED = {"float": "*fp32", "int": "*i32", "bool": "*i1"}
+_CAPTURED = {"float": "*fp32", "int": "*i32", "bool": "*i1", "wide": "*i64"}
 
 # What an opcode is, for the counts; an opcode matches by its first word.
 _CLASSES = {
@@ -115,16 +115,18 @@ def cross_compile(
     head_dim_v: int | None = None,
     schedule: Schedule | None = None,
     passes: Iterable[str] = ("forward", "backward"),
+    wide: Collection[str] = (),
 ) -> list[Compiled]:
     """The kernels of a spec, compiled for `target` ("sm_80" to "sm_120", "gfx942"); no GPU needed.
 
-    schedule: decisions over the spec's and the model's choice. passes: "forward", "backward" or single kernels. Raises
-    ScheduleError when a kernel needs more shared memory than a program can have there.
+    schedule: decisions over the spec's and the model's choice. passes: "forward", "backward" or single kernels. wide: which
+    captured integer tensors are int64; the others are int32, captured floats float32. Raises ScheduleError when a kernel
+    needs more shared memory than a program can have there.
     """
     gpu = Target.named(target)
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
     pins = (schedule or Schedule()).over(spec.schedule)
-    chosen = fit(complete(gpu, head_dim, head_dim_v, dtype, pins), spec.lists, pins)
+    chosen = fit(complete(spec, gpu, head_dim, head_dim_v, dtype, pins), spec.lists, pins)
     known = analyse(spec)
     check(spec, known, chosen)
     results = []
@@ -135,7 +137,8 @@ def cross_compile(
         kernels = [kernel for kernel in kernels if kernel in ("forward", "merge")]
     for kernel in kernels:
         source = render(spec, known, kernel, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype, schedule=chosen)
-        results.append(compile_source(source, gpu, dtype, {n: t.kind for n, t in spec.tensors.items()}))
+        kinds = {name: "wide" if name in wide else tensor.kind for name, tensor in spec.tensors.items()}
+        results.append(compile_source(source, gpu, dtype, kinds))
     return results
 
 
@@ -152,7 +155,7 @@ FORWARD_ONLY = ("specialised warps", "packed heads, stream-K")
 
 
 def compile_source(source: Source, target: Target, dtype: torch.dtype, captured: Mapping[str, str] = {}) -> Compiled:
-    """Compile one generated file for a target. `captured`: kind of each captured tensor. Raises ScheduleError."""
+    """Compile one generated file for a target. `captured`: kind of each captured tensor ("wide": int64). Raises ScheduleError."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sympy.core.relational import Relational
+
+from attngen.expression import FloorDiv, I, J, Load, PyMod, S
+from attngen.lists import RowLists, TileLists
 from attngen.schedule import Target, Tile
+
+if TYPE_CHECKING:
+    from attngen.spec import Spec
 
 # float16 and bfloat16: (family, kernel, largest head dim of the class) -> tile. Without spills for head dims 64, 128, 192
 # and 256 forward and 64 and 128 backward, under triton 3.6 and 3.9 (tests/test_lowering.py); the other classes were seen
@@ -64,6 +71,25 @@ HALF: Mapping[tuple[str, str, int], Tile] = MappingProxyType(
         ("gfx942", "dkv", 256): Tile(16, 32, 4, 1),
     }
 )
+# The same for specs whose pairs need more than logits and two comparisons, which takes registers too: from so many steps on
+# (see `steps`), that tile instead. Without spills for every piece of every key set at head dims 64 and 128
+# (tests/test_keys_resources.py).
+CROWDED: Mapping[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = MappingProxyType(
+    {
+        ("sm_80", "dq", 128): ((5, Tile(64, 32, 8, 2)),),
+        ("sm_80", "dkv", 64): ((3, Tile(16, 128, 8, 2)),),
+        ("sm_80", "dkv", 128): ((9, Tile(32, 32, 8, 2)),),
+        ("sm_90", "forward", 128): ((5, Tile(128, 32, 8, 3)),),
+        ("sm_90", "dq", 128): ((5, Tile(128, 32, 8, 2)),),
+        ("sm_90", "dkv", 64): ((5, Tile(16, 128, 8, 2)),),
+        ("sm_90", "dkv", 128): ((5, Tile(16, 64, 8, 2)), (9, Tile(32, 32, 8, 2))),
+        ("sm_100", "forward", 64): ((3, Tile(128, 32, 8, 3)),),
+        ("sm_100", "forward", 128): ((3, Tile(128, 32, 8, 3)),),
+        ("sm_100", "dq", 64): ((8, Tile(128, 32, 8, 2)),),
+        ("sm_100", "dkv", 64): ((3, Tile(32, 128, 8, 1)),),
+        ("sm_100", "dkv", 128): ((3, Tile(16, 128, 8, 1)),),
+    }
+)
 # float32 with exact ("ieee") products runs on the ordinary cores, where a thread holds whole rows of both operands: small
 # tiles and many warps. The backward spills at 128 (up to 6 registers seen) and above with every tile tried.
 SINGLE: Mapping[tuple[str, str, int], Tile] = MappingProxyType(
@@ -86,11 +112,32 @@ SINGLE: Mapping[tuple[str, str, int], Tile] = MappingProxyType(
 )
 
 
-def default_tile(target: Target, kernel: str, head_dim: int, dtype: Any) -> Tile:
+def default_tile(spec: Spec, target: Target, kernel: str, head_dim: int, dtype: Any) -> Tile:
     """The tile of "forward", "dq" or "dkv" for the larger of the two head dims."""
     if str(dtype) in ("torch.float32", "torch.float64"):
-        return _of_class(SINGLE, ("gfx942" if target.name == "gfx942" else "sm", kernel), head_dim)
-    return _of_class(HALF, (_family(target), kernel), head_dim)
+        return SINGLE[_class_of(SINGLE, "gfx942" if target.name == "gfx942" else "sm", kernel, head_dim)]
+    place, tile = _class_of(HALF, _family(target), kernel, head_dim), None
+    for least, narrower in CROWDED.get(place, ()):
+        tile = narrower if steps(spec) >= least else tile
+    return tile or HALF[place]
+
+
+def steps(spec: Spec) -> int:
+    """How much a pair takes besides its logit: comparisons and loads of the mask; more where only loaded values are compared,
+    for what divides, for what is loaded in full tiles too, and for tiles that come from a list.
+    """
+    compared = spec.mask.atoms(Relational)
+    found = len(compared) + len(spec.mask.atoms(Load)) + 2 * len(spec.mask.atoms(FloorDiv, PyMod))
+    found += 2 * bool(compared and not any({I, J} & _outside_loads(part) for part in compared))
+    score = spec.score.atoms(Relational), spec.score.atoms(Load), spec.score.atoms(FloorDiv, PyMod)
+    found += sum(weight * len(part) for weight, part in zip((1, 3, 2), score, strict=True))
+    listed = isinstance(spec.lists, TileLists) or (isinstance(spec.lists, RowLists) and spec.lists.weighted)
+    return found + (4 if isinstance(spec.lists, RowLists) else 2) * listed
+
+
+def _outside_loads(part: Any) -> set[Any]:
+    """The symbols of a comparison that are not only indices of loads."""
+    return set(part.xreplace(dict.fromkeys(part.atoms(Load), S)).free_symbols)
 
 
 def decode_tile(rows: int, head_dim: int) -> Tile:
@@ -107,7 +154,7 @@ def _family(target: Target) -> str:
     return target.name if target.name in ("sm_90", "sm_100", "gfx942") else "sm_80"
 
 
-def _of_class(table: Mapping[Any, Tile], prefix: tuple[str, ...], head_dim: int) -> Tile:
-    """The entry of the smallest class of head dims that holds this one."""
-    classes = sorted(key[-1] for key in table if key[:-1] == prefix)
-    return table[(*prefix, next((c for c in classes if head_dim <= c), classes[-1]))]
+def _class_of(table: Mapping[Any, Tile], family: str, kernel: str, head_dim: int) -> tuple[str, str, int]:
+    """The key of the smallest class of head dims that holds this one."""
+    classes = sorted(key[2] for key in table if key[:2] == (family, kernel))
+    return family, kernel, next((c for c in classes if head_dim <= c), classes[-1])

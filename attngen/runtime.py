@@ -206,7 +206,7 @@ class CompiledAttention:
         from attngen.lowering import render
 
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
-        schedule = complete_for(target, head_dim, head_dim_v, dtype, self.pins)
+        schedule = complete_for(self.spec, target, head_dim, head_dim_v, dtype, self.pins)
         known = facts(self.spec)
         return render(
             self.spec, known, kernel, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype, schedule=schedule

@@ -190,7 +190,9 @@ class Schedule:
         return ", ".join(f"{name}={value}" for name, value in self.decided().items()) or "undecided"
 
 
-def complete(target: Target, head_dim: int, head_dim_v: int, dtype: Any, *choices: Schedule | None) -> Schedule:
+def complete(
+    spec: Any, target: Target, head_dim: int, head_dim_v: int, dtype: Any, *choices: Schedule | None
+) -> Schedule:
     """The full schedule: the first of `choices` that decides a field wins, then the model's choice for the target."""
     from attngen.defaults import default_tile
 
@@ -198,7 +200,7 @@ def complete(target: Target, head_dim: int, head_dim_v: int, dtype: Any, *choice
     for choice in choices:
         schedule = schedule.over(choice)
     for kernel in KERNELS:
-        chosen = Schedule().with_tile(kernel, default_tile(target, kernel, max(head_dim, head_dim_v), dtype))
+        chosen = Schedule().with_tile(kernel, default_tile(spec, target, kernel, max(head_dim, head_dim_v), dtype))
         schedule = schedule.over(chosen)
     schedule = schedule.over(Schedule(deterministic=True, precision="ieee"))
     for kernel in KERNELS:

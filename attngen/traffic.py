@@ -127,7 +127,7 @@ def _schedule(attention: CompiledAttention, call: Call, known: Facts, given: Sch
     else:
         dims, half = (call.q.shape[3], call.v.shape[3]), call.q.element_size() == 2
         decode = decode_choice(call, known, PROCESSORS) if half else Schedule()
-        schedule = complete(Target.named(MODELLED), *dims, call.q.dtype, pins, decode)
+        schedule = complete(call.spec, Target.named(MODELLED), *dims, call.q.dtype, pins, decode)
         check(call.spec, known, schedule)
         schedule = fit(schedule, call.spec.lists, pins)
     if schedule.split == "stream" and schedule.programs is None:

@@ -65,7 +65,7 @@ def test_the_kernels_plan_has_as_many_tiles(name: str):
     ):
         call, known = bind(piece.spec, q, k, v, q_offset=offset, captures=named), facts(piece.spec)
         dims = q.shape[3], v.shape[3]
-        schedule = fit(complete(Target.named("sm_90"), *dims, q.dtype, pinned), call.spec.lists, pinned)
+        schedule = fit(complete(call.spec, Target.named("sm_90"), *dims, q.dtype, pinned), call.spec.lists, pinned)
         source = render(
             call.spec, known, "forward", head_dim=dims[0], head_dim_v=dims[1], dtype=q.dtype, schedule=schedule
         )

@@ -103,7 +103,7 @@ def test_head_dims_are_split_not_padded(head_dim: int, widths: list[int]) -> Non
 
 
 def source(spec: ag.Spec, kernel: str = "forward", **options: Any) -> Any:
-    schedule = complete(Gpu.named("sm_90"), 64, 64, torch.bfloat16, SMALL)
+    schedule = complete(spec, Gpu.named("sm_90"), 64, 64, torch.bfloat16, SMALL)
     sizes = dict(head_dim=64, head_dim_v=64, dtype=torch.bfloat16, schedule=schedule)
     return render(spec, facts(spec), kernel, **{**sizes, **options})
 

@@ -47,7 +47,7 @@ def launch(
 ) -> None:
     q, k, v = torch.zeros(batch, heads, n, 64), torch.zeros(batch, kv, n_k, 64), torch.zeros(batch, kv, n_k, 64)
     call = bind(spec, q, k, v, q_offset=q_offset, captures=captures)
-    schedule = complete_for("sm_90", 64, 64, q.dtype, ag.Schedule())
+    schedule = complete_for(spec, "sm_90", 64, 64, q.dtype, ag.Schedule())
     out, lse = gpu.forward(call, facts(spec), schedule)
     gpu.backward(call, facts(spec), schedule, out, lse, out, lse, [n for n in captures if n == "slope"])
 

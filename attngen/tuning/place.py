@@ -51,7 +51,7 @@ class Place:
         """What may be chosen, and the complete schedule that a point changes."""
         shape, pins = job.shape, job.spec.schedule or Schedule()
         if self.target is not None:
-            start = complete(self.target, shape.head_dim, shape.head_dim_v, job.dtype, pins)
+            start = complete(job.spec, self.target, shape.head_dim, shape.head_dim_v, job.dtype, pins)
             forms = special_forms(job.spec, shape, self.target, job.piece)
             return gpu_space(job.piece, shape, job.dtype.itemsize, self.target, start, pins, forms), start
         from attngen.backends.cpu import default_schedule
