@@ -18,7 +18,7 @@ ALIGNED = 64  # bytes, as torch aligns
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised tensor on the CPU."""
+    """An uninitialised tensor on the CPU; a large one's storage is numpy's and cannot be resized."""
     size = math.prod(shape) * dtype.itemsize
     if size < LARGE:
         return torch.empty(shape, dtype=dtype)

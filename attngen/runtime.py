@@ -118,7 +118,8 @@ class CompiledAttention:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, q_offset: int | torch.Tensor = 0, **captures: Any
     ) -> KeyPlan:
         """What the spec's key set prepares (sorting, hashing, sampling) for such a call: pass it as `plan=` to calls of the
-        same sizes, in other layers and steps, and leave out the captures that only the preparation reads.
+        same sizes, in other layers and steps, and leave out the captures that only the preparation reads. Captured tensors
+        that the mask reads have to be the same then: lists of tiles tell which of them it leaves whole.
         """
         from attngen.keys import call
 

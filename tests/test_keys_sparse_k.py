@@ -82,3 +82,45 @@ def test_bad_capacities():
             ag.sparse_k(4, incremental=True, capacity=wrong)
     spec = ag.Spec(keys=ag.sparse_k(4, incremental=True, capacity=9))
     assert ag.Spec.from_text(str(spec)).keys == spec.keys
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0, -1000.0])
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, 1e-2), (torch.float16, 4e-3), (torch.float32, 3e-3)])
+def test_an_offset_of_the_scores_changes_nothing(offset: float, dtype: torch.dtype, allowed: float):
+    """The threshold moves with them. What is left is how finely float32 tells scores apart that far from 0."""
+    spec = ag.Spec(keys=ag.sparse_k(20, 16, incremental=True), mask=ag.causal())
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, heads, 300, 32, generator=generator).to(dtype).requires_grad_() for heads in (2, 1, 1))
+    u = (0.3 * torch.randn(1, 1, 300, generator=generator) + offset).requires_grad_()
+    out = ag.compile(spec)(q, k, v, u=u)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v, u)]
+    want = ag.oracle(spec, *exact[:3], u=exact[3])[0]
+    got = torch.autograd.grad(out.double().sum(), (q, k, v, u))
+    wanted = torch.autograd.grad(want.sum(), exact)
+    for a, b in ((out, want), *zip(got, wanted, strict=True)):
+        assert (a.double() - b).norm() <= allowed * b.norm()
+
+
+@pytest.mark.parametrize("absent", [-torch.inf, -1e30])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_absent_keys_have_a_gradient_of_nothing(absent: float, dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(1)
+    leaves = [torch.randn(1, 2, 300, 16, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
+    u = torch.randn(1, 2, 300, generator=generator)
+    u[..., 250:] = absent
+    u.requires_grad_()
+    out = ag.compile(ag.Spec(keys=ag.sparse_k(20, incremental=True), mask=ag.causal()))(*leaves, u=u)
+    dq, dk, dv, du = torch.autograd.grad(out.float().sum(), (*leaves, u))
+    assert all(bool(x.isfinite().all()) for x in (out, dq, dk, dv, du))
+    assert not any(bool(x[:, :, 250:].any()) for x in (dk, dv, du))
+
+
+@pytest.mark.parametrize("incremental", [False, True])
+def test_a_plan_is_for_its_scores(incremental: bool):
+    attn = ag.compile(ag.Spec(keys=ag.sparse_k(20, incremental=incremental), mask=ag.causal()))
+    q = k = v = torch.randn(2, 3, N, 16)
+    u = scores(1.0)
+    plan = attn.plan(q, k, v, u=u)
+    assert torch.equal(attn(q, k, v, u=u.clone(), plan=plan), attn(q, k, v, u=u))
+    with pytest.raises(ag.InputError, match="u: expected the scores that the plan was made from"):
+        attn(q, k, v, u=u + 0.1, plan=plan)

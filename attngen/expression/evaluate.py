@@ -51,8 +51,10 @@ def tensor_of(value: Value, device: torch.device) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         if value.device == device or value.dim():
             return value.to(device)
-        value = value.item() if value.device.type == "cpu" else value
-    return value.to(device) if isinstance(value, torch.Tensor) else torch.full((), value, device=device)
+        if value.device.type != "cpu":
+            return value.to(device)
+        return torch.full((), value.item(), dtype=value.dtype, device=device)
+    return torch.full((), value, device=device)
 
 
 def uniform(seed: Value, b: Value, h: Value, i: Value, j: Value) -> Value:

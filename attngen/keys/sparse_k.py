@@ -80,11 +80,12 @@ class SparseK(KeySet):
             if call.q.shape[2] != call.k.shape[2] or isinstance(call.q_offset, torch.Tensor) or call.q_offset != 0:
                 got = f"{call.q.shape[2]} queries, {call.k.shape[2]} keys, q_offset {call.q_offset}"
                 raise InputError("q", "as many queries as keys and no q_offset, for incremental=True", got)
-            return {"past": survivors(u, self.k, CHUNK, self.capacity)}
+            return {"past": survivors(u, self.k, CHUNK, self.capacity), "planned": u.detach()}
         rows, position, count = kept_first(weights(u, self.k) > 0)
         queries = torch.arange(call.q.shape[2], device=u.device) + offset_column(call)
         heads = call.q.shape[:2]
         return {
+            "planned": u.detach(),
             "k_rows": rows,
             "k_position": to_query_heads(position, call).to(torch.int32),
             "k_count": to_query_heads(count, call),
@@ -97,6 +98,9 @@ class SparseK(KeySet):
         u = self._scores(call, given)
         if 0 in (call.q.shape[2], call.k.shape[2]):
             return pieces.attend("window", self._near(pieces), call.q, call.k, call.v, call.q_offset)
+        require(
+            "u", u.detach() == plan["planned"], "the scores that the plan was made from: it holds what they chose", u
+        )
         chosen = self._incremental(pieces, plan, u) if self.incremental else self._chosen(pieces, plan, u)
         if self.window is None:
             return chosen
@@ -121,7 +125,8 @@ class SparseK(KeySet):
 
     def _incremental(self, pieces: Pieces, plan: Mapping[str, Any], u: torch.Tensor) -> Result:
         """Chunks of queries as batches, on their own lists of keys. p depends on the pair, and values times p are no
-        attention: where p is u - tau the values u * v and v are summed apart, as out = sum P u v - tau sum P v.
+        attention: where p is u - tau the values u * v and v are summed apart, as out = sum P u v - tau sum P v, with u and
+        tau less a reference near them, so that only what tau changes within a chunk cancels.
         """
         call, past = pieces.call, plan["past"]
         batch, heads_kv, n = u.shape
@@ -143,7 +148,10 @@ class SparseK(KeySet):
             return to_query_heads(x, call).transpose(1, 2).flatten(0, 1)
 
         q = q.unflatten(2, (chunks, CHUNK)).transpose(1, 2).flatten(0, 1)
-        scores, tau = fold(scores), fold(tau)
+        reference, lowest = _reference(tau, own < n)
+        factors = torch.maximum(scores - reference, lowest).clamp(max=1).transpose(1, 2).flatten(0, 1)
+        above_reference = torch.where(tau.isfinite(), tau - reference, 0.0)
+        scores, tau, above_reference = fold(scores), fold(tau), fold(above_reference)
         extra = {
             "u": scores,
             "tau": tau,
@@ -171,15 +179,14 @@ class SparseK(KeySet):
             return lambda: {"mask": mask & (above if full else (p > 0) & below), "score": score}
 
         whole = pieces.attend("p = 1", build(True), q, k, v, **extra)
-        factors = u.gather(-1, rows.flatten(2)).view(rows.shape).transpose(1, 2).flatten(0, 1)
-        weighed = v * factors.unsqueeze(-1).to(v.dtype)
+        weighed = (v * factors.unsqueeze(-1)).to(v.dtype)
         if 2 * v.shape[-1] <= 256:
             out, lse = pieces.attend("p < 1", build(False), q, k, torch.cat([weighed, v], -1), **extra)
             first, second = out.chunk(2, -1)
         else:
             first, lse = pieces.attend("p < 1", build(False), q, k, weighed, **extra)
             second, _ = pieces.attend("p < 1", build(False), q, k, v, **extra)
-        part = (first - tau.unsqueeze(-1) * second).to(v.dtype)
+        part = (first - above_reference.unsqueeze(-1) * second).to(v.dtype)
         out, lse = merge(whole, (part, lse))
         out, lse = (x.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3) for x in (out, lse))
         return out[:, :, :n], lse[:, :, :n]
@@ -216,6 +223,17 @@ class _Thresholds(torch.autograd.Function):
             inside = _Segment(start[:, :, part].unsqueeze(-1)).inside(u)
             total[:, :, part] = (share[:, :, part] @ inside.to(scores.dtype)).squeeze(-2)
         return total, None, None, None
+
+
+def _reference(tau: torch.Tensor, real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each chunk's thresholds [B, H, chunks, CHUNK] the largest, and how far below it the least is: [B, H, chunks, 1]. A
+    score that is chosen in part lies between the least and 1 over the largest. Queries of no position are left out.
+    """
+    tau, known = tau.detach(), real & tau.isfinite()
+    reference = torch.where(known, tau, -torch.inf).amax(-1, keepdim=True)
+    reference = torch.where(reference.isfinite(), reference, 0.0)
+    lowest = torch.where(known, tau - reference, 0.0).amin(-1, keepdim=True)
+    return reference, lowest
 
 
 def _parts(scores: torch.Tensor, own: torch.Tensor) -> list[slice]:
