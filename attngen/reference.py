@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from attngen.expression import S, evaluate, uniform
+from attngen.expression import Load, S, evaluate, tensor_of, uniform
 from attngen.inputs import Call, bind
 from attngen.spec import Spec
 
@@ -68,7 +69,7 @@ def dense(
     logits = (call.q.to(dtype) @ keys.mT) * spec.scale_for(call.q.shape[-1])
     if gain is not None:
         logits = logits * gain
-    mask = torch.broadcast_to(torch.as_tensor(evaluate(spec.mask, env, real=dtype), device=call.q.device), logits.shape)
+    mask = torch.broadcast_to(tensor_of(evaluate(spec.mask, env, real=dtype), call.q.device), logits.shape)
     if log_weight is not None:
         mask = mask & ~log_weight.isneginf()
     if spec.score != S:
@@ -105,14 +106,16 @@ def dense(
 
 
 def _value(expr: Any, env: dict[str, Any], dtype: torch.dtype, call: Call) -> torch.Tensor:
-    return torch.as_tensor(evaluate(expr, env, real=dtype), device=call.q.device).to(dtype)
+    return tensor_of(evaluate(expr, env, real=dtype), call.q.device).to(dtype)
 
 
-def dense_env(call: Call, dtype: torch.dtype) -> dict[str, Any]:
-    """Positions, params and captures of a call as `dtype` / int64 tensors that broadcast over [B, Hq, Nq, Nk]."""
+def dense_env(call: Call, dtype: torch.dtype, read: Iterable[Any] | None = None) -> dict[str, Any]:
+    """Positions, params and captures of a call as `dtype` / int64 tensors that broadcast over [B, Hq, Nq, Nk]. `read`: of the
+    captures only those that these expressions read.
+    """
     device = call.q.device
     batch, heads, n_q = call.q.shape[:3]
-    offset = torch.as_tensor(call.q_offset, device=device).reshape(-1, 1, 1, 1)
+    offset = tensor_of(call.q_offset, device).reshape(-1, 1, 1, 1)
     env: dict[str, Any] = {
         "b": torch.arange(batch, device=device).view(-1, 1, 1, 1),
         "h": torch.arange(heads, device=device).view(1, -1, 1, 1),
@@ -120,6 +123,8 @@ def dense_env(call: Call, dtype: torch.dtype) -> dict[str, Any]:
         "j": torch.arange(call.k.shape[2], device=device).view(1, 1, 1, -1),
         **call.params,
     }
-    for name, tensor in call.captures.items():
+    names = call.captures if read is None else {load.name for expr in read for load in expr.atoms(Load)}
+    for name in names:
+        tensor = call.captures[name]
         env[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     return env

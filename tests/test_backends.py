@@ -66,6 +66,7 @@ SCORES: dict[str, tuple[Any, dict[str, Any]]] = {
         [ag.soft_cap(3.0), ag.alibi(), ag.bias("hij")],
         dict(slope=torch.full((HEADS,), 0.1), bias=torch.randn(HEADS, N_Q, N_K)),
     ),
+    "clipped": (lambda s, b, h, i, j: ag.minimum(ag.maximum(s, ag.Param("low", float)), 2.5), dict(low=-0.75)),
     "cosine": (lambda s, b, h, i, j: s * ag.sigmoid(s) + ag.where(i > j, s / 2, -s), {}),
 }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,9 +26,10 @@ from hypothesis import given, settings
 
 import attngen as ag
 from attngen.inputs import bind
-from attngen.store import read_records, write_records
+from attngen.store import device_of, read_records, write_records
 from tests.check import check, relative
 from tests.gpu_small_cases import on
+from tests.pretend import pretending
 from tests.strategies import Case, cases
 from tests.test_backends import HEADS, MASKS, SCORES, D, qkv, table
 
@@ -56,7 +58,7 @@ class Place:
     @property
     def real(self) -> bool:
         """On a GPU, not rehearsed."""
-        return self.device == "cuda"
+        return self.backend == "triton"
 
     def need(self, dtype: torch.dtype) -> None:
         """Skip what the interpreter gets wrong."""
@@ -79,7 +81,15 @@ class Place:
 
 
 @pytest.fixture
-def place() -> Place:
+def place() -> Iterator[Place]:
+    """A GPU; in a rehearsal, tensors that pass for one's, and the interpreter."""
+    with contextlib.nullcontext() if torch.cuda.is_available() else pretending():
+        yield Place("cuda", "triton" if torch.cuda.is_available() else "interpret")
+
+
+@pytest.fixture
+def ordinary() -> Place:
+    """The same, but a rehearsal has ordinary CPU tensors, as torch's own machinery needs them."""
     return Place("cuda", "triton") if torch.cuda.is_available() else Place("cpu", "interpret")
 
 
@@ -343,8 +353,13 @@ def test_poison_in_masked_pairs_stays_out(place: Place, poison: float, dtype: to
 @HALF
 def test_captured_loads_stay_in_bounds_on_masked_pairs(place: Place, dtype: torch.dtype):
     spec = ag.Spec(mask=ag.window(9), score=lambda s, b, h, i, j: s + ag.Tensor("rel", 1)[i - j + 8])
-    rel = torch.full((40,), 1e30)[10:27].normal_().to(place.device)
-    check(spec, place.attention(spec), *place.qkv(dtype, n_q=40, n_k=40), dict(rel=rel))
+    rel = torch.full((40,), 1e30, device=place.device)[10:27].normal_()
+    leaves = [t.requires_grad_() for t in (*place.qkv(dtype, n_q=40, n_k=40), rel.detach())]  # check() would copy
+    out = place.attention(spec)(*leaves[:3], rel=leaves[3])
+    want, _ = ag.oracle(spec, *(t.double() for t in leaves[:3]), rel=leaves[3])
+    assert relative(out, want) < 1e-2
+    grads, wants = (torch.autograd.grad(x.double().square().sum(), leaves) for x in (out, want))
+    assert all(relative(*pair) < 2e-2 for pair in zip(grads, wants, strict=True))
 
 
 def need_memory(place: Place, gigabytes: float) -> None:
@@ -446,7 +461,12 @@ def test_what_compiles_and_what_does_not(place: Place):
 
     compiled: list[str] = []
     spec = ag.Spec(mask=ag.documents() & ag.causal() & ag.window(ag.Param("width")), score=ag.alibi())
-    attn = place.attention(spec, SMALL)
+    rest = {
+        f"{kernel}{name}": value
+        for kernel in ("", "dq_", "dkv_")
+        for name, value in (("num_warps", 4), ("num_stages", 2))
+    }
+    attn = place.attention(spec, ag.Schedule(**rest, split=1, pack=False).over(SMALL))  # nothing is left to lengths
 
     def run(batch: int, heads: int, kv: int, n_q: int, n_k: int, width: int, offset: int = 0, d: int = 64) -> None:
         q, k, v = (
@@ -481,24 +501,24 @@ def test_what_compiles_and_what_does_not(place: Place):
 
 
 @HALF
-def test_torch_compile_autocast_and_streams(place: Place, dtype: torch.dtype):
-    place.need(dtype)
+def test_torch_compile_autocast_and_streams(ordinary: Place, dtype: torch.dtype):
+    ordinary.need(dtype)
     spec = ag.Spec(mask=ag.causal() & ag.window(ag.Param("width")), score=ag.alibi())
-    attn = place.attention(spec)
-    slope = torch.full((HEADS,), 0.1, device=place.device, requires_grad=True)
-    q, k, v = (t.requires_grad_() for t in place.qkv(dtype))
+    attn = ordinary.attention(spec)
+    slope = torch.full((HEADS,), 0.1, device=ordinary.device, requires_grad=True)
+    q, k, v = (t.requires_grad_() for t in ordinary.qkv(dtype))
     expected = attn(q, k, v, slope=slope, width=30) * 2
     compiled = torch.compile(
-        lambda *a, **c: attn(*a, **c) * 2, fullgraph=True, backend="inductor" if place.real else "aot_eager"
+        lambda *a, **c: attn(*a, **c) * 2, fullgraph=True, backend="inductor" if ordinary.real else "aot_eager"
     )
     out = compiled(q, k, v, slope=slope, width=30)
     assert relative(out.detach(), expected.detach().double()) < 1e-3
     got = torch.autograd.grad(out.float().sum(), [q, k, v, slope])
     for one, other in zip(got, torch.autograd.grad(expected.float().sum(), [q, k, v, slope]), strict=True):
         assert relative(one, other.double()) < 1e-2
-    with torch.autocast(place.device, dtype):
+    with torch.autocast(ordinary.device, dtype):
         assert attn(q.float(), k.float(), v.float(), slope=slope, width=30).dtype == dtype
-    if place.real:
+    if ordinary.real:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -529,40 +549,47 @@ def test_cuda_graph(place: Place, mask: str):
     assert torch.equal(out, attn(q, k, v, **captures))
 
 
-def test_opcheck(place: Place):
-    attn = place.attention(ag.Spec(mask=ag.causal()))
-    q, k, v = (t.requires_grad_() for t in place.qkv(torch.float16, n_q=17, n_k=17))
+def test_opcheck(ordinary: Place):
+    attn = ordinary.attention(ag.Spec(mask=ag.causal()))
+    q, k, v = (t.requires_grad_() for t in ordinary.qkv(torch.float16, n_q=17, n_k=17))
     torch.library.opcheck(torch.ops.attngen.forward, (q, k, v, [], [], [], 0, None, attn.handle, False))
 
 
 # -- tuning and records -----------------------------------------------------------------------------------------------
 
 
-def test_the_tuner_and_its_records(place: Place, tmp_path: Path):
+def test_the_tuner_and_its_records(ordinary: Place, tmp_path: Path):
     """Tuned on this device, found by compile, carried as text, and never mixed up with another GPU's."""
     pytest.importorskip("optuna")
     spec, database = ag.Spec(mask=ag.causal() & ag.window(40)), str(tmp_path / "records.db")
-    n, trials, dtype = (2048, 6, torch.bfloat16) if place.real else (256, 3, torch.float32)
+    n, trials, dtype = (2048, 6, torch.bfloat16) if ordinary.real else (256, 3, torch.float32)
     report = ag.tune(
         spec, f"B1 H4 N{n} D64", dtype=dtype, trials=trials, db=database, storage=tmp_path / "trials.log",
-        pieces=("forward", "backward") if place.real else ("forward",), progress=False, patience=0.2,
+        pieces=("forward", "backward") if ordinary.real else ("forward",), progress=False, patience=0.2,
     )  # fmt: skip
     assert report.kind == "measured" and report.records, str(report)
     for record in report.records:
         assert record.kind == "measured" and 0 < record.error <= 1 and record.seconds > 0 and record.spread >= 0
-        assert not place.real or (record.key.device, record.key.driver != "") == (torch.cuda.get_device_name(), True)
-    q, k, v = (torch.randn(1, 4, n, 64, device=place.device, dtype=dtype) for _ in "qkv")
+        here = device_of(ordinary.device)
+        assert not ordinary.real or (record.key.device, record.key.driver) == (
+            torch.cuda.get_device_name(),
+            here.driver,
+        )
+    q, k, v = (torch.randn(1, 4, n, 64, device=ordinary.device, dtype=dtype) for _ in "qkv")
     attn = ag.compile(spec, db=database)
     stages = attn.specialise(bind(spec, q, k, v, captures={}))
     assert "measured record" in stages.origin
     tuned = next(r for r in report.records if r.key.piece == "forward").schedule
     assert {name: stages.schedule.decided()[name] for name in tuned} == tuned
-    check(spec, attn, *(t[:, :, :300] for t in (q, k, v)), {}, backward=place.real)
+    check(spec, attn, *(t[:, :, :300] for t in (q, k, v)), {}, backward=ordinary.real)
     write_records(report.records, tmp_path / "records.jsonl")
     assert sorted(read_records(tmp_path / "records.jsonl"), key=repr) == sorted(report.records, key=repr)
 
 
 # -- tools ------------------------------------------------------------------------------------------------------------
+
+
+GENERATED = re.compile(r"\b(forward|merge|delta|dq|dkv|capture)\+0x")  # as the tool names places in kernels
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
@@ -579,7 +606,12 @@ def test_compute_sanitizer(place: Place, tool: str):
     )  # fmt: skip
     if "Device not supported" in done.stdout + done.stderr:
         pytest.skip("compute-sanitizer does not work on this machine")
-    assert done.returncode == 0 and "done" in done.stdout, (done.stdout + done.stderr)[-3000:]
+    said = done.stdout + done.stderr
+    races = [line for line in said.splitlines() if "Race reported" in line]
+    others = (
+        tool == "racecheck" and races and not any(GENERATED.search(line) for line in races)
+    )  # in torch's own kernels
+    assert "done" in done.stdout and (done.returncode == 0 or others), said[-3000:]
 
 
 def test_the_sanitizers_cases_run(place: Place):

@@ -45,8 +45,8 @@ def run(
 
 def paint(full: Segments, partial: Segments, tiles: int, walked_tiles: int, b: int = 0, h: int = 0) -> torch.Tensor:
     """The segments of one (b, h) as int8 [tiles, walked tiles]: 0 empty, 1 partial, 2 full."""
-    canvas = torch.zeros(tiles, walked_tiles, dtype=torch.int8)
-    columns = torch.arange(walked_tiles)
+    canvas = torch.zeros(tiles, walked_tiles, dtype=torch.int8, device="cpu")
+    columns = torch.arange(walked_tiles, device="cpu")
     for value, segments in ((FULL, full), (PARTIAL, partial)):
         for first, count in segments:
             low, size = (x[min(b, x.shape[0] - 1), min(h, x.shape[1] - 1)].cpu().view(-1, 1) for x in (first, count))
@@ -89,7 +89,7 @@ def tile_map(
     if isinstance(q_offset, bool) or not isinstance(q_offset, int):
         raise InputError("q_offset", "an int or an int tensor [B]", type(q_offset).__name__)
     env = mask_environment(spec, captures)
-    env |= {"b": torch.tensor([[[b]]]), "h": torch.tensor([[[h]]])}
+    env |= {name: torch.full((1, 1, 1), value, device="cpu") for name, value in (("b", b), ("h", h))}
 
     known = facts(spec)
     walk = known.walk_queries if transposed else known.walk_keys
@@ -97,7 +97,7 @@ def tile_map(
     queries, keys = Axis("i", q_offset, n_q), Axis("j", 0, n_k)
     shape = (-(-n_q // block_m), -(-n_k // block_n))
     if 0 in shape:
-        return torch.zeros(shape, dtype=torch.int8)
+        return torch.zeros(shape, dtype=torch.int8, device="cpu")
     if transposed:
         segments = run(walk, known.program_queries, env, keys, queries, block_n, block_m)
         return paint(*segments, shape[1], shape[0]).T.contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import copy_context
 from functools import lru_cache, partial
 from typing import Any
 
@@ -242,14 +243,17 @@ def _capture_gradient(
     name = step.name.removeprefix("gradient of ")
     tensor, (batch, heads, n_q, _), n_k = call.captures[name], call.q.shape, call.n_k
     total = torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
-    env = dense_env(call, torch.float32)
+    own, of_sink = facts.load_grads.get(name, ()), facts.sink_grads.get(name, ())
+    read = [index for load, _ in (*own, *of_sink) for index in load.indices]
+    read += [call.spec.sink, *(slope for _, slope in of_sink)] if of_sink else []
+    env = dense_env(call, torch.float32, read)
     shifted = isinstance(call.q_offset, torch.Tensor) or call.q_offset != 0
     if isinstance(call.spec.lists, RowLists) and name == "edge_weight":
         list_heads = heads if call.spec.lists.by_query_head else call.k.shape[1]
         grad = total.new_zeros((batch, list_heads, tensor.shape[2]))
         _launch("capture", call, facts, schedule, {**buffers, "grad": grad}, EDGES)
         return grad.sum_to_size(tensor.shape)
-    for site in sites(facts.load_grads.get(name, ()), schedule.deterministic is not False):
+    for site in sites(own, schedule.deterministic is not False):
         program = facts.program_queries if site.by_keys else facts.program_keys
         if call.spec.lists is None and not (program.full or program.partial):
             continue  # no pair attends, so none contributes
@@ -260,7 +264,7 @@ def _capture_gradient(
         grad = make(shape, dtype=torch.float32, device=tensor.device)
         _launch("capture", call, facts, schedule, {**buffers, **_tables_of(kernel, buffers), "grad": grad}, site)
         total += collect(site, grad, tensor, env, shifted)
-    for load, slope in facts.sink_grads.get(name, ()):
+    for load, slope in of_sink:
         # The sink is a key with value 0: its dS is P * (0 - delta).
         sink = tensor_of(evaluate(call.spec.sink, env), tensor.device).to(torch.float32)
         ds = -torch.exp(sink - buffers["lse"][..., None]) * buffers["delta"][..., None]  # [B, Hq, Nq, 1]
@@ -295,22 +299,34 @@ def launch(source: Source, call: Call, tensors: dict[str, Any], schedule: Schedu
         else:
             arguments.append(call.params[arg.of])
     options = {"num_warps": source.num_warps, "num_stages": source.num_stages, "enable_fp_fusion": True}
-    if "make_tensor_descriptor" in source.text and call.q.is_cuda:
-        _let_kernels_allocate()
     try:
-        source.load()[(programs,)](*arguments, **options)
+        with torch.cuda.device_of(call.q):  # Triton takes the current device, whichever the pointers are of
+            _start(source, programs, arguments, options)
     except Exception as error:
         if type(error).__name__ == "OutOfResources":
             raise ScheduleError(f"{source.name}: {error}; choose smaller blocks or fewer stages") from error
         raise
 
 
-@lru_cache(maxsize=1)
-def _let_kernels_allocate() -> None:
-    """Descriptors that kernels make live in memory that the launcher gives them."""
+def _start(source: Source, programs: int, arguments: list[Any], options: dict[str, Any]) -> None:
+    """One launch, on the current device."""
+    kernel = source.load()[(programs,)]
+    if source.makes_descriptors:
+        # They live in memory that an allocator gives, which Triton keeps per context: a backward has its thread's.
+        copy_context().run(_allocating, kernel, arguments, options)
+    else:
+        kernel(*arguments, **options)
+
+
+def _allocating(kernel: Any, arguments: list[Any], options: dict[str, Any]) -> None:
     import triton
 
-    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    triton.set_allocator(_allocate)
+    kernel(*arguments, **options)
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _aligned(tensor: torch.Tensor) -> bool:

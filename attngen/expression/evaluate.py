@@ -59,9 +59,10 @@ def tensor_of(value: Value, device: torch.device) -> torch.Tensor:
 
 def uniform(seed: Value, b: Value, h: Value, i: Value, j: Value) -> Value:
     """The counter-based random number of `Uniform` as float32; arguments broadcast, integers of any width."""
-    state = _mix(torch.as_tensor(seed))
-    for counter in (b, h, i, j):
-        state = _mix(state ^ (torch.as_tensor(counter).to(state.device, torch.int64) & _MASK32))
+    state, *counters = _tensors(seed, b, h, i, j)
+    state = _mix(state)
+    for counter in counters:
+        state = _mix(state ^ (counter.to(torch.int64) & _MASK32))
     return (state >> 8).to(torch.float32) * 2.0**-24
 
 
@@ -158,7 +159,9 @@ def _load(tensor: torch.Tensor, indices: list[Value]) -> torch.Tensor:
 
 
 def _tensors(*args: Value) -> list[torch.Tensor]:
-    device = next((a.device for a in args if isinstance(a, torch.Tensor)), torch.device("cpu"))
+    """All on the device of those that aren't on the CPU: fractions and float params are numbers there."""
+    devices = [a.device for a in args if isinstance(a, torch.Tensor)]
+    device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
     return [tensor_of(a, device) for a in args]
 
 

@@ -44,7 +44,7 @@ def attended(
     spec: Spec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_offset: Any, captures: Mapping[str, Any]
 ) -> torch.Tensor:
     """Which pairs a spec attends: bool [B, Hq, Nq, Nk]."""
-    from attngen.expression import evaluate
+    from attngen.expression import evaluate, tensor_of
     from attngen.inputs import bind
     from attngen.keys.call import split
 
@@ -52,7 +52,7 @@ def attended(
         call, given = bind(spec, q, k, v, q_offset=q_offset, captures=captures), dict[str, Any]()
     else:
         call, given = split(spec, q, k, v, q_offset, captures)
-    mask = torch.as_tensor(evaluate(spec.mask, dense_env(call, torch.float64), real=torch.float64), device=q.device)
+    mask = tensor_of(evaluate(spec.mask, dense_env(call, torch.float64), real=torch.float64), q.device)
     if spec.keys is not None:
         with q.device:
             mask = mask & ~DEFINITIONS[spec.keys.name](spec.keys, call, given)[0].isneginf()
@@ -216,7 +216,7 @@ def _clipped(u: torch.Tensor, seen: torch.Tensor, k: int) -> torch.Tensor:
 
 def _union(call: Call, given: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """The softmax over all pieces' logits together, from each piece's own."""
-    from attngen.expression import evaluate
+    from attngen.expression import evaluate, tensor_of
     from attngen.reference import oracle
 
     keys = call.spec.keys
@@ -227,7 +227,7 @@ def _union(call: Call, given: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Te
         results.append(oracle(spec, call.q, call.k, call.v, q_offset=call.q_offset, **both))
     if call.spec.sink is not None:
         env = dense_env(call, torch.float64)
-        sink = torch.as_tensor(evaluate(call.spec.sink, env, real=torch.float64)).double()
+        sink = tensor_of(evaluate(call.spec.sink, env, real=torch.float64), call.q.device).double()
         sink = sink.expand(*call.q.shape[:3], 1).squeeze(-1)
         results.append((torch.zeros_like(results[0][0]), sink))
     lses = torch.stack([lse for _, lse in results])

@@ -166,7 +166,7 @@ def _pruned(keys: Any, call: Call, given: Mapping[str, Any]) -> Weights:
             tiles = tile_map(call.spec, n_q, n_k, *keys.block, b=b, h=h, q_offset=call.q_offset, **captures)
             q, q_step = _integers(call.q[b, h], keys.block[0])
             k, k_step = _integers(call.k[b, h // call.group], keys.block[1])
-            score, total = (q @ k.T).tolist(), 0
+            score, total = (q.double() @ k.double().T).long().tolist(), 0  # exact: CUDA has no products of integers
             for r in range(tiles_q):
                 seen = [c for c in range(tiles_k) if tiles[r, c] > 0]
                 ranked = sorted((-score[r][c], c) for c in seen)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -97,6 +97,11 @@ class Source:
         """sha256 of the text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
+    @cached_property
+    def makes_descriptors(self) -> bool:
+        """Whether the kernel makes tensor descriptors, which need memory at the launch."""
+        return "make_tensor_descriptor" in self.text
+
     def write(self, folder: Path | str | None = None) -> Path:
         """The file, named by its content; written atomically if it is not there yet."""
         folder = Path(folder) if folder is not None else cache_folder() / "source"
@@ -111,7 +116,14 @@ class Source:
 
     def load(self, folder: Path | str | None = None) -> Any:
         """The kernel: a triton.jit function, or its interpreted form when TRITON_INTERPRET is set."""
-        return getattr(_module(str(self.write(folder)), os.environ.get("TRITON_INTERPRET", "0")), self.name)
+        place = folder, os.environ.get("TRITON_INTERPRET", "0")
+        if place not in self._loaded:  # a launch must not read the file again
+            self._loaded[place] = getattr(_module(str(self.write(folder)), place[1]), self.name)
+        return self._loaded[place]
+
+    @cached_property
+    def _loaded(self) -> dict[tuple[Path | str | None, str], Any]:
+        return {}
 
 
 @cache
