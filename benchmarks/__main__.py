@@ -5,8 +5,9 @@
     python -m benchmarks dense --resume                 go on where the time ended
     python -m benchmarks --device cpu --size small      try it without a GPU
 
-Every suite writes SUITE.json as it goes; the tables and charts are made from these files (python -m benchmarks.report_files
-DIR makes them again). See benchmarks/results/README.md.
+Each suite has --budget seconds, stops before a case that is likely to exceed them, and goes on there with --resume. It
+writes SUITE.json as it goes; the tables and charts are made from these files (python -m benchmarks.report_files DIR makes
+them again). See benchmarks/results/README.md.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import report, report_files
+from benchmarks import expected, report, report_files
 from benchmarks.case import Sizes
 from benchmarks.cases import CASES, cases_of
 from benchmarks.measure import Context
@@ -67,7 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m benchmarks",
+        description=__doc__,
+        epilog=expected.text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "suites", nargs="*", metavar="SUITE", help=f"some of: {', '.join(CASES)} (default: all)", type=_suite
@@ -79,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="folder for the files (default: benchmarks/results/DEVICE)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--size", choices=("small", "full"), help="small tries the harness (default: full on a GPU)")
-    parser.add_argument("--budget", type=float, default=450.0, help="seconds for each suite (default 450)")
+    parser.add_argument("--budget", type=float, default=expected.BUDGET, help="seconds for each suite (default 450)")
     parser.add_argument("--seconds", type=float, default=1.0, help="seconds of timing for each case (default 1)")
     parser.add_argument("--resume", action="store_true", help="keep the records that are there, measure the others")
     return parser

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 from benchmarks.case import BACKWARD, CPU_SDPA, DENSE, FORWARD, HOPPER, SDPA, SPLITS, TRAINING, Case, Sizes
 from benchmarks.papers import seeds
@@ -12,11 +13,17 @@ from benchmarks.papers_beside import LEAN_ATTENTION, lean
 
 
 def dense(sizes: Sizes) -> Iterable[Case]:
-    """Full and causal, both directions, three head dims, MHA and GQA, 1k to 32k. B is such that B * N is 16k or more."""
-    lengths = (256, 1024) if sizes.small else (2048, 8192, 32768, 1024, 4096, 16384)
+    """Full and causal, both directions, three head dims, MHA and GQA, 1k to 32k. B is such that B * N is 16k or more.
+
+    The first of each stand together at the front, so that a run that ends early has something of everything; what
+    compiles longest, with max-autotune, comes after these.
+    """
+    lengths = (256, 1024) if sizes.small else (2048, 32768, 8192, 4096, 16384, 1024)
     dims = (64,) if sizes.small else (128, 64, 256)
     heads = ((4, 4), (4, 2)) if sizes.small else ((32, 8), (16, 16))
-    for (hq, hkv), dim, n, pattern, direction in product(heads, dims, lengths, ("causal", "full"), (FORWARD, BACKWARD)):
+    for ((hq, hkv), dim, n, pattern), direction in product(
+        outwards(heads, dims, lengths, ("causal", "full")), (FORWARD, BACKWARD)
+    ):
         names: tuple[str, ...] = DENSE
         if sizes.small and (pattern, hq == hkv, n) != ("causal", True, 1024):
             names = CPU_SDPA  # compiling FlexAttention takes far longer than these runs
@@ -29,6 +36,12 @@ def dense(sizes: Sizes) -> Iterable[Case]:
                 names = (*names, *HOPPER, *(("attngen-warp-specialize",) if pattern == "full" else ()))
         batch = 1 if sizes.small else max(1, 16384 // n)
         yield Case("dense", pattern, direction, batch, hq, hkv, n, n, dim, sizes.dtype, sizes.peers(*names))
+
+
+def outwards(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """All combinations: the first of every axis, then those a step away from it, then those two steps away."""
+    places = sorted(product(*(range(len(axis)) for axis in axes)), key=sum)
+    return [tuple(axis[place] for axis, place in zip(axes, found, strict=True)) for found in places]
 
 
 def windows(sizes: Sizes) -> Iterable[Case]:

@@ -14,7 +14,7 @@ from benchmarks import seeds
 from benchmarks.case import BACKWARD, FORWARD, Case
 from benchmarks.check import Reference, WrongResult
 from benchmarks.memory import peak_memory
-from benchmarks.peers import PEERS, VARIANTS, Attention, Build, Built, Unavailable
+from benchmarks.peers import PEERS, VARIANTS, Attention, Build, Built, Unavailable, forget_compiled
 from benchmarks.timing import Candidate, Clock, DeviceStopwatch, HostStopwatch, Stopwatch, Timing, race
 from benchmarks.work import Inputs, Rates, Work, measure_rates, work
 
@@ -78,6 +78,7 @@ def attention(case: Case, peers: tuple[str, ...], context: Context) -> Iterator[
     """Attention itself: TFLOP/s on attended pairs, or GB/s where there is one query a sequence; of sparse systems, which attend
     others, milliseconds.
     """
+    forget_compiled()
     inputs = Inputs.make(case, context.device)
     systems = {system.name: system for system in case.systems}
     reference = Reference(inputs) if set(peers) - set(systems) else None
@@ -140,6 +141,7 @@ def overhead(case: Case, peers: tuple[str, ...], context: Context) -> Iterator[R
 
 
 def _overhead(case: Case, peers: tuple[str, ...], context: Context, calls: int = 50) -> Iterator[Record]:
+    forget_compiled()
     inputs = Inputs.make(case, context.device)
     reference = Reference(inputs)
     ready: dict[str, Built] = {}

@@ -80,12 +80,29 @@ def paged(inputs: Inputs) -> Built:
 # -- SDPA -------------------------------------------------------------------------------------------------------------
 
 
-def sdpa(inputs: Inputs) -> Built:
+REPEATED = {"keys and values": "repeated for the group, inside the timing"}
+
+
+def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    """SDPA on q [B, Hq, Nq, D] and k, v [B, Hkv, Nk, D], by a backend that knows groups of heads."""
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **arguments)
+
+
+def repeated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    """The same by a backend that takes as many heads of k and v as of q: what its user does, gradients included."""
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    return F.scaled_dot_product_attention(q, k, v, **arguments)
+
+
+def sdpa(inputs: Inputs, attention: Callable[..., torch.Tensor] = grouped) -> Built:
     """scaled_dot_product_attention with whatever backend it picks. A dense mask is made beforehand and not timed; adding a
-    learned bias to it is.
+    learned bias to it is. attention: `grouped` or `repeated`.
     """
     case, pattern = inputs.case, inputs.pattern
-    arguments: dict[str, Any] = {"enable_gqa": True} if case.heads_q != case.heads_kv else {}
+    notes = REPEATED if attention is repeated and case.heads_q != case.heads_kv else {}
+    arguments: dict[str, Any] = {}
     if pattern.sdpa == "":
         raise Unavailable(f"SDPA has no {case.pattern}")
     if pattern.sdpa == "causal":
@@ -94,18 +111,18 @@ def sdpa(inputs: Inputs) -> Built:
         arguments["attn_mask"] = dense_mask(inputs)
     q, k, v, bias = inputs.q, inputs.k, inputs.v, pattern.sdpa_bias
     if bias is None:
-        return Built(lambda: F.scaled_dot_product_attention(q, k, v, **arguments))
+        return Built(lambda: attention(q, k, v, **arguments), notes)
     mask, captures = dense_mask(inputs), {**inputs.captures, "n": case.n_k}
     if pattern.learned:
         hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -torch.inf)
 
         def run() -> torch.Tensor:
             total = bias(captures) + hidden  # changes at each step, so it is part of the call
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=total, **arguments)
+            return attention(q, k, v, attn_mask=total, **arguments)
 
-        return Built(run)
+        return Built(run, notes)
     total = bias(captures).masked_fill(~mask, -torch.inf).to(q.dtype)
-    return Built(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=total, **arguments))
+    return Built(lambda: attention(q, k, v, attn_mask=total, **arguments), notes)
 
 
 def dense_mask(inputs: Inputs) -> torch.Tensor:
@@ -119,7 +136,7 @@ def dense_mask(inputs: Inputs) -> torch.Tensor:
 
 
 def sdpa_backend(name: str, cuda_only: bool) -> Build:
-    """SDPA with one backend forced."""
+    """SDPA with one backend forced. The efficient one knows no groups of heads."""
 
     def build(inputs: Inputs) -> Built:
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -131,13 +148,14 @@ def sdpa_backend(name: str, cuda_only: bool) -> Build:
             raise Unavailable("its matrix of weights would not fit")
         if name == "FLASH_ATTENTION" and inputs.pattern.sdpa == "mask" and inputs.q.device.type == "cuda":
             raise Unavailable("SDPA's flash backend takes no mask on a GPU")
-        backend, built = getattr(SDPBackend, name), sdpa(inputs)
+        backend = getattr(SDPBackend, name)
+        built = sdpa(inputs, repeated if name == "EFFICIENT_ATTENTION" else grouped)
 
         def run() -> torch.Tensor:
             with sdpa_kernel(backend):
                 return built.run()
 
-        return Built(run)
+        return Built(run, built.notes)
 
     return build
 
@@ -165,12 +183,19 @@ def flex(mode: str | None = None) -> Build:
 
 
 def compiled_flex(mode: str | None) -> Callable[..., torch.Tensor]:
-    """A new compiled flex_attention: without the reset, earlier cases' recompiles would end in the eager path."""
-    import torch._dynamo
+    """A new compiled flex_attention."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    torch._dynamo.reset()
     return torch.compile(flex_attention, mode=mode, dynamic=False, fullgraph=True)
+
+
+def forget_compiled() -> None:
+    """Before each case, since the recompiles of earlier ones would end in the eager path. Not between the peers of a case: those
+    built before would compile again where they are timed.
+    """
+    import torch._dynamo
+
+    torch._dynamo.reset()
 
 
 def block_mask_of(inputs: Inputs, compiled: bool = False) -> Any:

@@ -103,11 +103,16 @@ def _machine(data: Data) -> str:
 
 
 def by_case(data: Data) -> dict[str, list[Row]]:
-    """Records grouped by case, in the order they were measured."""
+    """Records grouped by case. Cases that differ in batch and length only stand together, by length; otherwise as measured."""
     grouped: dict[str, list[Row]] = {}
     for record in data["records"]:
         grouped.setdefault(record["case"], []).append(record)
-    return grouped
+    first = {case: records[0]["described"] for case, records in grouped.items()}
+    groups = list(dict.fromkeys(about["group"] for about in first.values()))
+    order = sorted(
+        first, key=lambda case: (groups.index(first[case]["group"]), first[case]["n_k"], first[case]["batch"])
+    )
+    return {case: grouped[case] for case in order}
 
 
 def _notes(r: Row) -> str:

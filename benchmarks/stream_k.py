@@ -15,16 +15,19 @@ import argparse
 import heapq
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import attngen as ag
 from attngen.balance import shared, stream_k
+from attngen.inputs import bind
 from attngen.reductions import even_splits
-from benchmarks import report
+from benchmarks import peers, report
 from benchmarks.papers_beside import LEAN
 from benchmarks.timing import Candidate, race, stopwatch_for
 
@@ -81,8 +84,8 @@ class Modelled:
     partials: int
 
 
-def model(case: Case, split: int | str | None, sm_rate: float = SHARE) -> Modelled:
-    """Seconds of a schedule on an H200, modelled. split: None, a number, or "stream" for stream-K over 132 programs."""
+def model(case: Case, split: int | str, sm_rate: float = SHARE) -> Modelled:
+    """Seconds of a schedule on an H200, modelled. split: how many, 1 for none, or "stream" for stream-K over 132 programs."""
     counts = case.counts()
     state = case.group * (HEAD_DIM + 2) * 4
     if split == "stream":
@@ -91,7 +94,7 @@ def model(case: Case, split: int | str | None, sm_rate: float = SHARE) -> Modell
         several = shared(runs)
         states = int((runs.owners[:, 1] - runs.owners[:, 0] + 1)[several].sum())
     else:
-        parts = 1 if split is None else int(split)
+        parts = int(split)
         loads = [share for count in counts for share in _shares(count, parts)]
         states = 0 if parts == 1 else len(loads)
     first = makespan([load * TILE_BYTES for load in loads], sm_rate)
@@ -114,10 +117,10 @@ def makespan(programs: Iterable[float], sm_rate: float = SHARE, slots: int = SMS
     return time
 
 
-def schedules(case: Case) -> dict[str, int | str | None]:
-    """The schedules that are compared, by name."""
+def schedules(case: Case) -> dict[str, int | str]:
+    """The splits that are compared, by name. All are pinned: left open, the model decides, and it may be for stream-K."""
     chosen = even_splits(len(case.counts()), max(case.counts()), SMS)
-    return {"no split": None, "split-K, chosen": chosen, f"split-K, {FIXED}": FIXED, "stream-K": "stream"}
+    return {"no split": 1, "split-K, chosen": chosen, f"split-K, {FIXED}": FIXED, "stream-K": "stream"}
 
 
 def _shares(count: int, parts: int) -> list[int]:
@@ -128,46 +131,111 @@ def _shares(count: int, parts: int) -> list[int]:
 # -- on this machine --------------------------------------------------------------------------------------------------
 
 
+SPEC = ag.Spec(mask="j < length[b]", tensors=[ag.Tensor("length", 1, torch.int32)])
+LIMITS = {torch.float16: 3e-3, torch.float32: 1e-5}  # relative error allowed
+REPEATED = (
+    "SDPA's efficient backend takes no groups of heads: keys and values are repeated for them, inside the timing."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """q [B, Hq, 1, D], k and v [B, Hkv, longest, D], length int32 [B]: the case's cache, padded."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    length: torch.Tensor
+
+    @classmethod
+    def draw(cls, case: Case, device: torch.device, dtype: torch.dtype) -> Batch:
+        """Random normal values."""
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw(heads: int, length: int) -> torch.Tensor:
+            shape = len(case.lengths), heads, length, HEAD_DIM
+            return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+        longest = max(case.lengths)
+        q, k, v = draw(case.heads, 1), draw(case.heads_kv, longest), draw(case.heads_kv, longest)
+        return cls(q, k, v, torch.tensor(case.lengths, dtype=torch.int32, device=device))
+
+    @property
+    def group(self) -> int:
+        """Query heads per kv head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether SDPA has its GPU backends."""
+        return self.q.device.type == "cuda"
+
+    @property
+    def note(self) -> str:
+        """What a reader of the timings has to know."""
+        return REPEATED if self.on_gpu and self.group > 1 else ""
+
+    def run(self, attn: ag.CompiledAttention) -> Callable[[Any], torch.Tensor]:
+        """attngen on it."""
+        return lambda _: attn(self.q, self.k, self.v, length=self.length)
+
+    def expected(self) -> torch.Tensor:
+        """float64 [2, B, group, 1, D]: the heads of the first and the last kv head."""
+        ends = (slice(0, self.group), slice(0, 1)), (slice(-self.group, None), slice(-1, None))
+        of_end = [ag.oracle(SPEC, self.q[:, h], self.k[:, kv], self.v[:, kv], length=self.length)[0] for h, kv in ends]
+        return torch.stack(of_end)
+
+    def error(self, out: torch.Tensor, expected: torch.Tensor) -> float:
+        """The largest relative error (Frobenius) of any sequence: a long one's values are far smaller than a short's."""
+        got = torch.stack([out[:, : self.group], out[:, -self.group :]]).double()
+        return float(((got - expected).flatten(2).norm(dim=2) / expected.flatten(2).norm(dim=2)).max())
+
+
+def pinned(split: int | str) -> ag.CompiledAttention:
+    """attngen with that split, whatever it would choose."""
+    return ag.compile(SPEC, schedule=ag.Schedule(split=split))
+
+
+def sdpa(batch: Batch) -> tuple[str, Callable[[Any], torch.Tensor]]:
+    """SDPA on the padded batch, its name and its run: on a GPU with a fused backend that takes a mask, since left to itself
+    it gives groups of heads with a mask to the unfused one.
+    """
+    longest = batch.k.shape[2]
+    padding = (torch.arange(longest, device=batch.q.device) < batch.length.view(-1, 1)).view(-1, 1, 1, longest)
+    if not batch.on_gpu:
+        return "SDPA, padded", lambda _: peers.grouped(batch.q, batch.k, batch.v, attn_mask=padding)
+
+    def efficient(_: Any) -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+            return peers.repeated(batch.q, batch.k, batch.v, attn_mask=padding)
+
+    return "SDPA efficient, padded", efficient
+
+
 def measure(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
     """Timings of the schedules and of SDPA on the padded batch, in turn, each checked against the oracle first."""
-    import attngen as ag
-
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    generator = torch.Generator(device).manual_seed(0)
-    longest = max(case.lengths)
-
-    def draw(heads: int, length: int) -> torch.Tensor:
-        shape = len(case.lengths), heads, length, HEAD_DIM
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
-    q, k, v = draw(case.heads, 1), draw(case.heads_kv, longest), draw(case.heads_kv, longest)
-    length = torch.tensor(case.lengths, dtype=torch.int32, device=device)
-    spec = ag.Spec(mask="j < length[b]", tensors=[ag.Tensor("length", 1, torch.int32)])
-    padding = (torch.arange(longest, device=device) < length.view(-1, 1)).view(-1, 1, 1, longest)
-    want, _ = ag.oracle(spec, q[:, : case.group], k[:, :1], v[:, :1], length=length)
-
-    def attngen(split: int | str | None) -> Any:
-        attn = ag.compile(spec, schedule=ag.Schedule(split=split))
-        return lambda _: attn(q, k, v, length=length)
-
-    def sdpa(_: Any) -> torch.Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=padding, enable_gqa=True)
-
-    runs = {"SDPA, padded": sdpa, **{name: attngen(split) for name, split in schedules(case).items()}}
-    failed: dict[str, str] = {}
+    batch = Batch.draw(case, device, dtype)
+    compiled = {name: pinned(split) for name, split in schedules(case).items()}
+    call = bind(SPEC, batch.q, batch.k, batch.v, captures={"length": batch.length})
+    splits = {name: attn.specialise(call).schedule.split for name, attn in compiled.items()}
+    runs = dict([sdpa(batch), *((name, batch.run(attn)) for name, attn in compiled.items())])
+    expected, failed = batch.expected(), dict[str, str]()
     with torch.no_grad():
         for name, run in runs.items():
             try:
-                error = float((run(None)[:, : case.group].double() - want).abs().max())
+                error = batch.error(run(None), expected)
             except Exception as problem:
                 failed[name] = f"{type(problem).__name__}: {problem}"
                 continue
-            if not error <= (2e-3 if dtype == torch.float16 else 1e-5):
-                failed[name] = f"wrong: largest error {error:.1e}"
+            if not error <= LIMITS[dtype]:
+                failed[name] = f"wrong: relative error {error:.1e}"
         right = {name: Candidate(lambda: None, run) for name, run in runs.items() if name not in failed}
         timings, broken = race(right, stopwatch_for(device), seconds)
     found: dict[str, Any] = {name: asdict(timing) for name, timing in timings.items()}
-    return {"case": case.name, "dtype": str(dtype), "timings": found, "failed": {**failed, **broken}}
+    return {"case": case.name, "dtype": str(dtype), "note": batch.note, "splits": splits, "timings": found} | {
+        "failed": {**failed, **broken}
+    }
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -185,7 +253,7 @@ def modelled_table(cases: Sequence[Case], sm_rate: float = SHARE) -> tuple[str, 
         tiles = sum(case.counts())
         bound = tiles * TILE_BYTES / BANDWIDTH
         found = {name: model(case, split, sm_rate) for name, split in schedules(case).items()}
-        splits = {name: split for name, split in schedules(case).items() if isinstance(split, int)}
+        splits = {name: split for name, split in schedules(case).items() if name.startswith("split-K")}
         each = [
             f"{1e6 * x.seconds:.0f} us ({x.used:.0%}{f', {splits[name]} splits' if 'chosen' in name else ''})"
             for name, x in found.items()
@@ -221,6 +289,7 @@ def measured_table(records: Sequence[dict[str, Any]], device: str) -> str:
             for name in names
         ]
         lines.append(f"| {record['case']} | " + " | ".join(cells) + " |")
+    lines += [f"\n{note}" for note in dict.fromkeys(record["note"] for record in records) if note]
     return "\n".join(lines) + "\n"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure, prepare
+from benchmarks import expected, measure, prepare
 from benchmarks.case import Case
 from benchmarks.measure import FAILED, OK, Context, Record, describe, failure
 
@@ -107,19 +107,20 @@ def run(
         raise ValueError("two cases of one suite have the same id")
     if (lost := results.lost()) and lost[0] in by_id:
         results.add(failure(by_id[lost[0]], lost[1], RuntimeError("the process ended or was killed meanwhile, twice")))
-    begun, longest = context.clock(), 0.0
+    begun, pace = context.clock(), 0.0  # the most seconds that a case took of each modelled one
     for number, case in enumerate(cases, 1):
         known = results.of(case.id)
         if all(peer in known for peer in case.peers):
             continue
         started = context.clock()
-        if longest and started - begun + longest > budget:
+        modelled = expected.seconds(case, context.seconds)
+        if pace and started - begun + pace * modelled > budget:
             say(f"stopped at case {number} of {len(cases)} after {started - begun:.0f} s: run again with --resume")
             return False
         # A case is timed in turns or not at all: those that already failed stay out, all others run (again).
         peers = tuple(peer for peer in case.peers if peer not in known or known[peer]["status"] == OK)
         _case(case, peers, results, context, say, f"[{number}/{len(cases)}]")
-        longest = max(longest, context.clock() - started)
+        pace = max(pace, (context.clock() - started) / modelled)
     for name in ("running", "ended"):
         results.data.pop(name, None)
     results.write()

@@ -7,15 +7,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
-import torch
+from attngen.tuning.stopwatch import Candidate, Clock, DeviceStopwatch, HostStopwatch, Stopwatch, stopwatch_for
 
-Clock = Callable[[], float]
-
-FLUSH_BYTES = 512 * 2**20  # written before each run on a GPU, more than any L2 holds
-MOST_FLUSHES = 64
+__all__ = [
+    "Candidate", "Clock", "DeviceStopwatch", "HostStopwatch", "Stopwatch", "Timing", "interleaved", "race", "ratio",
+    "stopwatch_for",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,77 +64,7 @@ def ratio(timings: Mapping[str, Timing], ours: str, peer: str) -> float:
     return timings[peer].median / timings[ours].median
 
 
-# -- one run ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """`run(prepare())` is what is timed, without `prepare`: for a backward, that is its forward."""
-
-    prepare: Callable[[], Any]
-    run: Callable[[Any], Any]
-
-
-class Stopwatch(Protocol):
-    """Seconds of one `run(prepare())`, `prepare` not counted."""
-
-    def __call__(self, prepare: Callable[[], Any], run: Callable[[Any], Any]) -> float: ...
-
-
-class HostStopwatch:
-    """For a CPU: the clock on the wall."""
-
-    def __init__(self, clock: Clock = time.perf_counter):
-        self.clock = clock
-
-    def __call__(self, prepare: Callable[[], Any], run: Callable[[Any], Any]) -> float:
-        given = prepare()
-        start = self.clock()
-        result = run(given)
-        end = self.clock()
-        del result
-        return end - start
-
-
-class DeviceStopwatch:
-    """For a GPU: events around the run, with a cold L2. The writes that flush the L2 also keep the device busy while the
-    host issues the run's launches, so that what is timed is the device's work unless the run waits for it.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
-        self.flush_seconds = min(self._events(self.flush.zero_) for _ in range(5))
-        self._issued: WeakKeyDictionary[Callable[[Any], Any], float] = WeakKeyDictionary()
-
-    def __call__(self, prepare: Callable[[], Any], run: Callable[[Any], Any]) -> float:
-        given = prepare()
-        torch.cuda.synchronize(self.device)
-        issued = self._issued.get(run, 0.0)  # how long launching took the host last time
-        for _ in range(min(MOST_FLUSHES, 1 + int(1.5 * issued / self.flush_seconds))):
-            self.flush.zero_()
-
-        def timed() -> Any:
-            start = time.perf_counter()
-            result = run(given)
-            self._issued[run] = time.perf_counter() - start
-            return result
-
-        return self._events(timed)
-
-    def _events(self, run: Callable[[], Any]) -> float:
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        result = run()
-        last.record()
-        last.synchronize()
-        del result
-        return float(first.elapsed_time(last)) / 1e3
-
-
-def stopwatch_for(device: torch.device) -> Stopwatch:
-    """The stopwatch of a device."""
-    return DeviceStopwatch(device) if device.type == "cuda" else HostStopwatch()
+# -- in turns ---------------------------------------------------------------------------------------------------------
 
 
 def race(
@@ -147,7 +75,8 @@ def race(
     clock: Clock = time.perf_counter,
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """Candidates in turn, each round beginning with another, until `seconds` are used: (timings, reasons of those that
-    failed). One warm-up round does not count; at least rounds[0] and at most rounds[1] do.
+    failed). One warm-up round does not count, nor do its seconds, in which a candidate may compile; at least rounds[0] and
+    at most rounds[1] do.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     failed: dict[str, str] = {}
@@ -156,6 +85,8 @@ def race(
     gc.disable()
     try:
         for number in range(rounds[1] + 1):
+            if number == 1:
+                start = clock()
             if number > rounds[0] and clock() - start > seconds:
                 break
             running = [name for name in candidates if name not in failed]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,16 @@ import attngen as ag
 from attngen.expression import evaluate
 from attngen.inputs import bind
 from attngen.reference import dense_env
-from benchmarks import measure, paper_tables, prepare, report, report_files, seeds, suite
+from benchmarks import expected, measure, paper_tables, prepare, report, report_files, seeds, suite
 from benchmarks.__main__ import main
 from benchmarks.case import BACKWARD, FORWARD, TRAINING, Case, Sizes, System
-from benchmarks.cases import CASES, cases_of
+from benchmarks.cases import CASES, cases_of, outwards
 from benchmarks.check import Reference, WrongResult
 from benchmarks.measure import Context, clean
+from benchmarks.memory import peak_memory
 from benchmarks.papers import FLASH, HYPER, PAPERS, SCFA
 from benchmarks.patterns import PATTERNS
-from benchmarks.peers import PEERS, Built, Unavailable
+from benchmarks.peers import PEERS, Built, Unavailable, sdpa_backend
 from benchmarks.seeds import KEY_SETS
 from benchmarks.suite import DeviceLost, Mixed, Results
 from benchmarks.timing import Candidate, HostStopwatch, race
@@ -177,6 +179,41 @@ def test_work_and_bound():
     assert ragged.pairs == 4 * 33 and ragged.bytes == 2 * 4 * 16 * (2 * 4 + 2 * 33) + 4 * 8 + 8
 
 
+def test_combinations_go_outwards():
+    assert outwards("ab", (1, 2)) == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+    assert outwards((1, 2, 3), (1, 2, 3))[:6] == [(1, 1), (1, 2), (2, 1), (1, 3), (2, 2), (3, 1)]
+
+
+def test_the_first_run_of_the_dense_suite_has_something_of_everything():
+    cases, spent, first = cases_of("dense", Sizes(small=False, cuda=True)), 0.0, []
+    for case in cases:
+        spent += expected.seconds(case)
+        first += [case] if spent <= expected.BUDGET else []
+    assert len(cases) == 96 and 8 <= len(first) < 40
+    headline = [case for case in first if (case.pattern, case.head_dim, case.heads_kv) == ("causal", 128, 8)]
+    assert {case.n_k for case in headline} >= {2048, 32768} and headline == [*first[:2], *headline[2:]]
+    for name in ("pattern", "direction", "heads_kv"):
+        assert {getattr(case, name) for case in first} == {getattr(case, name) for case in cases}
+    assert len({case.head_dim for case in first}) > 1
+    assert [case.direction for case in cases] == 48 * [FORWARD, BACKWARD]
+
+
+def test_how_many_runs_is_modelled_and_printed(capsys: pytest.CaptureFixture[str]):
+    counted = expected.table()
+    assert counted.keys() == CASES.keys() and min(counted.values()) >= 1
+    page = (Path(report_files.__file__).parent / "results" / "README.md").read_text()
+    for suite_, count in counted.items():
+        (row,) = (line for line in page.splitlines() if line.startswith("| `") and f"`{suite_}`" in line.split("|")[1])
+        names = row.split("|")[1].split(",")
+        assert row.split("|")[2].split(",")[[f"`{suite_}`" in name for name in names].index(True)].strip() == str(count)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert expected.text() in capsys.readouterr().out
+    case = cases_of("first_call", Sizes(small=False, cuda=True))[0]
+    assert expected.runs([case] * 10, budget=expected.seconds(case)) == 10
+    assert expected.runs([case] * 10, budget=5 * expected.seconds(case)) == 2
+
+
 # -- the check --------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +284,63 @@ def test_race_takes_turns_and_drops_what_breaks():
     assert race({}, HostStopwatch(clock), clock=clock) == ({}, {})
 
 
+def test_what_warms_up_does_not_use_up_the_time():
+    """Compiling in the first round takes longer than all the time there is."""
+    clock = Clock()
+
+    def run(_: Any) -> None:
+        clock.now += 0.01 if clock.now else 100.0
+
+    timings, _ = race({"compiled": Candidate(lambda: None, run)}, HostStopwatch(clock), 1.0, (5, 60), clock)
+    assert timings["compiled"].runs == 60 and timings["compiled"].p80 == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("suite", ["dense", "overhead"])
+def test_a_case_forgets_what_earlier_ones_compiled_but_not_its_own(monkeypatch: pytest.MonkeyPatch, suite: str):
+    """A reset between the peers of a case would have the first of them compile again where it is timed."""
+    import torch._dynamo
+
+    done: list[str] = []
+
+    def compiled(function: Any, mode: str | None, **given: Any) -> Any:
+        done.append(f"compile {mode}")
+        return lambda q, k, v, score_mod, block_mask, enable_gqa: torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=enable_gqa
+        )
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: done.append("reset"))
+    where = Context(CPU, HostStopwatch(), time.perf_counter, seconds=0.0)
+    action = measure.overhead if suite == "overhead" else measure.attention
+    case = tiny(suite=suite, peers=("attngen", "flex", "flex-max-autotune"))
+    for _ in range(2):
+        assert [record.status for record in action(case, case.peers, where)] == ["ok"] * 3
+    assert done == 2 * ["reset", "compile None", "compile max-autotune-no-cudagraphs"]
+
+
+@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
+@pytest.mark.parametrize("pattern", ["causal", "window", "alibi", "learned bias"])
+def test_a_backend_without_groups_gets_repeated_heads(monkeypatch: pytest.MonkeyPatch, pattern: str, direction: str):
+    """SDPA's efficient backend refuses enable_gqa. What is repeated is repeated inside the timing, and the record says so."""
+
+    def efficient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: Any) -> torch.Tensor:
+        assert q.shape[1] == k.shape[1] == v.shape[1] and not given.get("enable_gqa"), "no available kernel"
+        return plain(q, k, v, **given)
+
+    plain = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", efficient)
+    monkeypatch.setattr("torch.nn.attention.sdpa_kernel", lambda backend: nullcontext())
+    for heads_kv in (2, 4):
+        inputs = Inputs.make(tiny(pattern, direction, heads_kv=heads_kv), CPU)
+        built = sdpa_backend("EFFICIENT_ATTENTION", cuda_only=False)(inputs)
+        assert 0 < Reference(inputs).error(*measure.results(built.run, inputs)) <= 1
+        assert ("repeated for the group, inside the timing" in str(built.notes)) == (heads_kv == 2)
+    grouped = sdpa_backend("FLASH_ATTENTION", cuda_only=False)(Inputs.make(tiny(pattern, direction), CPU))
+    assert not grouped.notes
+    with pytest.raises(AssertionError, match="no available kernel"):
+        grouped.run()
+
+
 # -- a suite ----------------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +381,22 @@ def test_budget_and_resume(tmp_path: Path):
     assert all(len(results(tmp_path, resume=True).of(case.id)) == 2 for case in cases)
     assert run(cases, results(tmp_path, resume=True), context(clock)) == (True, [])
     assert results(tmp_path).data["records"] == []  # without --resume it starts over
+
+
+def test_a_case_that_compiles_long_is_not_begun_at_the_end(tmp_path: Path):
+    """It would end beyond the budget, though no case took so long before."""
+    clock = Clock()
+    quick = ("attngen", "quick")
+    cases = [tiny(n_q=n, n_k=n, peers=quick) for n in (8, 16, 24)]
+    cases[2] = replace(cases[2], peers=(*quick, "flex-max-autotune"))
+    where = context(clock, **{"flex-max-autotune": takes(clock, 0.1)})
+    long, short = (expected.seconds(case, where.seconds) for case in (cases[2], cases[0]))
+    begun = clock.now
+    assert run(cases[:1], results(tmp_path), where)[0]
+    each = clock.now - begun
+    assert not run(cases, results(tmp_path), where, budget=(1.9 + long / short) * each)[0]
+    assert not results(tmp_path, resume=True).of(cases[2].id) and results(tmp_path, resume=True).of(cases[1].id)
+    assert run(cases, results(tmp_path), where, budget=(2.1 + long / short) * each)[0]
 
 
 def test_a_new_peer_is_measured_beside_the_old_ones(tmp_path: Path):
@@ -468,6 +578,25 @@ def test_planning_refuses_what_does_not_fit():
         prepare.plan_dense(inputs)
 
 
+@pytest.mark.parametrize(
+    "pattern", [name for name, pattern in PATTERNS.items() if pattern.flex_mask and not pattern.learned]
+)
+def test_planning_counts_what_create_block_mask_holds(monkeypatch: pytest.MonkeyPatch, pattern: str):
+    """i - j, or the sum of a block's bools, is an int64 for each pair: at 131,072 that is 128 GiB."""
+    n = 2048
+    inputs = Inputs.make(tiny(pattern, batch=1, n_q=n, n_k=n, head_dim=1), CPU)
+    plan = prepare.plan_flex(False)(inputs)
+    plan()
+    peak = peak_memory(plan, CPU)
+    if peak is None:
+        pytest.skip("this system does not tell a process's peak")
+    assert 5 * n * n < peak < 1.25 * prepare.UNCOMPILED * n * n
+    monkeypatch.setattr(prepare.os, "sysconf", lambda name: n if name == "SC_PAGE_SIZE" else 9 * n)
+    with pytest.raises(Unavailable, match="GiB"):
+        prepare.plan_flex(False)(inputs)
+    prepare.plan_flex(True)(inputs)
+
+
 def test_first_call_in_new_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     class Done:
         returncode, stdout, stderr = 0, json.dumps({"seconds": 2.0, "notes": {}}), ""
@@ -520,6 +649,16 @@ def test_tables_and_charts_come_from_the_json(folder: Path, capsys: pytest.Captu
     assert len(rows) == 1 and "| attngen | 2 ms (2 ms .. 2 ms) |" in rows[0] and "| 1.50 (quick) |" in rows[0]
     assert "- off wrong: out (batch" in page and "device a test" in page
     assert "|  | slow | 500 ms" in page
+
+
+def test_tables_have_the_lengths_of_a_group_together():
+    """Whatever the order in which they were measured."""
+    cases = [
+        tiny(p, n_q=n, n_k=n) for n, p in ((32, "full"), (16, "causal"), (8, "full"), (64, "causal"), (16, "full"))
+    ]
+    records = [measure.Record(case.id, "attngen", "ok", described=measure.describe(case)).to_json() for case in cases]
+    grouped = report_files.by_case({"records": records})
+    assert list(grouped) == [cases[place].id for place in (2, 4, 0, 1, 3)]
 
 
 def of_paper(paper: Any, column: str, *systems: System, **changed: Any) -> Case:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from attngen import choice
+from attngen.analysis import facts
 from attngen.errors import AttngenError, AttngenWarning, InputError, ScheduleError, StoreError
+from attngen.expression import Tensor
 from attngen.patterns import causal, window
 from attngen.reference import oracle
 from attngen.schedule import Schedule, Target
@@ -24,9 +29,12 @@ from attngen.tuning.bench import Bench, Check, Inputs, WrongResult, offset_of, p
 from attngen.tuning.captures import load_captures, make_captures, save_captures
 from attngen.tuning.measure import Outcome, Worker, WorkerDied, WorkerMeasurer, summarise
 from attngen.tuning.model import GpuModel, ModelMeasurer, Rates, Resources, Uncompilable
+from attngen.tuning.place import _empty_call, find_place
 from attngen.tuning.search import Search
 from attngen.tuning.space import Space, cpu_space, gpu_space
+from attngen.tuning.stopwatch import DeviceStopwatch
 from attngen.tuning.trials import PRUNED, Trials
+from attngen.tuning.tuner import Job
 
 SPACE = Space({"m": (16, 32, 64, 128), "n": (16, 32, 64, 128), "w": (2, 4, 8)}, {"m": 64, "n": 64, "w": 4})
 SHAPE = Shape(1, 4, 2, 256, 256, 32, 32)
@@ -270,6 +278,59 @@ def test_pins_are_not_searched():
         gpu_space("forward", replace(SHAPE, n_q=4096, head_dim=256), 2, Target.named("sm_90"), START, pins)
 
 
+MASKS = {"full": None, "lengths": "j < length[b] and i >= j", "documents": "doc[b, i] == doc[b, j]"}
+TENSORS = {"lengths": [Tensor("length", 1, torch.int32)], "documents": [Tensor("doc", 2, torch.int32)]}
+DECODING = Shape(4, 32, 8, 1, 65536, 128, 128)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("pins", [None, Schedule(split=6), Schedule(pack=False, block_n=64)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_untuned_schedule_is_what_a_call_uses(mask, head_dim, pins, dtype, monkeypatch):
+    """Also for decoding, where the model packs and splits: a record that beats something slower is worth nothing."""
+    monkeypatch.setattr(choice.Target, "of_device", lambda device: Target.named("sm_90"))
+    monkeypatch.setattr(choice, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(choice, "_records", lambda *given: {})
+    spec = Spec(mask=MASKS[mask], tensors=TENSORS.get(mask, ()), schedule=pins)
+    shape = replace(DECODING, head_dim=head_dim, head_dim_v=head_dim)
+    job = Job(spec, "forward", shape, dtype, find_place("H200", None), {}, 0, 1.0)
+    call = _empty_call(spec, shape, dtype, job.values)
+    used, _ = choice.choose(call, facts(spec), "triton", pins or Schedule(), None)
+    if (mask, pins, dtype) == ("full", None, torch.bfloat16):
+        assert used.pack and used.split > 1
+    space, start = job.space
+    whole = Schedule(split=1, pack=False)  # what undecided means
+    assert start == used and space.holds(space.start)
+    assert Schedule(**space.start).over(start).over(whole) == used.over(whole)
+
+
+def test_a_split_of_the_models_is_kept_in_its_place():
+    forms = {"split": (1, 2, 4, 8, 16, "stream"), "pack": (False, True)}
+    start = replace(START, split=14, pack=True, block_m=16)
+    space = gpu_space("forward", DECODING, 2, Target.named("sm_90"), start, None, forms)
+    assert space.choices["split"] == (1, 2, 4, 8, 14, 16, "stream")
+    assert space.start["split"] == 14 and space.start["pack"] is True and space.holds(space.start)
+    assert space.around([space.start]).choices["split"] == (8, 14, 16)
+    pinned = gpu_space("forward", DECODING, 2, Target.named("sm_90"), start, Schedule(split=3), forms)
+    assert pinned.choices["split"] == (3,) and pinned.start["split"] == 3
+
+
+def test_packed_rows_have_tiles_of_their_own():
+    """One query of 32 heads that share keys is 32 rows; without packing it is one."""
+    shape, forms = Shape(1, 32, 1, 1, 65536, 128, 128), {"split": (1, 8), "pack": (False, True)}
+    start = replace(START, block_m=16, block_n=64, num_warps=4, pack=True, split=8)
+    space = gpu_space("forward", shape, 2, Target.named("sm_90"), start, None, forms)
+    assert space.choices["block_m"] == (16, 32)
+    wide = {**space.start, "block_m": 32}
+    assert space.holds(wide) and not space.holds({**wide, "pack": False})
+    assert "a head alone has 1" in space.illegal({**wide, "pack": False})
+    alone = gpu_space("forward", shape, 2, Target.named("sm_90"), start, None, {"split": (1, 8)})
+    assert alone.choices["block_m"] == (16,)
+    never = gpu_space("forward", shape, 2, Target.named("sm_90"), start, Schedule(pack=False), forms)
+    assert never.choices["block_m"] == (16,)
+
+
 def test_cpu_space_has_only_what_the_backend_uses():
     space = cpu_space("forward", replace(SHAPE, n_q=100), Schedule(block_m=128, block_n=1024))
     assert space.choices == {"block_m": (32, 64, 128), "block_n": (64, 128, 256, 1024)}
@@ -307,6 +368,23 @@ def test_model_wants_bytes_under_way_when_decoding():
     decode = model(shape=Shape(4, 32, 8, 1, 8192, 128, 128))
     deep = {"block_m": 16, "block_n": 64, "num_warps": 4, "num_stages": 3}
     assert decode.guess(deep) < 0.5 * decode.guess(deep | {"block_n": 16, "num_stages": 1})
+
+
+def test_model_knows_packed_rows_and_cut_keys():
+    decode = model(shape=Shape(1, 64, 8, 1, 65536, 128, 128))
+    point = {"block_m": 16, "block_n": 64, "num_warps": 4, "num_stages": 3, "split": 1, "pack": False}
+    packed, cut = point | {"pack": True}, point | {"pack": True, "split": 16}
+    assert decode.bound(packed) == decode.bound(point)
+    fewer = {
+        **packed,
+        "split": 2,
+    }  # as many programs as without packing have at 64 heads, or fewer, and an eighth of the work
+    assert decode.guess(cut) < 0.2 * decode.guess(packed) and decode.guess(cut) < decode.guess(fewer)
+    assert decode.guess(cut) < decode.guess(point | {"split": 2})  # the same programs, which read keys eight times
+    assert decode.guess(cut | {"split": 1000}) > decode.guess(cut)  # states to merge
+    assert decode.guess(cut | {"split": "stream"}) == pytest.approx(decode.guess(cut), rel=0.5)
+    rows = model(shape=Shape(1, 64, 8, 8, 65536, 128, 128))
+    assert rows.guess(cut | {"block_m": 64}) < rows.guess(cut | {"block_m": 64, "pack": False})
 
 
 def test_model_refuses_what_cannot_run_or_spills():
@@ -452,6 +530,100 @@ def test_races_take_turns_and_respect_patience():
     bench.prepare({"block_m": 64})
     assert [len(found) for found in bench.race([{"block_m": 64}, {"block_m": 16}], patience=0.05)] == [2, 5]
     assert [len(found) for found in bench.race([{"block_m": 64}], patience=0.005)] == [1]
+
+
+class FakeGpu:
+    """A GPU on the fake clock: the host issues work, the device does it in order; stands in for torch.cuda's events."""
+
+    def __init__(self, clock: Clock, monkeypatch: pytest.MonkeyPatch):
+        self.clock, self.free, gpu = clock, 0.0, self
+
+        class Event:
+            def __init__(self, enable_timing: bool):
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = max(gpu.free, gpu.clock.now)
+
+            def synchronize(self) -> None:
+                gpu.clock.now = max(gpu.clock.now, self.at)
+
+            def elapsed_time(self, end: Event) -> float:
+                return 1e3 * (end.at - self.at)
+
+        def wait(device: torch.device | None = None) -> None:
+            clock.now = max(clock.now, gpu.free)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", wait)
+
+    def issue(self, host: float, device: float) -> None:
+        """So long for the host; from then on, and after what came before, so long for the device."""
+        self.clock.now += host
+        self.free = max(self.free, self.clock.now) + device
+
+    def zero_(self) -> None:
+        """As the tensor that is written to flush the L2."""
+        self.issue(2e-6, 65e-6)
+
+
+@pytest.mark.parametrize("host", [10e-6, 100e-6, 900e-6])
+def test_a_gpus_times_are_the_devices_however_long_the_host_takes_to_launch(host, monkeypatch):
+    clock = Clock()
+    gpu = FakeGpu(clock, monkeypatch)
+    bench = Bench(SPEC, Shape(1, 1, 1, 8, 8, 16, 16), torch.float32, "cpu", "forward", build=right, clock=clock)
+    bench.prepare({"block_m": 16})
+    bench.device = torch.device("cuda")
+    monkeypatch.setattr(torch, "empty", lambda *size, **given: gpu)
+    monkeypatch.setattr(bench.inputs, "run", lambda attention: gpu.issue(host, 20e-6))
+    (times,) = bench.race([{"block_m": 16}], patience=0.01)
+    assert times == pytest.approx([20e-6] * len(times))
+
+
+@pytest.mark.parametrize("host", [10e-6, 100e-6, 900e-6])
+def test_the_stopwatch_of_a_gpu(host, monkeypatch):
+    """The first run's launches are not known yet; the graph that a backward needs is no part of it."""
+    clock = Clock()
+    gpu = FakeGpu(clock, monkeypatch)
+    monkeypatch.setattr(torch, "empty", lambda *size, **given: gpu)
+    stopwatch = DeviceStopwatch(torch.device("cuda"), clock)
+
+    def prepare() -> None:
+        gpu.issue(1e-3, 1e-3)
+
+    def run(given: None) -> None:
+        gpu.issue(host, 20e-6)
+
+    assert stopwatch(prepare, run) == pytest.approx(max(20e-6, host + 20e-6 - 65e-6))
+    assert [stopwatch(prepare, run) for _ in range(3)] == pytest.approx([20e-6] * 3)
+
+
+def test_candidates_that_wait_hold_no_graph():
+    """40 candidates with a result of a gigabyte each would leave no memory for the others."""
+    results: list[weakref.ref] = []
+
+    def alive() -> int:
+        gc.collect()
+        return sum(result() is not None for result in results)
+
+    def build(schedule):
+        def attention(q, k, v, **captures):
+            assert not racing or alive() == 0
+            out = right(schedule)(q, k, v, **captures)
+            results.append(weakref.ref(out))
+            return out
+
+        return attention
+
+    racing: list = []
+    bench = Bench(SPEC, Shape(1, 1, 1, 8, 8, 16, 16), torch.float32, "cpu", "backward", build=build)
+    points = [{"dq_block_m": size} for size in (16, 32, 64)]
+    for point in points:
+        bench.prepare(point)
+        assert alive() == 0
+    racing.append(True)
+    assert all(times for times in bench.race(points, patience=0.001))
+    assert alive() == 0
 
 
 def test_summary_is_robust_to_outliers():

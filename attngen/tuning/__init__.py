@@ -4,6 +4,7 @@
     model     what is known beforehand      trials    Optuna's study
     measure   the worker and its protocol   bench     inside the worker: oracle check and timing
     place     here, or a GPU by name        tuner     `tune` and its report
+    stopwatch seconds of one run, here or on a GPU; the benchmarks use it too
 
 Importing this package loads neither Optuna nor SQLAlchemy; `trials` does when a search starts.
 """

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from attngen.spec import Spec
 from attngen.store import Shape
 from attngen.tuning.captures import make_captures
 from attngen.tuning.space import Point
+from attngen.tuning.stopwatch import Candidate, Clock, Stopwatch, stopwatch_for
 
 CHECK_LENGTH = 1000  # the dense check's longest sequence; no multiple of a tile, so that tails are checked too
 CHECK_PAIRS = 32e6  # the dense check's largest matrix, in elements over all heads
 CHECK_ROWS = 16  # rows in each sample at full length
-FLUSH_BYTES = 256 * 2**20  # written between GPU runs, more than any L2 holds
 ROUNDS = (5, 200)
 LATE = 20.0  # times the patience: then even fewer rounds must do
 HOPELESS = 3.0  # times slower than the fastest after two rounds: not worth more of them
@@ -58,7 +59,7 @@ class Bench:
         captures: Mapping[str, Any] | None = None,
         seed: int = 0,
         build: Build | None = None,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Clock = time.perf_counter,
     ):
         self.spec, self.shape, self.dtype, self.piece = spec, shape, dtype, piece
         self.device, self.base, self.clock = torch.device(device), base or Schedule(), clock
@@ -69,34 +70,38 @@ class Bench:
         self._checks = [Check.dense(spec, small, dtype, self.device, captures, seed, self.backward)]
         if small != shape:
             self._checks.append(Check.rows(spec, self.inputs))
-        self._ready: dict[str, Callable[[], Any]] = {}
-        self._flush: torch.Tensor | None = None
+        self._ready: dict[str, Attention] = {}
+
+    @cached_property
+    def stopwatch(self) -> Stopwatch:
+        """Made when first needed: on a GPU it holds memory."""
+        return stopwatch_for(self.device, self.clock)
 
     def prepare(self, point: Point) -> float:
         """Compile, check, keep ready for races. Returns the check's error over the allowed; raises WrongResult."""
         attention = self.build(Schedule(**point).over(self.base))
         error = max(check.error(attention) for check in self._checks)
-        self._ready[_name(point)] = self._runner(attention)
+        self._ready[_name(point)] = attention
         return error
 
     def race(self, points: Sequence[Point], patience: float) -> list[list[float]]:
         """Times of the prepared points, run in turns until `patience` seconds are used; the hopeless drop out early."""
-        runners = [self._ready[_name(point)] for point in points]
+        candidates = [self._candidate(self._ready[_name(point)]) for point in points]
         start = self.clock()
-        for run in runners:
-            self._time(run)
-        times: list[list[float]] = [[] for _ in runners]
+        for candidate in candidates:
+            self.stopwatch(candidate.prepare, candidate.run)
+        times: list[list[float]] = [[] for _ in candidates]
         end, late = self.clock() + patience, start + LATE * patience
         gc.disable()
         try:
-            racing = list(range(len(runners)))
+            racing = list(range(len(candidates)))
             for number in range(ROUNDS[1]):
                 now = self.clock()
                 if (number >= ROUNDS[0] and now >= end) or (number >= 1 and now >= late):
                     break
                 turn = number % len(racing)  # nobody always runs after the same one
                 for place in [*racing[turn:], *racing[:turn]]:
-                    times[place].append(self._time(runners[place]))
+                    times[place].append(self.stopwatch(candidates[place].prepare, candidates[place].run))
                 if number == 1:
                     fastest = min(map(min, times))
                     racing = [place for place in racing if min(times[place]) < HOPELESS * fastest]
@@ -109,34 +114,18 @@ class Bench:
 
         return compile_spec(self.spec, schedule=schedule, backend="cpu" if self.device.type == "cpu" else "triton")
 
-    def _runner(self, attention: Attention) -> Callable[[], Any]:
+    def _candidate(self, attention: Attention) -> Candidate:
+        """A backward's graph is made for each run and gone after it: candidates that wait hold no memory."""
         given = self.inputs
         if not self.backward:
 
-            def forward() -> Any:
+            def forward(_: Any) -> Any:
                 with torch.no_grad():
                     return given.run(attention)
 
-            return forward
+            return Candidate(lambda: None, forward)
         leaves = given.leaves()
-        out = given.run(attention)
-        return lambda: torch.autograd.grad(out, leaves, given.d_out, retain_graph=True)
-
-    def _time(self, run: Callable[[], Any]) -> float:
-        """Seconds of one run; on a GPU with a cold L2."""
-        if self.device.type != "cuda":
-            start = self.clock()
-            run()
-            return self.clock() - start
-        if self._flush is None:
-            self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.device)
-        self._flush.zero_()
-        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start_event.record()
-        run()
-        end_event.record()
-        end_event.synchronize()
-        return float(start_event.elapsed_time(end_event)) / 1e3
+        return Candidate(lambda: given.run(attention), lambda out: torch.autograd.grad(out, leaves, given.d_out))
 
 
 class Inputs:

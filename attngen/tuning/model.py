@@ -132,7 +132,8 @@ class GpuModel:
     def _work(self, prefix: str, point: Point) -> tuple[float, float, float]:
         """Operations, exponentials and least bytes of a kernel with these tiles."""
         shape, m, n = self.shape, point[prefix + "block_m"], point[prefix + "block_n"]
-        pairs = shape.batch * shape.heads_q * self.pairs(m, n)
+        positions = -(-m // self._group(prefix, point))  # a tile's query positions; its other rows are heads
+        pairs = shape.batch * shape.heads_q * self.pairs(positions, n)
         dims = {"": (shape.head_dim + shape.head_dim_v) / 2}.get(prefix, max(shape.head_dim, shape.head_dim_v))
         q_side = shape.batch * shape.heads_q * shape.n_q * (shape.head_dim + shape.head_dim_v)
         k_side = shape.batch * shape.heads_kv * shape.n_k * (shape.head_dim + shape.head_dim_v)
@@ -146,12 +147,15 @@ class GpuModel:
         shape, rates = self.shape, self.rates
         m, n, warps, stages = (point[prefix + x] for x in ("block_m", "block_n", "num_warps", "num_stages"))
         operations, exps, size = self._work(prefix, point)
-        padding = (m / min(m, shape.n_q)) * (n / min(n, shape.n_k))  # a tile beyond the whole length
+        group = self._group(prefix, point)
+        rows = shape.n_q * group
+        padding = (m / min(m, rows)) * (n / min(n, shape.n_k))  # a tile beyond the whole length
         operations, exps = operations * padding, exps * padding
         if prefix == "dkv_":
             programs = shape.batch * shape.heads_kv * math.ceil(shape.n_k / n)
         else:
-            programs = shape.batch * shape.heads_q * math.ceil(shape.n_q / m)
+            programs = shape.batch * (shape.heads_q // group) * math.ceil(rows / m)
+        programs, merging = self._split(point.get("split", 1), programs, m, n) if prefix == "" else (programs, 0.0)
         # Small tiles feed the matrix units badly: an operand is read again for each of them.
         feed = (m / (m + 16)) * (n / (n + 16)) * (1.0 if m >= 16 * warps or warps <= 4 else 0.8)
         busy = operations / (rates.matrix * feed) + exps / rates.exps
@@ -162,11 +166,29 @@ class GpuModel:
         slots = rates.units * max(1, resident)
         waves = math.ceil(programs / slots) * slots / programs if programs > slots else max(1.0, rates.units / programs)
         spilled = 1.0 + (used.spills / 64 if used is not None else 0.0)
-        return LAUNCH + max(
-            (busy / hidden + waiting) * waves * spilled,
-            size / rates.bandwidth,
-            self._streaming(prefix, m, n, stages, exps, programs, resident),
+        return (
+            LAUNCH
+            + merging
+            + max(
+                (busy / hidden + waiting) * waves * spilled,
+                size / rates.bandwidth,
+                self._streaming(prefix, m, n, stages, exps, programs, resident),
+            )
         )
+
+    def _group(self, prefix: str, point: Point) -> int:
+        """Heads whose rows share a tile."""
+        return self.shape.heads_q // max(self.shape.heads_kv, 1) if prefix == "" and point.get("pack") else 1
+
+    def _split(self, split: int | str, outputs: int, m: int, n: int) -> tuple[int, float]:
+        """Programs when so many outputs' keys are cut, and seconds of the launch that merges their states."""
+        if split == 1:
+            return outputs, 0.0
+        tiles = math.ceil(self.shape.n_k / n)
+        programs = min(self.rates.units, outputs * tiles) if split == "stream" else outputs * min(int(split), tiles)
+        states = programs + outputs if split == "stream" else programs
+        moved = 2 * 4 * states * m * (self.shape.head_dim_v + 2)  # float32, written and read
+        return programs, LAUNCH + moved / self.rates.bandwidth
 
     def _streaming(self, prefix: str, m: int, n: int, stages: int, exps: float, programs: int, resident: int) -> float:
         """Seconds to read the walked tiles, by Little's law: what is under way at once over the latency.

@@ -13,9 +13,11 @@ from attngen.analysis import GPUS, Gpu, facts
 from attngen.analysis.cost import visited_pairs
 from attngen.choice import device_identity, generator_versions
 from attngen.errors import InputError
-from attngen.inputs import bind
+from attngen.inputs import Call, bind
+from attngen.reductions import decode_choice
 from attngen.schedule import Schedule, Target, complete
 from attngen.store import Device, Shape, Versions
+from attngen.tuning.bench import offset_of
 from attngen.tuning.model import GpuModel, Rates, compiled_by
 from attngen.tuning.space import PIECES, Space, cpu_space, gpu_space, special_forms
 
@@ -49,14 +51,16 @@ class Place:
 
     def space(self, job: Job) -> tuple[Space, Schedule]:
         """What may be chosen, and the complete schedule that a point changes."""
-        shape, pins = job.shape, job.spec.schedule or Schedule()
-        if self.target is not None:
-            start = complete(job.spec, self.target, shape.head_dim, shape.head_dim_v, job.dtype, pins)
+        shape, pins, known = job.shape, job.spec.schedule or Schedule(), facts(job.spec)
+        call = _empty_call(job.spec, shape, job.dtype, job.values)
+        if self.target is not None:  # as `attngen.choice.choose` decides without a record
+            decode = decode_choice(call, known, self.device.units) if job.dtype != torch.float32 else Schedule()
+            start = complete(job.spec, self.target, shape.head_dim, shape.head_dim_v, job.dtype, pins, decode)
             forms = special_forms(job.spec, shape, self.target, job.piece)
             return gpu_space(job.piece, shape, job.dtype.itemsize, self.target, start, pins, forms), start
         from attngen.backends.cpu import default_schedule
 
-        start = pins.over(default_schedule(_empty_call(job.spec, shape, job.dtype, job.values), facts(job.spec)))
+        start = pins.over(default_schedule(call, known))
         return cpu_space(job.piece, shape, start, pins), start
 
     def model(self, job: Job, worker: Worker) -> GpuModel | None:
@@ -117,8 +121,7 @@ def _pairs(spec: Spec, shape: Shape, captures: Mapping[str, Any], m: int, n: int
     """Pairs of the visited tiles, on average over batch and heads."""
     heads = shape.heads_q if _varies(spec) else 1
     batch = shape.batch if _varies(spec) else 1
-    offset = max(0, shape.n_k - shape.n_q)  # fewer queries than keys are the last ones
-    pairs = visited_pairs(facts(spec), batch, heads, shape.n_q, shape.n_k, m, n, offset, captures)
+    pairs = visited_pairs(facts(spec), batch, heads, shape.n_q, shape.n_k, m, n, offset_of(shape), captures)
     return shape.n_q * shape.n_k if pairs is None else pairs / (batch * heads)
 
 
@@ -127,10 +130,12 @@ def _varies(spec: Spec) -> bool:
     return bool({symbol.name for symbol in spec.mask.free_symbols} & {"b", "h"})
 
 
-def _empty_call(spec: Spec, shape: Shape, dtype: torch.dtype, captures: Mapping[str, Any]) -> Any:
-    """A call with the right sizes and no values: enough to choose a schedule for."""
-    q = torch.empty(shape.batch, shape.heads_q, shape.n_q, shape.head_dim, dtype=dtype)
-    k, v = (
-        torch.empty(shape.batch, shape.heads_kv, shape.n_k, d, dtype=dtype) for d in (shape.head_dim, shape.head_dim_v)
-    )
-    return bind(spec, q, k, v, captures=captures)
+def _empty_call(spec: Spec, shape: Shape, dtype: torch.dtype, captures: Mapping[str, Any]) -> Call:
+    """A call with the right sizes and no values or memory: enough to choose a schedule for."""
+
+    def sized(heads: int, length: int, dim: int) -> torch.Tensor:
+        return torch.empty((), dtype=dtype).expand(shape.batch, heads, length, dim)
+
+    q = sized(shape.heads_q, shape.n_q, shape.head_dim)
+    k, v = (sized(shape.heads_kv, shape.n_k, dim) for dim in (shape.head_dim, shape.head_dim_v))
+    return bind(spec, q, k, v, q_offset=offset_of(shape), captures=captures)

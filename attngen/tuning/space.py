@@ -74,9 +74,10 @@ def special_forms(spec: Any, shape: Shape, target: Target, piece: str) -> dict[s
         group = shape.heads_q // max(shape.heads_kv, 1)
         if modern and not why_not_specialised(spec):
             forms["warp_specialize"] = (False, True)
-        if shape.n_q * group <= DECODE_ROWS:
+        pack = group > 1 and not why_not_packed(spec, facts(spec))
+        if shape.n_q * (group if pack else 1) <= DECODE_ROWS:  # as `attngen.reductions.decode_choice` counts
             forms["split"] = (1, 2, 4, 8, 16, 32, 64, "stream")
-            forms |= {"pack": (False, True)} if group > 1 and not why_not_packed(spec, facts(spec)) else {}
+            forms |= {"pack": (False, True)} if pack else {}
     return forms
 
 
@@ -91,35 +92,46 @@ def gpu_space(
 ) -> Space:
     """Tiles, warps and stages of a piece's kernels on a GPU, and the special forms that it can have (`special_forms`).
 
-    element: bytes of q's dtype; start: a complete schedule, the model's choice; pins: what the spec has decided, which
-    is not searched. Legality here is arithmetic: registers for the accumulators, shared memory for the stages; what the
-    compiler really uses decides later. Raises ScheduleError when the pins leave nothing legal.
+    element: bytes of q's dtype; start: a complete schedule, the model's choice, whose tile is always legal; pins: what the
+    spec has decided, which is not searched. Legality here is arithmetic: registers for the accumulators, shared memory
+    for the stages; what the compiler really uses decides later. Raises ScheduleError when the pins leave nothing legal.
     """
     pinned = pins.decided() if pins is not None else {}
     begin = pins.over(start).decided() if pins is not None else start.decided()
     stages = (1, 2) if target.backend == "hip" else (1, 2, 3, 4)
+    special: dict[str, tuple[Any, ...]] = {}
+    for name, values in (forms or {}).items():
+        begin.setdefault(name, values[0])
+        special[name] = (pinned[name],) if name in pinned else _ordered({*values, begin[name]})
+    # Rows of a tile are those of one head, or where heads may be packed those of a whole group.
     rows, keys = _blocks(shape.n_q), _blocks(shape.n_k)
-    every = {"block_m": rows, "block_n": keys, "num_warps": (2, 4, 8), "num_stages": stages}
+    group = shape.heads_q // max(shape.heads_kv, 1) if True in special.get("pack", ()) else 1
+    every = {"block_m": _blocks(shape.n_q * group), "block_n": keys, "num_warps": (2, 4, 8), "num_stages": stages}
     choices: dict[str, tuple[Any, ...]] = {}
     for prefix in PIECES[piece]:
         for name, values in every.items():
             full = prefix + name
-            choices[full] = (pinned[full],) if full in pinned else tuple(sorted({*values, begin[full]}))
-    for name, values in (forms or {}).items():
-        choices[name] = (pinned[name],) if name in pinned else values
-        if begin.get(name) not in choices[name]:
-            begin[name] = choices[name][0]
+            choices[full] = (pinned[full],) if full in pinned else _ordered({*values, begin[full]})
+    choices |= special
+    chosen = {
+        prefix: tuple(begin[prefix + name] for name in every)
+        for prefix in PIECES[piece]
+        if not any(prefix + name in pinned for name in every)
+    }
 
     def illegal(point: Point) -> str | None:
         for prefix in PIECES[piece]:
-            m, n, warps, depth = (point[prefix + name] for name in every)
-            if reason := _tile_reason(prefix, m, n, warps, depth, shape, element, target):
+            m, n, warps, depth = tile = tuple(point[prefix + name] for name in every)
+            reason = _tile_reason(prefix, m, n, warps, depth, shape, element, target)
+            if reason and tile != chosen.get(prefix):
                 return reason
             own = {f.name: point[prefix + f.name] for f in fields(Tile) if prefix + f.name in point}
             if reason := why_not(KERNEL_OF[prefix], Tile(**own), target):
                 return prefix + reason
         if point.get("split", 1) != 1 and (point.get("persistent") or point.get("order") == "longest_first"):
             return "split: shares out the tiles itself, without persistent programs or another order"
+        if point.get("pack") is False and point["block_m"] > max(rows[-1], begin["block_m"]):
+            return f"block_m: {point['block_m']} rows, and a head alone has {shape.n_q}"
         return None
 
     return _checked(Space(choices, {name: begin[name] for name in choices}, illegal), piece)
@@ -143,6 +155,11 @@ def _blocks(length: int, least: int = 16, most: int = 256) -> tuple[int, ...]:
     """Powers of two; a block beyond the whole length only wastes work."""
     top = max(least, min(most, bucket(length)))
     return tuple(size for size in (2**e for e in range(4, 13)) if least <= size <= top)
+
+
+def _ordered(values: set[Any]) -> tuple[Any, ...]:
+    """Numbers by size, then words: neighbours in a space are one step apart."""
+    return tuple(sorted(values, key=lambda value: (isinstance(value, str), value)))
 
 
 def _tile_reason(
