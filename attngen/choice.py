@@ -44,14 +44,22 @@ def choose(call: Call, facts: Facts, backend: str, pins: Schedule, db: str | Non
         schedule = fitted(pins.over(tuned).over(default_schedule(call, facts)), call, pins)
     else:
         target, processors = Target.of_device(call.q.device), multiprocessors(call.q.device)
-        decode = decode_choice(call, facts, processors) if call.q.dtype != torch.float32 else Schedule()
-        schedule = complete(call.spec, target, call.q.shape[3], call.v.shape[3], call.q.dtype, pins, tuned, decode)
-        check(call.spec, facts, schedule)
-        schedule = fit(schedule, call.spec.lists, pins)
+        schedule = on_gpu(call, facts, target, processors, pins, tuned)
     origins = origins or ["the model's choice: no tuned record for this spec, dtype, head dims and device"]
     if pins.decided():
         origins.insert(0, f"pinned: {pins}")
     return schedule, "; ".join(origins)
+
+
+def on_gpu(
+    call: Call, facts: Facts, target: Target, processors: int, pins: Schedule, tuned: Schedule | None = None
+) -> Schedule:
+    """The complete schedule on a GPU with so many multiprocessors: pins, then the record, then the model."""
+    half = call.q.dtype in (torch.float16, torch.bfloat16)
+    decode = decode_choice(call, facts, processors) if half else Schedule()
+    schedule = complete(call.spec, target, call.q.shape[3], call.v.shape[3], call.q.dtype, pins, tuned, decode)
+    check(call.spec, facts, schedule)
+    return fit(schedule, call.spec.lists, pins)
 
 
 @lru_cache(maxsize=32)

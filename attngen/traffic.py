@@ -14,15 +14,14 @@ import torch
 from attngen.analysis import Facts, facts
 from attngen.backends import gpu
 from attngen.balance import Runs, stream_k
-from attngen.choice import choose
+from attngen.choice import choose, on_gpu
 from attngen.inputs import Call, bind
 from attngen.keys import base
 from attngen.lists import RowLists, TileLists
 from attngen.lowering import Source, render
 from attngen.plan import forward_plan
-from attngen.reductions import check, decode_choice
 from attngen.runtime import LENGTHS
-from attngen.schedule import Schedule, Target, complete, fit
+from attngen.schedule import Schedule, Target
 
 if TYPE_CHECKING:
     from attngen.runtime import CompiledAttention
@@ -125,11 +124,7 @@ def _schedule(attention: CompiledAttention, call: Call, known: Facts, given: Sch
         backend = "triton" if call.q.is_cuda else "interpret"
         schedule = choose(call, known, backend, pins, attention.db)[0]
     else:
-        dims, half = (call.q.shape[3], call.v.shape[3]), call.q.element_size() == 2
-        decode = decode_choice(call, known, PROCESSORS) if half else Schedule()
-        schedule = complete(call.spec, Target.named(MODELLED), *dims, call.q.dtype, pins, decode)
-        check(call.spec, known, schedule)
-        schedule = fit(schedule, call.spec.lists, pins)
+        schedule = on_gpu(call, known, Target.named(MODELLED), PROCESSORS, pins)
     if schedule.split == "stream" and schedule.programs is None:
         processors = gpu.multiprocessors(call.q.device) if call.q.is_cuda else PROCESSORS
         schedule = replace(schedule, programs=processors)

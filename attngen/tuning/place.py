@@ -11,11 +11,10 @@ import torch
 
 from attngen.analysis import GPUS, Gpu, facts
 from attngen.analysis.cost import visited_pairs
-from attngen.choice import device_identity, generator_versions
+from attngen.choice import device_identity, generator_versions, on_gpu
 from attngen.errors import InputError
 from attngen.inputs import Call, bind
-from attngen.reductions import decode_choice
-from attngen.schedule import Schedule, Target, complete
+from attngen.schedule import Schedule, Target
 from attngen.store import Device, Shape, Versions
 from attngen.tuning.bench import offset_of
 from attngen.tuning.model import GpuModel, Rates, compiled_by
@@ -53,9 +52,8 @@ class Place:
         """What may be chosen, and the complete schedule that a point changes."""
         shape, pins, known = job.shape, job.spec.schedule or Schedule(), facts(job.spec)
         call = _empty_call(job.spec, shape, job.dtype, job.values)
-        if self.target is not None:  # as `attngen.choice.choose` decides without a record
-            decode = decode_choice(call, known, self.device.units) if job.dtype != torch.float32 else Schedule()
-            start = complete(job.spec, self.target, shape.head_dim, shape.head_dim_v, job.dtype, pins, decode)
+        if self.target is not None:
+            start = on_gpu(call, known, self.target, self.device.units, pins)
             forms = special_forms(job.spec, shape, self.target, job.piece)
             return gpu_space(job.piece, shape, job.dtype.itemsize, self.target, start, pins, forms), start
         from attngen.backends.cpu import default_schedule
