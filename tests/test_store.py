@@ -155,6 +155,25 @@ def test_lookup_sees_other_writers_at_once(store):
         assert store.lookup(KEY).record.seconds == seconds
 
 
+def test_a_database_that_is_being_made_is_not_taken_for_another_programs(store, monkeypatch):
+    """Another process makes it while this one asks whose it is."""
+    connect, maker = sqlite3.connect, Store(store.path)
+
+    class Meanwhile(sqlite3.Connection):
+        def execute(self, *statement):
+            result = super().execute(*statement)
+            if "application_id" in statement[0]:
+                monkeypatch.setattr(sqlite3, "connect", connect)
+                maker.put(record())
+            return result
+
+    connect(store.path).execute("PRAGMA journal_mode = WAL").connection.close()  # not empty, and nobody's
+    assert store.path.stat().st_size
+    monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: connect(*a, **k, factory=Meanwhile))
+    assert store.records() == []
+    assert store.records() == [record()]
+
+
 def test_lookup_is_cached(store, monkeypatch):
     store.put(record())
     past = time.time() - 60

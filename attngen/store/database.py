@@ -354,9 +354,11 @@ class Store:
 
 def _identify(connection: sqlite3.Connection, path: Path) -> None:
     """Raises _Fresh for an empty database, _Unusable for another program's or a newer attngen's."""
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    # In one statement, which sees one state: another process may be making the database.
+    application, version, tables = connection.execute(
+        "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master) "
+        "FROM pragma_application_id, pragma_user_version"
+    ).fetchone()
     if application == 0 and version == 0 and tables == 0:
         raise _Fresh(f"{path}: is an empty database")
     if application != APPLICATION:
