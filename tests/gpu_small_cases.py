@@ -1,6 +1,6 @@
 """Small cases with every kind of access, forward and backward: what compute-sanitizer is run over.
 
-python -m tests.gpu_small_cases [cuda|cpu]
+python -m tests.gpu_small_cases [cuda triton|cpu interpret]
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def on(device: str, captures: dict[str, Any]) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in captures.items()}
 
 
-def main(device: str = "cuda") -> None:
+def main(device: str = "cuda", backend: str = "triton") -> None:
     """Raises where a result is wrong; what the sanitizer finds, it reports."""
-    dtype, backend = (torch.bfloat16, "triton") if device == "cuda" else (torch.float16, "interpret")
+    dtype = torch.bfloat16 if backend == "triton" else torch.float16
     q, k, v = (t.to(device) for t in qkv(dtype))
     for name in CASES:
         mask, captures = MASKS[name]

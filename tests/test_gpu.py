@@ -617,4 +617,4 @@ def test_compute_sanitizer(place: Place, tool: str):
 def test_the_sanitizers_cases_run(place: Place):
     from tests import gpu_small_cases
 
-    gpu_small_cases.main(place.device)
+    gpu_small_cases.main(place.device, place.backend)
