@@ -80,7 +80,6 @@ def race(
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     failed: dict[str, str] = {}
-    start = clock()
     collecting = gc.isenabled()
     gc.disable()
     try:

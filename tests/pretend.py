@@ -66,11 +66,9 @@ class Mode(TorchFunctionMode):
 
 
 def _mixed(tensors: list[torch.Tensor]) -> bool:
-    if (
-        torch._C._current_graph_task_id() != -1
-    ):  # in a backward, what the engine made is not told from what is on the CPU
-        return False
-    return any(t.dim() > 0 and not isinstance(t, Pretended) for t in tensors)
+    # In a backward, what the engine made is not told from what is on the CPU.
+    in_backward = torch._C._current_graph_task_id() != -1
+    return not in_backward and any(t.dim() > 0 and not isinstance(t, Pretended) for t in tensors)
 
 
 def _moved(func: Any, args: Any, kwargs: Any) -> Any:

@@ -125,9 +125,8 @@ def _backward(
     work.finite = all(bool(t.sum(dtype=work.real).isfinite()) for t in (work.q, work.k, work.v, grad_out))
     real, pairs, jobs = work.real, work.k.shape[0] * work.k.shape[1], work.jobs()
     delta = torch.empty(call.q.shape[:3], dtype=real)
-    for b in range(
-        call.q.shape[0]
-    ):  # in parts that stay in the cache: the pages of a large temporary cost more than the sums
+    # In parts that stay in the cache: the pages of a large temporary cost more than the sums.
+    for b in range(call.q.shape[0]):
         for h in range(call.q.shape[1]):
             for rows in zip(*(t.split(1024) for t in (grad_out[b, h], out[b, h], delta[b, h])), strict=True):
                 torch.sum(rows[0].to(real) * rows[1].to(real), -1, out=rows[2])
@@ -135,9 +134,8 @@ def _backward(
     lse = lse.to(real).masked_fill(lse == -math.inf, math.inf)  # a row without a key: exp(-inf - inf) is 0
     given = _Given(grad_out, delta, (lse * LOG2E).unsqueeze(-1), weights)
     dq, dk, dv = (empty(t.shape, t.dtype) for t in (call.q, call.k, call.v))
-    alone = all(
-        own != jobs[0][0] for own, _ in jobs[1:]
-    )  # else jobs sum the same pairs' gradients, each its own tiles'
+    # Else jobs sum the same pairs' gradients, each its own tiles'.
+    alone = all(own != jobs[0][0] for own, _ in jobs[1:])
     kept: list[dict[int, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in jobs]
     scattered = [name for name in wanted if name in facts.load_grads]
     captured = [{name: torch.zeros(call.captures[name].shape, dtype=real) for name in scattered} for _ in jobs]

@@ -204,9 +204,8 @@ class Masks:
         self._bytes = 0
 
 
-Allowed = Callable[
-    [int, range, slice, slice], torch.Tensor
-]  # b, heads, rows, keys -> [heads or nothing, rows or 1, keys or 1]
+# b, heads, rows, keys -> [heads or nothing, rows or 1, keys or 1]
+Allowed = Callable[[int, range, slice, slice], torch.Tensor]
 
 
 def apart(call: Call, env: dict[str, Any], real: torch.dtype) -> Allowed | None:
