@@ -19,7 +19,7 @@ from attngen.errors import (
     SpecError,
     StoreError,
 )
-from attngen.expression import (
+from attngen.language.expression import (
     Expr,
     Param,
     Tensor,
@@ -33,7 +33,7 @@ from attngen.expression import (
     tanh,
     where,
 )
-from attngen.patterns import (
+from attngen.language.patterns import (
     alibi,
     alibi_slopes,
     bias,
@@ -51,48 +51,49 @@ from attngen.patterns import (
     tree,
     window,
 )
+from attngen.language.spec import Spec
 from attngen.schedule import Schedule
-from attngen.spec import Spec
 
 __version__ = "0.1.0"
 
 # Heavier stages load when they are first used, so that `import attngen` stays cheap.
 _LAZY = {
-    "compile": "attngen.runtime",
-    "CompiledAttention": "attngen.runtime",
-    "oracle": "attngen.reference",
+    "compile": "attngen.runtime.attention",
+    "CompiledAttention": "attngen.runtime.attention",
+    "oracle": "attngen.reference.dense",
     "tile_map": "attngen.analysis",
     "facts": "attngen.analysis",
-    "cross_compile": "attngen.cross",
+    "cross_compile": "attngen.inspect.cross",
     "tune": "attngen.tuning",
-    "merge": "attngen.merging",
-    "KeyPlan": "attngen.keys",
-    "KeySet": "attngen.keys",
-    "codebook": "attngen.keys.listed",
-    "gather": "attngen.keys.listed",
-    "graph": "attngen.keys.graph",
-    "paged": "attngen.keys.paged",
-    "shared_prefix": "attngen.keys.prefix",
-    "hash_sparse": "attngen.keys.permuted",
-    "hyper": "attngen.keys.hyper",
-    "lsh_buckets": "attngen.keys.permuted",
-    "qk_sparse": "attngen.keys.permuted",
-    "ring": "attngen.parallel",
-    "shard": "attngen.shards",
-    "sparse_k": "attngen.keys.sparse_k",
-    "union": "attngen.keys.union",
-    "block_sparse": "attngen.keys.tiles",
-    "block_cluster": "attngen.keys.tiles",
-    "butterfly": "attngen.keys.layouts",
-    "big_bird": "attngen.keys.layouts",
-    "longformer": "attngen.keys.shapes",
-    "a_shape": "attngen.keys.shapes",
-    "vertical_slash": "attngen.keys.slashes",
-    "adaptive": "attngen.keys.slashes",
-    "pruned": "attngen.keys.pruned",
-    "estimate": "attngen.keys.estimate",
-    "Estimate": "attngen.keys.estimate",
-    "unshard": "attngen.shards",
+    "merge": "attngen.state.merging",
+    "KeyPlan": "attngen.plan.keysets",
+    "KeySet": "attngen.plan.keysets",
+    "codebook": "attngen.plan.keysets.listed",
+    "gather": "attngen.plan.keysets.listed",
+    "graph": "attngen.plan.keysets.graph",
+    "paged": "attngen.plan.keysets.paged",
+    "shared_prefix": "attngen.plan.keysets.prefix",
+    "hash_sparse": "attngen.plan.keysets.permuted",
+    "hyper": "attngen.plan.keysets.hyper",
+    "lsh_buckets": "attngen.plan.keysets.permuted",
+    "qk_sparse": "attngen.plan.keysets.permuted",
+    "nn": "attngen.distributed.nn",
+    "ring": "attngen.distributed.ring",
+    "shard": "attngen.distributed.shards",
+    "sparse_k": "attngen.plan.keysets.sparse_k",
+    "union": "attngen.plan.keysets.union",
+    "block_sparse": "attngen.plan.keysets.tiles",
+    "block_cluster": "attngen.plan.keysets.tiles",
+    "butterfly": "attngen.plan.keysets.layouts",
+    "big_bird": "attngen.plan.keysets.layouts",
+    "longformer": "attngen.plan.keysets.shapes",
+    "a_shape": "attngen.plan.keysets.shapes",
+    "vertical_slash": "attngen.plan.keysets.slashes",
+    "adaptive": "attngen.plan.keysets.slashes",
+    "pruned": "attngen.plan.keysets.pruned",
+    "estimate": "attngen.plan.keysets.estimate",
+    "Estimate": "attngen.plan.keysets.estimate",
+    "unshard": "attngen.distributed.shards",
 }
 
 
@@ -100,7 +101,8 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         import importlib
 
-        value = getattr(importlib.import_module(_LAZY[name]), name)
+        module = importlib.import_module(_LAZY[name])
+        value = module if name == "nn" else getattr(module, name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'attngen' has no attribute {name!r}")

@@ -1,5 +1,5 @@
 """`python -m attngen` is the `attngen` command."""
 
-from attngen.cli import main
+from attngen.cli.main import main
 
 main()

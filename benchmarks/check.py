@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from attngen.reference import oracle, plain
+from attngen.reference.dense import oracle, plain
 from benchmarks.case import FORWARD
 from benchmarks.work import Inputs
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import attngen as ag
-from attngen.inputs import bind
+from attngen.language.call import bind
 from benchmarks.case import FORWARD
 from benchmarks.work import Inputs
 

@@ -77,7 +77,7 @@ def machine() -> dict[str, Any]:
 
 def setting(device: torch.device) -> dict[str, Any]:
     """What measurements on this device depend on, and what two runs must share for their results to stand in one table."""
-    from attngen.choice import generator_hash
+    from attngen.schedule.choice import generator_hash
     from attngen.store import device_of
 
     cuda = device.type == "cuda"

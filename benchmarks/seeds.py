@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 import attngen as ag
-from attngen.inputs import bind
-from attngen.keys.call import recorded
+from attngen.language.call import bind
+from attngen.plan.keysets.call import recorded
 from benchmarks.case import FORWARD, TRAINING, Case, System
 from benchmarks.check import WrongResult
 from benchmarks.work import Inputs

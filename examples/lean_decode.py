@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import attngen as ag
-from attngen.balance import balance, stream_k
+from attngen.plan.stream_k import balance, stream_k
 
 
 def seconds(run: Callable[[], torch.Tensor]) -> float:

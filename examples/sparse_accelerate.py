@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import attngen as ag
-from attngen.keys.estimate import KINDS
+from attngen.plan.keysets.estimate import KINDS
 
 BLOCK = 64
 

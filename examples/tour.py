@@ -55,7 +55,7 @@ def main(out: Path) -> None:
     heading("what it does and why")
     print(attn.explain(q, k, v, **captures))
 
-    from attngen import picture
+    from attngen.inspect import picture
 
     tiles = ag.tile_map(spec, 2048, 2048, 64, 64, doc=captures["doc"], width=256)
     picture.png(tiles, out / "mask.png", "packed documents, causal window", 64, 64)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import attngen as ag
-from attngen.reference import plain
+from attngen.reference.dense import plain
 
 LIMITS = {"out": 1e-5, "lse": 1e-5, "gradient": 1e-4}
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 import attngen as ag
+from tests.backends.test_backends import HEADS, MASKS, SCORES, qkv
 from tests.check import check
-from tests.test_backends import HEADS, MASKS, SCORES, qkv
 
 CASES = ("causal", "window", "prefix per batch", "causal documents", "tree", "key padding")
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import attngen as ag
+from attngen.language.call import bind
 from tests.check import check
 
 # batch, kv heads, query heads per kv head, queries, keys, q_offset
@@ -46,14 +47,14 @@ def visited(
     spec: ag.Spec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int, **captures: Any
 ) -> tuple[int, int]:
     """(tiles visited, tiles that hold an attended pair) over all pieces, batches and heads of a call."""
-    from attngen.expression import evaluate
-    from attngen.keys.call import recorded
-    from attngen.reference import dense_env
+    from attngen.language.expression import evaluate
+    from attngen.plan.keysets.call import recorded
+    from attngen.reference.dense import dense_env
 
     seen = needed = 0
     for _, piece, pq, pk, pv, offset, named in recorded(ag.compile(spec, backend="cpu"), q, k, v, 0, captures):
         read = {name: value for name, value in named.items() if name in {s.name for s in piece.spec.mask.free_symbols}}
-        call = ag.inputs.bind(piece.spec, pq, pk, pv, q_offset=offset, captures=named)
+        call = bind(piece.spec, pq, pk, pv, q_offset=offset, captures=named)
         mask = torch.as_tensor(evaluate(piece.spec.mask, dense_env(call, torch.float64)))
         mask = mask.expand(*pq.shape[:3], pk.shape[2])
         pad = torch.nn.functional.pad(mask, (0, -pk.shape[2] % block, 0, -pq.shape[2] % block))

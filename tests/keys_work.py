@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import attngen as ag
-from attngen.expression import evaluate
-from attngen.inputs import bind
-from attngen.keys import base
-from attngen.keys.dense import attended
-from attngen.lists import RowLists, TileLists, as_log_weight
-from attngen.reference import dense_env
+from attngen.language.call import bind
+from attngen.language.expression import evaluate
+from attngen.language.lists import RowLists, TileLists, as_log_weight
+from attngen.plan.keysets import base
+from attngen.reference.dense import dense_env
+from attngen.reference.keysets import attended
 
 Case = tuple[Any, dict[str, Any]]  # a key set and its captures
 
@@ -277,7 +277,7 @@ def on_the_meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_generator(draw: Any) -> Any:
         return lambda *args, generator=None, **more: draw(*args, **more)
 
-    monkeypatch.setattr("attngen.runtime.operators.apply", apply)
+    monkeypatch.setattr("attngen.runtime.attention.operators.apply", apply)
     monkeypatch.setattr(torch, "Generator", _NoGenerator)
     for name in ("randn", "randint", "rand"):
         monkeypatch.setattr(torch, name, without_generator(getattr(torch, name)))

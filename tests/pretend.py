@@ -17,8 +17,8 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
-from attngen.backends import gpu
-from attngen.runtime import CompiledAttention
+from attngen.backends.triton import launch as gpu
+from attngen.runtime.attention import CompiledAttention
 
 CUDA = torch.device("cuda", 0)
 PROPERTIES = SimpleNamespace(

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 import attngen as ag
-from attngen.parallel import Ring
-from attngen.shards import positions, shard
+from attngen.distributed.ring import Ring
+from attngen.distributed.shards import positions, shard
 
 WORLD = 4
 DEAD = 2  # the rank that dies in the last case
@@ -327,6 +327,6 @@ def same_everywhere(captures: dict[str, torch.Tensor]) -> None:
 
 
 def _h() -> Any:
-    from attngen.expression import H
+    from attngen.language.expression import H
 
     return H

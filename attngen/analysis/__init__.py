@@ -20,10 +20,10 @@ from attngen.analysis.order import BEGIN, BLOCK, END, FIRST, LAST, ZERO, Order
 from attngen.analysis.tables import Axis, Table
 from attngen.analysis.tiles import EMPTY, FULL, PARTIAL, paint, run, tile_map
 from attngen.analysis.walk import Segment, Walk, WalkProgram, walk_keys, walk_queries
-from attngen.expression import Load, S, is_int, loads, to_text
+from attngen.language.expression import Load, S, is_int, loads, to_text
 
 if TYPE_CHECKING:
-    from attngen.spec import Spec
+    from attngen.language.spec import Spec
 
 __all__ = [
     "BEGIN",

@@ -16,7 +16,7 @@ import sympy
 
 from attngen.analysis.normal import Bounds, Constraint, Gate, Linear, Reader, disjunctive
 from attngen.analysis.order import BEGIN, END, FIRST, INFINITY, LAST, ONE, ZERO, Order, direction
-from attngen.expression import FloorDiv, Maximum, PyMod, Where, conjunction, disjunction, negate, to_text
+from attngen.language.expression import FloorDiv, Maximum, PyMod, Where, conjunction, disjunction, negate, to_text
 
 MAX_INTERVALS = 4  # per set; more are covered by joining neighbours
 

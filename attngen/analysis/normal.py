@@ -19,8 +19,8 @@ import sympy
 
 from attngen.analysis.order import INFINITY, ZERO, Order
 from attngen.analysis.tables import Tables
-from attngen.expression import FloorDiv, Load, PyMod, is_int
-from attngen.expression.functions import is_flag
+from attngen.language.expression import FloorDiv, Load, PyMod, is_int
+from attngen.language.expression.functions import is_flag
 
 MAX_TERMS = 24  # conjunctions kept apart; a formula with more is covered by "anything"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import sympy
 
-from attngen.expression import FloorDiv, Maximum, Minimum, Where, linear_terms
+from attngen.language.expression import FloorDiv, Maximum, Minimum, Where, linear_terms
 
 # The names cannot be written in a spec, so they never meet a captured name.
 FIRST = sympy.Symbol("tile.first", integer=True)  # original position of the tile's first row, on the tile axis

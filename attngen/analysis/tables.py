@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 import sympy
 import torch
 
-from attngen.expression import is_int, loads, to_text
-from attngen.expression.evaluate import evaluate, tensor_of
+from attngen.language.expression import is_int, loads, to_text
+from attngen.language.expression.evaluate import evaluate, tensor_of
 
 GRANULE = 16  # walked positions summarised together by an `order` table
 CHUNK = 8192  # positions evaluated at a time, so that temporaries stay small

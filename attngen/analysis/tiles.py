@@ -12,7 +12,7 @@ from attngen.analysis.walk import Walk, WalkProgram
 from attngen.errors import InputError
 
 if TYPE_CHECKING:
-    from attngen.spec import Spec
+    from attngen.language.spec import Spec
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 

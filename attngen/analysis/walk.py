@@ -18,8 +18,8 @@ from attngen.analysis.intervals import INFINITY, Cover, Interval, cover, join_ne
 from attngen.analysis.normal import Reader
 from attngen.analysis.order import BEGIN, BLOCK, END, FIRST, LAST, ZERO, Down, Order, Up
 from attngen.analysis.tables import Axis, Table, Tables, prepare
-from attngen.expression import FloorDiv, I, J, Maximum, Minimum, Where, conjunction, negate, to_text
-from attngen.expression.evaluate import evaluate
+from attngen.language.expression import FloorDiv, I, J, Maximum, Minimum, Where, conjunction, negate, to_text
+from attngen.language.expression.evaluate import evaluate
 
 MAX_SEGMENTS = 16  # live x hole intervals whose intersections a program spells out
 

@@ -13,7 +13,11 @@ import torch
 
 from attngen.errors import InputError
 
-_MODULES = {"triton": "attngen.backends.gpu", "interpret": "attngen.backends.interpret", "cpu": "attngen.backends.cpu"}
+_MODULES = {
+    "triton": "attngen.backends.triton.launch",
+    "interpret": "attngen.backends.interpret",
+    "cpu": "attngen.backends.cpu.passes",
+}
 
 
 def pick(backend: str, device: torch.device) -> str:

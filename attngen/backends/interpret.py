@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from attngen.backends import gpu
+from attngen.backends.triton import launch as gpu
 from attngen.errors import InputError
-from attngen.inputs import Call
+from attngen.language.call import Call
 from attngen.schedule import Schedule, Target
 
 TARGET = Target("interpreter", "cuda", 80, 32, shared_limit=2**31)

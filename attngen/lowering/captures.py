@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from attngen.expression import B, H, I, J, evaluate, tensor_of
+from attngen.language.expression import B, H, I, J, evaluate, tensor_of
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import sympy
 
-from attngen.expression import B, H, I, J, S, Uniform
+from attngen.language.expression import B, H, I, J, S, Uniform
 from attngen.lowering.printer import AND, COMPARE, Axes, Place, Printer
 from attngen.lowering.sides import Sides
 from attngen.lowering.visits import Reader, Visits

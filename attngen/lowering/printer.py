@@ -19,7 +19,7 @@ from typing import Any
 import sympy
 from sympy.core.relational import Relational
 
-from attngen.expression import (
+from attngen.language.expression import (
     Absolute,
     B,
     FloorDiv,

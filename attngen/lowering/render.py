@@ -9,8 +9,8 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from attngen.expression import B, H
-from attngen.lists import RowLists
+from attngen.language.expression import B, H
+from attngen.language.lists import RowLists
 from attngen.lowering.captures import Site
 from attngen.lowering.kernels import Holes
 from attngen.lowering.printer import PRODUCT

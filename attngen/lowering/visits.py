@@ -1,7 +1,7 @@
 """The two loops of a kernel: how many tiles each visits, and how a step finds its tile.
 
 The tiles come from the walk's program, as runs whose bounds are computed in registers, or from lists in memory
-(`attngen.lists`). A split kernel does a part of both loops: elements lo .. hi - 1 of its output's full tiles followed by
+(`attngen.language.lists`). A split kernel does a part of both loops: elements lo .. hi - 1 of its output's full tiles followed by
 its partial ones.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import sympy
 
-from attngen.lists import TileLists
+from attngen.language.lists import TileLists
 from attngen.lowering.printer import Place, Printer
 from attngen.lowering.sides import Sides
 

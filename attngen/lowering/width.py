@@ -8,8 +8,8 @@ from typing import Any
 
 from sympy.core.relational import Relational
 
-from attngen.expression import FloorDiv, J, Load, PyMod, is_int, linear_terms
-from attngen.inputs import LARGEST_PARAM, LARGEST_POSITION
+from attngen.language.call import LARGEST_PARAM, LARGEST_POSITION
+from attngen.language.expression import FloorDiv, J, Load, PyMod, is_int, linear_terms
 
 LIMIT = 2**31 - 1
 

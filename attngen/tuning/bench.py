@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from attngen.reference import oracle, plain
+from attngen.language.spec import Spec
+from attngen.reference.dense import oracle, plain
 from attngen.schedule import Schedule
-from attngen.spec import Spec
 from attngen.store import Shape
 from attngen.tuning.captures import make_captures
 from attngen.tuning.space import Point
@@ -110,7 +110,7 @@ class Bench:
         return times
 
     def _compile(self, schedule: Schedule) -> Attention:
-        from attngen.runtime import compile as compile_spec
+        from attngen.runtime.attention import compile as compile_spec
 
         return compile_spec(self.spec, schedule=schedule, backend="cpu" if self.device.type == "cpu" else "triton")
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from attngen.expression import B, H, I, J, S, loads
-from attngen.spec import Spec
+from attngen.language.expression import B, H, I, J, S, loads
+from attngen.language.spec import Spec
 from attngen.store import Shape
 
 DOCUMENT = 512  # tokens of a made-up document

@@ -11,17 +11,17 @@ import torch
 
 from attngen.analysis import GPUS, Gpu, facts
 from attngen.analysis.cost import visited_pairs
-from attngen.choice import device_identity, generator_versions, on_gpu
 from attngen.errors import InputError
-from attngen.inputs import Call, bind
+from attngen.language.call import Call, bind
 from attngen.schedule import Schedule, Target
+from attngen.schedule.choice import device_identity, generator_versions, on_gpu
 from attngen.store import Device, Shape, Versions
 from attngen.tuning.bench import offset_of
 from attngen.tuning.model import GpuModel, Rates, compiled_by
 from attngen.tuning.space import PIECES, Space, cpu_space, gpu_space, special_forms
 
 if TYPE_CHECKING:
-    from attngen.spec import Spec
+    from attngen.language.spec import Spec
     from attngen.tuning.measure import Worker
     from attngen.tuning.tuner import Job
 
@@ -56,7 +56,7 @@ class Place:
             start = on_gpu(call, known, self.target, self.device.units, pins)
             forms = special_forms(job.spec, shape, self.target, job.piece)
             return gpu_space(job.piece, shape, job.dtype.itemsize, self.target, start, pins, forms), start
-        from attngen.backends.cpu import default_schedule
+        from attngen.backends.cpu.passes import default_schedule
 
         start = pins.over(default_schedule(call, known))
         return cpu_space(job.piece, shape, start, pins), start

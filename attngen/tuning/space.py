@@ -63,7 +63,7 @@ def special_forms(spec: Any, shape: Shape, target: Target, piece: str) -> dict[s
     outputs, and for few query rows packed heads and split keys.
     """
     from attngen.analysis import facts
-    from attngen.reductions import DECODE_ROWS, why_not_packed, why_not_specialised
+    from attngen.schedule.legality import DECODE_ROWS, why_not_packed, why_not_specialised
 
     modern = target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 90
     forms: dict[str, tuple[Any, ...]] = {}
@@ -75,7 +75,7 @@ def special_forms(spec: Any, shape: Shape, target: Target, piece: str) -> dict[s
         if modern and not why_not_specialised(spec):
             forms["warp_specialize"] = (False, True)
         pack = group > 1 and not why_not_packed(spec, facts(spec))
-        if shape.n_q * (group if pack else 1) <= DECODE_ROWS:  # as `attngen.reductions.decode_choice` counts
+        if shape.n_q * (group if pack else 1) <= DECODE_ROWS:  # as `attngen.schedule.legality.decode_choice` counts
             forms["split"] = (1, 2, 4, 8, 16, 32, 64, "stream")
             forms |= {"pack": (False, True)} if pack else {}
     return forms

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from attngen.errors import AttngenWarning, InputError, StoreError
+from attngen.language.spec import Spec
 from attngen.schedule import Schedule
-from attngen.spec import Spec
 from attngen.store import Found, Key, Record, Shape, Store, cache_folder, open_store, utc_now
 from attngen.tuning.captures import make_captures, save_captures
 from attngen.tuning.measure import Measurer, Worker, WorkerMeasurer

@@ -89,8 +89,8 @@ class Handlers:
         if self.bench is None:
             import torch
 
+            from attngen.language.spec import Spec
             from attngen.schedule import Schedule
-            from attngen.spec import Spec
             from attngen.store import Shape
             from attngen.tuning.bench import Bench
             from attngen.tuning.captures import load_captures
@@ -111,9 +111,9 @@ class Handlers:
     def resources(self, point: dict[str, Any]) -> list[dict[str, Any]]:
         import torch
 
-        from attngen.cross import cross_compile
+        from attngen.inspect.cross import cross_compile
+        from attngen.language.spec import Spec
         from attngen.schedule import Schedule
-        from attngen.spec import Spec
         from attngen.store import Shape
 
         job, shape = self.job, Shape.of(self.job["shape"])

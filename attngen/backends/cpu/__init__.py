@@ -1,0 +1,1 @@
+"""The embedded backend: forward and backward on any CPU."""

@@ -1,0 +1,1 @@
+"""The generated Triton kernels on a GPU."""

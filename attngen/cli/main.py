@@ -1,0 +1,423 @@
+"""The `attngen` command."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from attngen.errors import AttngenError, InputError
+
+app = typer.Typer(
+    add_completion=False,
+    name="attngen",
+    help="Describe an attention; look at it, compile it, tune it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+db_app = typer.Typer(help="The database of tuned records.", no_args_is_help=True)
+app.add_typer(db_app, name="db")
+console = Console(highlight=False, soft_wrap=True)
+
+SpecArg = Annotated[
+    str, typer.Argument(metavar="SPEC", help="Text such as 'i >= j and i - j < 1024', a TOML file, or file.py:NAME.")
+]
+Shape = Annotated[str, typer.Option(help="Sizes, as 'B1 H8 N4096 D64' or 'B2 Hq32 Hkv8 Nq1 Nk8192 D128'.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="A param's value, or a 1-D int tensor as 0,0,1,1. Others are made up."
+    ),
+]
+Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
+Database = Annotated[str | None, typer.Option("--db", help="The record database; default: the user's own.")]
+
+
+@app.command(epilog="Example: [b]attngen show 'i >= j and i - j < 1024' -n 8192 --png window.png[/b]")
+def show(
+    spec: SpecArg,
+    n: Annotated[
+        int | None, typer.Option("-n", help="Queries and keys. Default: 4096, and 1024 for a spec with keys.")
+    ] = None,
+    n_k: Annotated[int | None, typer.Option(help="Keys, if not as many as queries.")] = None,
+    block_m: Annotated[int | None, typer.Option(help="Query tile. Default: 128, or n / 64 with keys.")] = None,
+    block_n: Annotated[int | None, typer.Option(help="Key tile. Default: 64, or n / 64 with keys.")] = None,
+    q_offset: Annotated[int, typer.Option(help="Position of the first query.")] = 0,
+    set_: Set = None,
+    png: Annotated[Path | None, typer.Option(help="Also draw it into this PNG file.")] = None,
+) -> None:
+    """Show a mask as the kernel will treat it: full, partial and empty tiles, and the density. Of a spec with keys: the pairs
+    that batch 0, head 0 attends, with whatever the key set takes at the call made up.
+    """
+    from attngen.analysis import tile_map
+    from attngen.inspect import picture
+    from attngen.language.files import read_spec
+
+    value = read_spec(spec)
+    keyed = value.keys is not None
+    n = (1024 if keyed else 4096) if n is None else n
+    n_k = n if n_k is None else n_k
+    block_m = block_m or (max(1, n // 64) if keyed else 128)
+    block_n = block_n or (max(1, n_k // 64) if keyed else 64)
+    captures = _captures(value, f"B1 H1 Nq{n} Nk{max(n_k, n + q_offset)} D64", set_)
+    if keyed:
+        tiles, made = picture.of_keys(value, n, n_k, block_m, block_n, q_offset, captures)
+        console.print(f"[dim]made up for this picture: {made}[/dim]")
+    else:
+        tiles = tile_map(value, n, n_k, block_m, block_n, q_offset=q_offset, **captures)
+    console.print(str(value), markup=False)
+    console.print(picture.text(tiles), markup=False)
+    console.print(f"{picture.LEGEND}   (query tiles of {block_m} down, key tiles of {block_n} across)")
+    console.print(picture.summary(tiles))
+    if png is not None:
+        title = value.name or str(value).splitlines()[-1]
+        picture.png(tiles, png, f"{title}\nmade up: {made}" if keyed else title, block_m, block_n)
+        console.print(f"written: {png}")
+
+
+@app.command(epilog="Example: [b]attngen explain 'i >= j' --shape 'B1 H8 N4096 D64'[/b]")
+def explain(
+    spec: SpecArg,
+    shape: Shape = "B1 H8 N4096 D64",
+    dtype: Dtype = "float32",
+    set_: Set = None,
+    db: Database = None,
+) -> None:
+    """Say what attngen would do with this attention on this machine, and why."""
+    from attngen.language.files import read_spec
+    from attngen.runtime.attention import compile as compile_spec
+
+    value = read_spec(spec)
+    captures = _captures(value, shape, set_)
+    q, k, v = _inputs(shape, dtype)
+    console.print(compile_spec(value, db=db).explain(q, k, v, **captures), markup=False)
+
+
+@app.command(name="compile", epilog="Example: [b]attngen compile 'i >= j' --target sm_90 --head-dim 128 --source[/b]")
+def compile_(
+    spec: SpecArg,
+    target: Annotated[list[str] | None, typer.Option(help="GPU architecture; give it several times.")] = None,
+    head_dim: Annotated[int, typer.Option(help="Head dim of q and k.")] = 128,
+    head_dim_v: Annotated[int | None, typer.Option(help="Head dim of v, if another.")] = None,
+    dtype: Dtype = "bfloat16",
+    variants: Annotated[
+        bool, typer.Option(help="Also other schedules: tensor descriptors, specialised warps, persistent, ...")
+    ] = False,
+    source: Annotated[bool, typer.Option(help="Print the generated Triton source.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write source, PTX and cubin into this folder.")] = None,
+) -> None:
+    """Compile for GPUs that need not be here: registers, spills, shared memory and instructions per loop of each kernel."""
+    from attngen.errors import ScheduleError
+    from attngen.inspect.cross import FORWARD_ONLY, VARIANTS, cross_compile
+    from attngen.language.files import read_spec
+    from attngen.runtime.attention import compile as compile_spec
+    from attngen.schedule import Schedule
+
+    value, element = read_spec(spec), _dtype(dtype)
+    if source:
+        attention = compile_spec(value)
+        for part in ("forward", "delta", "dq", "dkv"):
+            text = attention.source(
+                part, head_dim=head_dim, head_dim_v=head_dim_v, dtype=element, target=(target or ["sm_90"])[0]
+            )
+            console.print(text, markup=False)
+    columns = ["target", "kernel", "registers", "spills", "shared memory", "instructions: full loop", "partial loop"]
+    table = Table(*(["schedule"] if variants else []), *columns, title=f"{dtype}, head dim {head_dim}")
+    for name in target or ["sm_90"]:
+        for variant, decisions in (VARIANTS if variants else {"": {}}).items():
+            label = [variant] if variants else []
+            try:
+                kernels = cross_compile(
+                    value,
+                    target=name,
+                    dtype=element,
+                    head_dim=head_dim,
+                    head_dim_v=head_dim_v,
+                    schedule=Schedule(**decisions),
+                    passes=("forward",) if variant in FORWARD_ONLY else ("forward", "backward"),
+                )
+            except ScheduleError as error:
+                if not variants:
+                    raise
+                table.add_row(*label, name, "-", *[""] * 3, f"not here: {error}", "")
+                continue
+            for kernel in kernels:
+                loops = [f"{loop}" for loop in kernel.loops[:2]]
+                loops = ["", *loops] if len(loops) == 1 and "partial" not in kernel.source.text else loops
+                sizes = [str(kernel.registers), str(kernel.spills), f"{kernel.shared:,} B"]
+                table.add_row(*label, name, kernel.name, *sizes, *[*loops, "", ""][:2])
+                if out is not None:
+                    _write_kernel(out / name / variant.replace(" ", "_"), kernel)
+    console.print(table)
+    if out is not None:
+        console.print(f"written: {out}")
+
+
+@app.command(epilog="Example: [b]attngen tune 'i >= j and i - j < 512' --shape 'B1 H8 N4096 D64' --trials 20[/b]")
+def tune(
+    spec: SpecArg,
+    shape: Annotated[list[str] | None, typer.Option(help="Sizes as 'B1 H8 N4096 D64'; give it several times.")] = None,
+    dtype: Dtype = "float32",
+    trials: Annotated[int, typer.Option(help="Candidates to try for each shape.")] = 20,
+    target: Annotated[
+        str | None, typer.Option(help="Model this GPU (H200, sm_90, ...) instead of measuring here.")
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(help="Stop after this many seconds.")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Optuna storage URL for a fleet, such as postgresql://...")
+    ] = None,
+    db: Database = None,
+) -> None:
+    """Search for the fastest schedule and remember it. Ctrl-C keeps what was learned."""
+    from attngen.language.files import read_spec
+    from attngen.tuning import tune as tune_spec
+
+    report = tune_spec(
+        read_spec(spec),
+        shapes=shape or ["B1 H8 N4096 D64"],
+        dtype=_dtype(dtype),
+        trials=trials,
+        target=target,
+        timeout=timeout,
+        storage=storage,
+        db=db,
+    )
+    console.print(str(report), markup=False)
+
+
+@db_app.command(epilog="Example: [b]attngen db ls[/b]")
+def ls(db: Database = None) -> None:
+    """List the records: the user's own and the shipped ones."""
+    from attngen.store import open_store
+
+    records = sorted(
+        open_store(db).records(shipped=True), key=lambda r: (r.key.device, r.key.spec_key, r.key.piece, r.key.buckets)
+    )
+    for record in records:
+        key = record.key
+        head_dim = str(key.head_dim) if key.head_dim == key.head_dim_v else f"{key.head_dim}/{key.head_dim_v}"
+        schedule = " ".join(f"{name}={value}" for name, value in record.schedule.items())
+        console.print(
+            f"{key.device} ({key.units} units)  spec {key.spec_key[:12]}  {key.piece}  {key.dtype}  {key.shape_text()} D{head_dim}\n"
+            f"    {record.kind} {record.seconds * 1e3:.3f} ms, spread {record.spread:.0%}: {schedule}",
+            markup=False,
+        )
+    console.print(f"{len(records)} records")
+
+
+@db_app.command(epilog="Example: [b]attngen db export records.jsonl[/b]")
+def export(path: Path, db: Database = None) -> None:
+    """Write all own records into a text file, sorted, one a line."""
+    from attngen.store import open_store
+
+    console.print(f"{open_store(db).export_to(path)} records written: {path}")
+
+
+@db_app.command(name="import", epilog="Example: [b]attngen db import records.jsonl[/b]")
+def import_(path: Path, db: Database = None) -> None:
+    """Merge records from a text file; the better of two records of one key stays."""
+    from attngen.store import open_store
+
+    console.print(f"{open_store(db).import_from(path)} records merged from {path}")
+
+
+@db_app.command(epilog="Example: [b]attngen db verify[/b]")
+def verify(db: Database = None) -> None:
+    """Check the database: readable, known schema, every record's values in range."""
+    from attngen.store import open_store
+
+    problems = open_store(db).verify(legal=_illegal)
+    for problem in problems:
+        console.print(problem, markup=False)
+    console.print("the database is sound" if not problems else f"{len(problems)} problems")
+    raise typer.Exit(1 if problems else 0)
+
+
+@app.command(epilog="Example: [b]attngen doctor[/b]")
+def doctor() -> None:
+    """Versions, devices, folders, and what works on this machine."""
+    import attngen
+
+    table = Table(show_header=False, box=None)
+    table.add_row("attngen", attngen.__version__)
+    table.add_row("Python", f"{platform.python_version()} on {platform.platform()}")
+    for package in ("torch", "triton", "sympy", "networkx", "optuna", "numpy"):
+        try:
+            table.add_row(package, metadata.version(package))
+        except metadata.PackageNotFoundError:
+            table.add_row(package, "[red]not installed[/red]")
+    for name, value in _folders().items():
+        table.add_row(name, value)
+    for name in sorted(name for name in os.environ if name.startswith("ATTNGEN_")):
+        table.add_row(name, os.environ[name])
+    console.print(table)
+    checks = Table("check", "result")
+    failed = False
+    for name, check in (
+        ("GPU", _check_gpu),
+        ("CPU backend", lambda: _check_backend("cpu")),
+        ("Triton interpreter", lambda: _check_backend("interpret")),
+        ("cross-compile for sm_90", _check_cross),
+        ("record database", _check_store),
+    ):
+        try:
+            checks.add_row(name, check())
+        except Exception as error:  # the doctor reports whatever is broken, and goes on
+            failed = True
+            checks.add_row(
+                name, f"[red]{type(error).__name__}[/red]: {str(error).splitlines()[0] if str(error) else ''}"
+            )
+    console.print(checks)
+    raise typer.Exit(1 if failed else 0)
+
+
+def main() -> None:
+    """Entry point: errors of attngen are messages, not tracebacks."""
+    try:
+        app()
+    except AttngenError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]{type(error).__name__}[/red]", end=" ")
+        Console(stderr=True, highlight=False, soft_wrap=True).print(str(error), markup=False)
+        sys.exit(2)
+
+
+# -- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if name not in known:
+        raise InputError("--dtype", f"one of {', '.join(known)}", name)
+    return known[name]
+
+
+def _inputs(shape: str, dtype: str) -> Any:
+    import torch
+
+    from attngen.store import Shape as Sizes
+
+    sizes = Sizes.of(shape)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [
+        torch.randn(sizes.batch, heads, length, dim, device=device).to(_dtype(dtype))
+        for heads, length, dim in (
+            (sizes.heads_q, sizes.n_q, sizes.head_dim),
+            (sizes.heads_kv, sizes.n_k, sizes.head_dim),
+            (sizes.heads_kv, sizes.n_k, sizes.head_dim_v),
+        )
+    ]
+
+
+def _captures(spec: Any, shape: str, assignments: list[str] | None) -> dict[str, Any]:
+    """The spec's captures: those given by --set, and made-up ones, which is said."""
+    import torch
+
+    from attngen.store import Shape as Sizes
+    from attngen.tuning.captures import make_captures
+
+    given: dict[str, Any] = {}
+    for assignment in assignments or []:
+        name, _, text = assignment.partition("=")
+        if name not in spec.params and name not in spec.tensors:
+            known = ", ".join([*spec.params, *spec.tensors]) or "none"
+            raise InputError("--set", f"NAME=VALUE with a capture of the spec ({known})", repr(assignment))
+        try:
+            if name in spec.tensors:
+                numbers = torch.tensor([float(x) for x in text.split(",")])
+                kind, ndim = spec.tensors[name].kind, spec.tensors[name].ndim
+                tensor = numbers.to({"int": torch.int32, "bool": torch.bool}.get(kind, torch.float32))
+                given[name] = tensor.view(*[1] * (ndim - 1), -1)
+            else:
+                given[name] = int(text) if spec.params[name].number_kind == "int" else float(text)
+        except ValueError:
+            raise InputError("--set", "NAME=NUMBER or NAME=NUMBER,NUMBER,...", repr(assignment)) from None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    captures: dict[str, Any] = {}
+    for part in _parts(spec):
+        captures |= make_captures(part, Sizes.of(shape), device, {**captures, **given})
+    made = [name for name in captures if name not in given]
+    if made:
+        console.print(f"[dim]made up for this picture: {', '.join(made)} (give them with --set NAME=VALUE)[/dim]")
+    return captures
+
+
+def _parts(spec: Any) -> tuple[Any, ...]:
+    """The pieces of a union, or the spec itself."""
+    return spec.keys.specs if getattr(spec.keys, "name", "") == "union" else (spec,)
+
+
+def _write_kernel(folder: Path, kernel: Any) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if kernel.ptx:
+        (folder / f"{kernel.name}.ptx").write_text(kernel.ptx)
+    if kernel.cubin:
+        (folder / f"{kernel.name}.cubin").write_bytes(kernel.cubin)
+
+
+def _folders() -> dict[str, str]:
+    from attngen.store import cache_folder, default_path
+
+    return {"cache folder": str(cache_folder()), "database": str(default_path())}
+
+
+def _illegal(record: Any) -> str | None:
+    from attngen.schedule import Schedule
+
+    try:
+        Schedule(**record.schedule)
+    except (AttngenError, TypeError) as error:
+        return str(error)
+    return None
+
+
+def _check_gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "none here: the CPU backend runs, kernels are cross-compiled"
+    properties = torch.cuda.get_device_properties(0)
+    return f"{properties.name}, {properties.multi_processor_count} SMs, {properties.total_memory / 2**30:.0f} GiB"
+
+
+def _check_backend(backend: str) -> str:
+    import torch
+
+    from attngen.language.patterns import causal
+    from attngen.language.spec import Spec
+    from attngen.reference.dense import oracle
+    from attngen.runtime.attention import compile as compile_spec
+
+    spec = Spec(mask=causal())
+    q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    error = (compile_spec(spec, backend=backend)(q, k, v) - oracle(spec, q, k, v)[0]).abs().max().item()
+    if not error < 1e-4:
+        raise RuntimeError(f"wrong by {error:.1e}")
+    return f"works (largest error against the oracle {error:.1e})"
+
+
+def _check_cross() -> str:
+    import torch
+
+    from attngen.inspect.cross import cross_compile
+    from attngen.language.patterns import causal
+    from attngen.language.spec import Spec
+
+    kernels = cross_compile(Spec(mask=causal()), target="sm_90", dtype=torch.float16, head_dim=64, passes=("forward",))
+    return f"works ({kernels[0].registers} registers, {kernels[0].spills} spills)"
+
+
+def _check_store() -> str:
+    from attngen.store import open_store
+
+    store = open_store()
+    return f"{len(store.records())} records"

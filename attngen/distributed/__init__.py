@@ -1,0 +1,1 @@
+"""Attention over several processes, and blocks of a transformer."""

@@ -1,0 +1,1 @@
+"""Looking inside: explanations, pictures, bytes, machine code."""

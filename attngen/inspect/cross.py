@@ -1,0 +1,245 @@
+"""Cross-compilation: kernels for a named GPU on a machine without one, and what they will need there.
+
+Registers and spills come from the tools inside the triton package, instruction counts from the disassembly.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attngen.analysis import facts as analyse
+from attngen.errors import ScheduleError
+from attngen.lowering import Source, render
+from attngen.schedule import Schedule, Target, complete, fit
+from attngen.schedule.legality import check
+
+PASSES = {"forward": ("forward",), "backward": ("delta", "dq", "dkv")}
+_POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+_CAPTURED = {"float": "*fp32", "int": "*i32", "bool": "*i1", "wide": "*i64"}
+
+# What an opcode is, for the counts; an opcode matches by its first word.
+_CLASSES = {
+    "mma": ("HGMMA", "HMMA", "QGMMA", "UTCHMMA", "IMMA", "BMMA"),
+    "exp": ("MUFU",),
+    "compare": ("ISETP", "FSETP", "UISETP", "HSETP2", "FMNMX_SEL"),
+    "select": ("FSEL", "SEL", "USEL"),
+    "load": ("LDG", "LDGSTS", "UBLKCP", "UTMALDG"),
+    "shared": ("LDS", "LDSM", "STS", "STSM"),
+    "spill": ("LDL", "STL"),
+}
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An innermost loop of the machine code: instructions by opcode, in address order of the kernel's loops."""
+
+    opcodes: Mapping[str, int]
+
+    @property
+    def instructions(self) -> int:
+        """All instructions of one iteration."""
+        return sum(self.opcodes.values())
+
+    def count(self, kind: str) -> int:
+        """Instructions of a class: "mma", "exp", "compare", "select", "load", "shared" or "spill"."""
+        return sum(self.opcodes.get(opcode, 0) for opcode in _CLASSES[kind])
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{kind} {self.count(kind)}" for kind in _CLASSES if self.count(kind))
+        return f"{self.instructions} instructions: {counts}"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel compiled for one target.
+
+    registers: per thread; spills: 32-bit registers spilled per thread; shared: bytes per program; stack: bytes per thread.
+    ptx and cubin are None for AMD targets, whose assembly and code object are `assembly` and `binary`.
+    """
+
+    name: str
+    target: str
+    source: Source
+    registers: int
+    spills: int
+    shared: int
+    stack: int
+    assembly: str
+    binary: bytes
+
+    @property
+    def ptx(self) -> str | None:
+        """PTX text, for NVIDIA targets."""
+        return self.assembly if self.target.startswith("sm_") else None
+
+    @property
+    def cubin(self) -> bytes | None:
+        """The cubin, for NVIDIA targets."""
+        return self.binary if self.target.startswith("sm_") else None
+
+    def sass(self) -> str:
+        """Machine code as text (NVIDIA), by the nvdisasm that ships inside triton; else the assembly."""
+        return self._sass
+
+    @cached_property
+    def _sass(self) -> str:
+        return _tool("nvdisasm", self.binary, "-c") if self.cubin is not None else self.assembly
+
+    @cached_property
+    def loops(self) -> tuple[Loop, ...]:
+        """The innermost loops that do matrix products, in address order: full tiles before partial ones."""
+        return tuple(loop for loop in _loops(self.sass()) if loop.count("mma") or "v_mfma" in str(loop.opcodes))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} {self.target}: {self.registers} registers, {self.spills} spilled, {self.shared} bytes shared"
+        )
+
+
+def cross_compile(
+    spec: Any,
+    target: str = "sm_90",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 128,
+    head_dim_v: int | None = None,
+    schedule: Schedule | None = None,
+    passes: Iterable[str] = ("forward", "backward"),
+    wide: Collection[str] = (),
+) -> list[Compiled]:
+    """The kernels of a spec, compiled for `target` ("sm_80" to "sm_120", "gfx942"); no GPU needed.
+
+    schedule: decisions over the spec's and the model's choice. passes: "forward", "backward" or single kernels. wide: which
+    captured integer tensors are int64; the others are int32, captured floats float32. Raises ScheduleError when a kernel
+    needs more shared memory than a program can have there.
+    """
+    gpu = Target.named(target)
+    head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    pins = (schedule or Schedule()).over(spec.schedule)
+    chosen = fit(complete(spec, gpu, head_dim, head_dim_v, dtype, pins), spec.lists, pins)
+    known = analyse(spec)
+    check(spec, known, chosen)
+    results = []
+    kernels = [kernel for name in passes for kernel in PASSES.get(name, (name,))]
+    if "forward" in kernels and chosen.split not in (None, 1):
+        kernels.insert(kernels.index("forward") + 1, "merge")
+    if spec.page_size is not None:  # paged caches are for inference
+        kernels = [kernel for kernel in kernels if kernel in ("forward", "merge")]
+    for kernel in kernels:
+        source = render(spec, known, kernel, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype, schedule=chosen)
+        kinds = {name: "wide" if name in wide else tensor.kind for name, tensor in spec.tensors.items()}
+        results.append(compile_source(source, gpu, dtype, kinds))
+    return results
+
+
+# Schedules that matter on newer GPUs, by what they change: what `attngen compile --variants` shows side by side.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as chosen": {},
+    "tensor descriptors": {"tma": True, "dq_tma": True, "dkv_tma": True},
+    "specialised warps": {"tma": True, "warp_specialize": True, "num_warps": 4},
+    "persistent": {"persistent": 1, "dq_persistent": 1, "dkv_persistent": 1},
+    "longest first": {f"{prefix}order": "longest_first" for prefix in ("", "dq_", "dkv_")},
+    "packed heads, stream-K": {"pack": True, "split": "stream"},
+}
+FORWARD_ONLY = ("specialised warps", "packed heads, stream-K")
+
+
+def compile_source(source: Source, target: Target, dtype: torch.dtype, captured: Mapping[str, str] = {}) -> Compiled:
+    """Compile one generated file for a target. `captured`: kind of each captured tensor ("wide": int64). Raises ScheduleError."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    pointers = {"*q": _POINTERS[dtype]}
+    signature = {
+        arg.name: _CAPTURED[captured.get(arg.of, "float")]
+        if arg.type == "*capture"
+        else pointers.get(arg.type, arg.type)
+        for arg in source.args
+    }
+    attrs = {
+        (place,): [["tt.divisibility", 16]]
+        for place, arg in enumerate(source.args)
+        if arg.type.startswith("*") or (arg.role == "stride" and arg.specialize and arg.type == "i32")
+    }
+    options = {"num_warps": source.num_warps, "num_stages": source.num_stages, "enable_fp_fusion": True}
+    gpu = GPUTarget(target.backend, target.arch, target.warp_size)
+    try:
+        kernel = triton.compile(ASTSource(source.load(), signature, {}, attrs), target=gpu, options=options)
+    except triton.runtime.errors.OutOfResources as error:
+        raise ScheduleError(
+            f"{source.name} on {target.name}: {error}; choose smaller blocks or fewer stages"
+        ) from error
+    shared = int(kernel.metadata.shared)
+    if shared > target.shared_limit:
+        raise ScheduleError(
+            f"{source.name} on {target.name} needs {shared} bytes of shared memory, {shared - target.shared_limit} more than "
+            f"the limit of {target.shared_limit}; choose smaller blocks or fewer stages"
+        )
+    if "cubin" in kernel.asm:
+        registers, stack = _nvidia_resources(kernel.asm["cubin"])
+        return Compiled(
+            source.name,
+            target.name,
+            source,
+            registers,
+            stack // 4,
+            shared,
+            stack,
+            kernel.asm["ptx"],
+            kernel.asm["cubin"],
+        )
+    assembly = kernel.asm["amdgcn"]
+    registers, spills, stack = (
+        int(match[1]) if (match := re.search(rf"{key}:\s*(\d+)", assembly)) else 0
+        for key in (r"\.vgpr_count", r"\.vgpr_spill_count", r"\.private_segment_fixed_size")
+    )
+    return Compiled(source.name, target.name, source, registers, spills, shared, stack, assembly, kernel.asm["hsaco"])
+
+
+# -- reading machine code ---------------------------------------------------------------------------------------------
+
+
+def _tool(name: str, binary: bytes, *options: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, stack bytes) per thread."""
+    match = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", cubin, "--dump-resource-usage"))
+    assert match is not None
+    return int(match[1]), int(match[2])
+
+
+def _loops(sass: str) -> Iterable[Loop]:
+    """Innermost loops: from a label to the last branch back to it, without another such pair inside."""
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    spans: dict[int, int] = {}
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_\w+|\.?L?BB\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Za-z_][\w]*)", line):
+            code.append(instruction[1])
+            jump = re.search(r"(?:BRA|s_c?branch)\S*.*?(\.L_\w+|\.?L?BB\w+)", line)
+            if jump and jump[1] in labels:
+                spans[labels[jump[1]]] = len(code)
+    for first, stop in sorted(spans.items()):
+        if not any(first <= a and b <= stop and (a, b) != (first, stop) for a, b in spans.items()):
+            yield Loop(dict(Counter(code[first:stop])))

@@ -1,0 +1,1 @@
+"""What is computed: expressions, specs, patterns, key sets' declarations, and what a call gives them."""

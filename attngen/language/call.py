@@ -1,0 +1,186 @@
+"""Check a call against its spec, once, for every backend: after this, stages may trust shapes, dtypes and devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attngen.errors import InputError
+from attngen.language.expression.builder import Tensor
+from attngen.language.spec import Spec
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_HEAD_DIM = 256
+LARGEST_POSITION = 2**28
+LARGEST_PARAM = 2**30 - 2**16  # below these, sums of a few positions and twice a param fit 32 bits
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A checked call: q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] (with pages: [pages, Hkv, page size, *]);
+    captures by name, broadcast dims expanded; params by name; q_offset an int or an int tensor [B]. wants_grad: False if
+    nobody can ask for gradients of it, so that what only a backward reads need not be prepared.
+    """
+
+    spec: Spec
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    captures: dict[str, torch.Tensor]
+    params: dict[str, int | float]
+    q_offset: int | torch.Tensor
+    wants_grad: bool = True
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def n_k(self) -> int:
+        """Keys per batch: of a paged cache as many as the page table has room for."""
+        if self.spec.page_size is None:
+            return self.k.shape[2]
+        return self.captures["page_table"].shape[1] * self.spec.page_size
+
+
+def bind(
+    spec: Spec,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    q_offset: int | torch.Tensor = 0,
+    captures: Mapping[str, Any],
+) -> Call:
+    """Check everything and expand broadcast captures. InputError names the argument, what was expected and what came."""
+    _check_qkv(q, k, v, spec.page_size)
+    known = {**spec.tensors, **spec.params}
+    unknown = [name for name in captures if name not in known]
+    if unknown:
+        raise InputError(
+            unknown[0], f"one of this spec's captures ({', '.join(known) or 'it has none'})", "an unknown name"
+        )
+    missing = [name for name in known if captures.get(name) is None]
+    if missing:
+        wanted = known[missing[0]]
+        what = f"a tensor, {wanted.text()}" if isinstance(wanted, Tensor) else f"a number, {wanted.text()}"
+        raise InputError(missing[0], what, "nothing", f"pass {missing[0]}=... at the call")
+    q_offset = _check_offset(q_offset, q)
+    n_k = k.shape[2] if spec.page_size is None else _room(captures["page_table"], q, spec.page_size)
+    for name, length in (("q", q.shape[2]), ("k", n_k)):
+        if length >= LARGEST_POSITION:
+            raise InputError(name, f"a length below {LARGEST_POSITION}", length)
+    # Positions i reach q_offset + n_q; with an offset per batch that is on the device, and loads by i check themselves.
+    positions = q.shape[2] + (q_offset if not isinstance(q_offset, torch.Tensor) else 0)
+    shape = (*q.shape[:2], positions, n_k)
+    tensors = {
+        name: _check_capture(spec, d, captures[name], shape, q_offset, q.device) for name, d in spec.tensors.items()
+    }
+    params = {name: _check_param(name, p.number_kind, captures[name]) for name, p in spec.params.items()}
+    if spec.dropout is not None and spec.dropout.is_Symbol and not 0 <= params[spec.dropout.name] < 1:
+        raise InputError(spec.dropout.name, "a probability in [0, 1)", params[spec.dropout.name])
+    return Call(spec, q, k, v, tensors, params, q_offset)
+
+
+def _room(page_table: Any, q: torch.Tensor, page_size: int) -> int:
+    """How many keys a page table int [B, pages] has room for."""
+    if not isinstance(page_table, torch.Tensor) or page_table.dim() != 2 or page_table.shape[0] != q.shape[0]:
+        got = f"shape {list(page_table.shape)}" if isinstance(page_table, torch.Tensor) else type(page_table).__name__
+        raise InputError("page_table", f"int [B = {q.shape[0]}, pages]", got)
+    return page_table.shape[1] * page_size
+
+
+def _check_qkv(q: Any, k: Any, v: Any, page_size: int | None) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, torch.Tensor):
+            raise InputError(name, "a torch.Tensor", type(tensor).__name__)
+        if tensor.dim() != 4:
+            raise InputError(name, "4 dimensions [batch, heads, length, head dim]", f"shape {list(tensor.shape)}")
+        if tensor.dtype not in DTYPES:
+            raise InputError(name, "float16, bfloat16, float32 or float64", tensor.dtype)
+        if tensor.dtype != q.dtype:
+            raise InputError(name, f"{q.dtype} like q", tensor.dtype)
+        if tensor.device != q.device:
+            raise InputError(name, f"device {q.device} like q", tensor.device)
+        if page_size is not None and name != "q":
+            if tensor.shape[2] != page_size or tensor.shape[0] != k.shape[0]:
+                raise InputError(name, f"[pages, heads, page size = {page_size}, *]", f"shape {list(tensor.shape)}")
+        elif tensor.shape[0] != q.shape[0]:
+            raise InputError(name, f"batch {q.shape[0]} like q", f"shape {list(tensor.shape)}")
+        if not 1 <= tensor.shape[3] <= MAX_HEAD_DIM:
+            raise InputError(name, f"a head dim from 1 to {MAX_HEAD_DIM}", tensor.shape[3])
+    if k.shape[3] != q.shape[3]:
+        raise InputError("k", f"head dim {q.shape[3]} like q", f"shape {list(k.shape)}")
+    if v.shape[1:3] != k.shape[1:3]:
+        raise InputError("v", f"[*, {k.shape[1]}, {k.shape[2]}, *] like k", f"shape {list(v.shape)}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+        raise InputError("k", f"a head count that divides q's {q.shape[1]}", k.shape[1])
+
+
+def _check_capture(
+    spec: Spec,
+    declared: Tensor,
+    value: Any,
+    shape: tuple[int, ...],
+    q_offset: int | torch.Tensor,
+    device: torch.device,
+) -> torch.Tensor:
+    name = declared.name
+    if not isinstance(value, torch.Tensor):
+        raise InputError(name, f"a torch.Tensor, {declared.text()}", type(value).__name__)
+    if value.dim() != declared.ndim:
+        raise InputError(name, f"{declared.ndim} dimensions", f"shape {list(value.shape)}")
+    given = "float" if value.is_floating_point() else "bool" if value.dtype == torch.bool else "int"
+    if given != declared.kind or (given == "int" and value.dtype not in (torch.int32, torch.int64)):
+        wanted = {"float": "a floating dtype", "int": "int32 or int64", "bool": "torch.bool"}[declared.kind]
+        raise InputError(name, wanted, value.dtype)
+    if value.device != device:
+        raise InputError(name, f"device {device} like q", value.device)
+    sizes = list(value.shape)
+    for dim, axis in spec.plain_dims[name]:
+        extent = shape["bhij".index(axis)]
+        if axis == "i" and isinstance(q_offset, int) and q_offset < 0:
+            raise InputError("q_offset", f"0 or more, since `{name}` is indexed by the position i", q_offset)
+        if value.shape[dim] == 1 and extent != 1:
+            sizes[dim] = extent
+        elif value.shape[dim] < extent:
+            raise InputError(
+                name, f"at least {extent} (or 1) along dimension {dim}, indexed by {axis}", f"shape {list(value.shape)}"
+            )
+    return value if sizes == list(value.shape) else value.expand(sizes)
+
+
+def _check_param(name: str, kind: str, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise InputError(name, f"a Python {kind}", f"{type(value).__name__} {value!r}"[:120])
+    if kind == "float":
+        return float(value)
+    if not isinstance(value, (int, torch.SymInt)):
+        raise InputError(name, "a Python int", f"{type(value).__name__} {value!r}")
+    if not -LARGEST_PARAM < value < LARGEST_PARAM:
+        raise InputError(name, f"an int below {LARGEST_PARAM}, so that sums with positions fit 32 bits", value)
+    return value
+
+
+def _check_offset(q_offset: Any, q: torch.Tensor) -> Any:
+    if isinstance(q_offset, torch.Tensor):
+        if (
+            q_offset.dtype not in (torch.int32, torch.int64)
+            or q_offset.shape != q.shape[:1]
+            or q_offset.device != q.device
+        ):
+            raise InputError(
+                "q_offset",
+                f"an int, or an int32/int64 tensor [{q.shape[0]}] on {q.device}",
+                f"{q_offset.dtype} {list(q_offset.shape)} on {q_offset.device}",
+            )
+        return q_offset
+    if isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.SymInt)):
+        raise InputError("q_offset", "an int or an int tensor [B]", type(q_offset).__name__)
+    if not -LARGEST_POSITION < q_offset < LARGEST_POSITION:
+        raise InputError("q_offset", "an int of at most 28 bits", q_offset)
+    return q_offset

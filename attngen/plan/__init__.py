@@ -1,0 +1,1 @@
+"""Everything a call will do, as data."""

@@ -1,0 +1,1 @@
+"""Dense definitions in float64, to check everything else against."""

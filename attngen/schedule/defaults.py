@@ -1,0 +1,177 @@
+"""The model's choice of tiles before anything was tuned: tables of tiles that compile without spills and fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from sympy.core.relational import Relational
+
+from attngen.language.expression import FloorDiv, I, J, Load, PyMod, S
+from attngen.language.lists import RowLists, TileLists
+from attngen.schedule import Target, Tile
+
+if TYPE_CHECKING:
+    from attngen.language.spec import Spec
+
+# float16 and bfloat16: (family, kernel, largest head dim of the class) -> tile. Without spills for head dims 64, 128, 192
+# and 256 forward and 64 and 128 backward, under triton 3.6 and 3.9 (tests/lowering/test_lowering.py); the other classes were seen
+# with 3.9 only, and above 128 those that aren't 192 or 256 still spill in dkv (head dims of several pieces). The deeper key
+# blocks of sm_90 and sm_100 don't fit the registers of the older ones.
+HALF: Mapping[tuple[str, str, int], Tile] = MappingProxyType(
+    {
+        ("sm_80", "forward", 64): Tile(128, 64, 8, 3),
+        ("sm_80", "forward", 128): Tile(128, 32, 8, 3),
+        ("sm_80", "forward", 192): Tile(128, 16, 8, 2),
+        ("sm_80", "forward", 256): Tile(64, 32, 8, 2),
+        ("sm_80", "dq", 112): Tile(128, 32, 8, 2),
+        ("sm_80", "dq", 128): Tile(64, 64, 8, 2),
+        ("sm_80", "dq", 256): Tile(64, 16, 8, 1),
+        ("sm_80", "dkv", 64): Tile(32, 128, 8, 2),
+        ("sm_80", "dkv", 96): Tile(16, 128, 8, 2),
+        ("sm_80", "dkv", 112): Tile(16, 64, 8, 1),
+        ("sm_80", "dkv", 128): Tile(16, 64, 8, 2),
+        ("sm_80", "dkv", 176): Tile(16, 64, 8, 1),
+        ("sm_80", "dkv", 192): Tile(32, 32, 8, 2),
+        ("sm_80", "dkv", 240): Tile(16, 64, 8, 1),
+        ("sm_80", "dkv", 256): Tile(32, 32, 8, 2),
+        ("sm_90", "forward", 64): Tile(128, 64, 8, 3),
+        ("sm_90", "forward", 128): Tile(128, 64, 8, 3),
+        ("sm_90", "forward", 192): Tile(128, 32, 8, 3),
+        ("sm_90", "forward", 256): Tile(64, 32, 8, 3),
+        ("sm_90", "dq", 64): Tile(128, 64, 8, 2),
+        ("sm_90", "dq", 128): Tile(128, 64, 8, 2),
+        ("sm_90", "dq", 256): Tile(128, 16, 8, 1),
+        ("sm_90", "dkv", 64): Tile(32, 128, 8, 2),
+        ("sm_90", "dkv", 128): Tile(16, 128, 8, 2),
+        ("sm_90", "dkv", 176): Tile(16, 64, 8, 2),
+        ("sm_90", "dkv", 192): Tile(64, 32, 8, 1),
+        ("sm_90", "dkv", 240): Tile(16, 64, 8, 2),
+        ("sm_90", "dkv", 256): Tile(64, 32, 8, 1),
+        ("sm_100", "forward", 64): Tile(128, 64, 8, 3),
+        ("sm_100", "forward", 128): Tile(128, 64, 8, 3),
+        ("sm_100", "forward", 192): Tile(128, 32, 8, 2),
+        ("sm_100", "forward", 256): Tile(64, 32, 8, 2),
+        ("sm_100", "dq", 64): Tile(128, 64, 8, 2),
+        ("sm_100", "dq", 128): Tile(64, 32, 8, 2),
+        ("sm_100", "dq", 256): Tile(64, 32, 8, 2),
+        ("sm_100", "dkv", 64): Tile(64, 128, 8, 1),
+        ("sm_100", "dkv", 128): Tile(32, 128, 8, 1),
+        ("sm_100", "dkv", 240): Tile(16, 64, 8, 1),
+        ("sm_100", "dkv", 256): Tile(64, 32, 8, 1),
+        ("gfx942", "forward", 64): Tile(128, 64, 4, 2),
+        ("gfx942", "forward", 128): Tile(64, 32, 4, 2),
+        ("gfx942", "forward", 256): Tile(64, 32, 4, 2),
+        ("gfx942", "dq", 64): Tile(64, 64, 4, 2),
+        ("gfx942", "dq", 128): Tile(128, 32, 8, 2),
+        ("gfx942", "dq", 256): Tile(64, 16, 4, 1),
+        ("gfx942", "dkv", 64): Tile(32, 64, 4, 2),
+        ("gfx942", "dkv", 128): Tile(32, 32, 4, 2),
+        ("gfx942", "dkv", 256): Tile(16, 32, 4, 1),
+    }
+)
+# The same for specs whose pairs need more than logits and two comparisons, which takes registers too: from so many steps on
+# (see `steps`), that tile instead. Without spills for every piece of every key set at head dims 64 and 128, under triton 3.6
+# and 3.9 (tests/plan/keysets/test_resources.py). Found by search: near the limit a few registers come and go with the form of an
+# expression, so that more steps sometimes have the wider tile.
+CROWDED: Mapping[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = MappingProxyType(
+    {
+        ("sm_80", "forward", 64): ((6, Tile(128, 32, 8, 3)),),
+        ("sm_80", "forward", 128): ((30, Tile(64, 64, 8, 3)),),
+        ("sm_80", "dq", 128): ((9, Tile(64, 32, 8, 2)),),
+        ("sm_80", "dkv", 64): ((6, Tile(16, 128, 8, 1)),),
+        ("sm_80", "dkv", 128): ((4, Tile(32, 32, 8, 2)), (30, Tile(16, 64, 8, 2))),
+        ("sm_90", "forward", 64): ((18, Tile(128, 32, 8, 3)),),
+        ("sm_90", "forward", 128): ((8, Tile(128, 32, 8, 3)), (30, Tile(128, 64, 8, 3))),
+        ("sm_90", "dq", 128): ((9, Tile(128, 32, 8, 2)),),
+        ("sm_90", "dkv", 64): ((5, Tile(16, 128, 8, 2)),),
+        ("sm_90", "dkv", 128): ((4, Tile(32, 32, 8, 2)), (30, Tile(16, 128, 8, 2))),
+        ("sm_100", "forward", 64): ((5, Tile(128, 32, 8, 3)),),
+        ("sm_100", "forward", 128): (
+            (3, Tile(128, 32, 8, 3)),
+            (4, Tile(128, 64, 8, 3)),
+            (6, Tile(128, 32, 8, 3)),
+            (30, Tile(128, 64, 8, 3)),
+        ),
+        ("sm_100", "dq", 64): ((3, Tile(128, 32, 8, 2)), (4, Tile(128, 64, 8, 2)), (17, Tile(128, 32, 8, 2))),
+        ("sm_100", "dq", 128): (
+            (3, Tile(64, 64, 8, 2)),
+            (4, Tile(64, 32, 8, 2)),
+            (7, Tile(64, 64, 8, 2)),
+            (8, Tile(64, 32, 8, 2)),
+            (28, Tile(64, 64, 8, 2)),
+        ),
+        ("sm_100", "dkv", 64): ((4, Tile(32, 128, 8, 1)), (30, Tile(64, 128, 8, 1))),
+        ("sm_100", "dkv", 128): ((3, Tile(16, 128, 8, 1)), (30, Tile(32, 128, 8, 1)), (34, Tile(16, 128, 8, 1))),
+    }
+)
+# float32 with exact ("ieee") products runs on the ordinary cores, where a thread holds whole rows of both operands: small
+# tiles and many warps. The backward spills at 128 (up to 6 registers seen) and above with every tile tried.
+SINGLE: Mapping[tuple[str, str, int], Tile] = MappingProxyType(
+    {
+        ("sm", "forward", 112): Tile(64, 32, 8, 1),
+        ("sm", "forward", 256): Tile(32, 32, 8, 1),
+        ("sm", "dq", 112): Tile(64, 16, 8, 1),
+        ("sm", "dq", 256): Tile(16, 16, 8, 1),
+        ("sm", "dkv", 112): Tile(32, 32, 8, 1),
+        ("sm", "dkv", 256): Tile(16, 16, 8, 1),
+        ("gfx942", "forward", 128): Tile(32, 32, 4, 2),
+        ("gfx942", "forward", 256): Tile(16, 16, 4, 1),
+        ("gfx942", "dq", 64): Tile(32, 32, 4, 1),
+        ("gfx942", "dq", 128): Tile(16, 32, 4, 1),
+        ("gfx942", "dq", 256): Tile(16, 16, 4, 1),
+        ("gfx942", "dkv", 64): Tile(32, 32, 4, 1),
+        ("gfx942", "dkv", 128): Tile(32, 16, 4, 1),
+        ("gfx942", "dkv", 256): Tile(16, 16, 4, 1),
+    }
+)
+
+
+def default_tile(spec: Spec, target: Target, kernel: str, head_dim: int, dtype: Any) -> Tile:
+    """The tile of "forward", "dq" or "dkv" for the larger of the two head dims."""
+    if str(dtype) in ("torch.float32", "torch.float64"):
+        return SINGLE[_class_of(SINGLE, "gfx942" if target.name == "gfx942" else "sm", kernel, head_dim)]
+    place, tile = _class_of(HALF, _family(target), kernel, head_dim), None
+    for least, narrower in CROWDED.get(place, ()):
+        tile = narrower if steps(spec) >= least else tile
+    return tile or HALF[place]
+
+
+def steps(spec: Spec) -> int:
+    """How much a pair takes besides its logit: comparisons of the mask, more for what it loads or divides and where only loaded
+    values are compared; what is loaded in full tiles too; lists, of tiles a little, of single keys most of all, and weights.
+    """
+    compared = spec.mask.atoms(Relational)
+    found = len(compared) + 3 * len(spec.mask.atoms(Load)) + 2 * len(spec.mask.atoms(FloorDiv, PyMod))
+    found += 2 * bool(compared and not any({I, J} & _outside_loads(part) for part in compared))
+    score = spec.score.atoms(Relational), spec.score.atoms(Load), spec.score.atoms(FloorDiv, PyMod)
+    found += sum(weight * len(part) for weight, part in zip((1, 3, 2), score, strict=True))
+    if isinstance(spec.lists, RowLists):
+        return found + 30 + 4 * spec.lists.weighted
+    return found + 2 * isinstance(spec.lists, TileLists)
+
+
+def _outside_loads(part: Any) -> set[Any]:
+    """The symbols of a comparison that are not only indices of loads."""
+    return set(part.xreplace(dict.fromkeys(part.atoms(Load), S)).free_symbols)
+
+
+def decode_tile(rows: int, head_dim: int) -> Tile:
+    """The forward's tile for a few query rows, whose time is that of reading the keys: long key tiles, and stages to have
+    several of them on their way.
+    """
+    if rows > 16:  # more than 32 rows spill
+        return Tile(32, 64 if head_dim <= 64 else 32 if head_dim <= 128 else 16, 8, 2)
+    return Tile(16, 128, 4, 3) if head_dim <= 64 else Tile(16, 64, 4, 3) if head_dim <= 128 else Tile(16, 32, 8, 2)
+
+
+def _family(target: Target) -> str:
+    """Targets that compile to the same kind of matrix instructions: sm_86, sm_89 and sm_120 are like sm_80."""
+    return target.name if target.name in ("sm_90", "sm_100", "gfx942") else "sm_80"
+
+
+def _class_of(table: Mapping[Any, Tile], family: str, kernel: str, head_dim: int) -> tuple[str, str, int]:
+    """The key of the smallest class of head dims that holds this one."""
+    classes = sorted(key[2] for key in table if key[:2] == (family, kernel))
+    return family, kernel, next((c for c in classes if head_dim <= c), classes[-1])

@@ -1,0 +1,115 @@
+"""Every script of `examples/` as a user runs it, on small sizes: it ends well, says what it should, and its errors are small."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+FLOAT32 = 1e-5  # what tests.check allows for results in float32
+
+
+@dataclass(frozen=True)
+class Example:
+    """says: patterns of what it prints. errors: the words before a printed error, how many of these there are, and the largest
+    that they may be.
+    """
+
+    arguments: str
+    says: tuple[str, ...] = ()
+    errors: tuple[tuple[str, int, float], ...] = ()
+
+
+EXAMPLES = {
+    "block_sparse": Example(
+        "--n 512 1024", (r"N +512: +75\.0% of the tiles live", r"N +1024: +50\.0% of the tiles live.* butterfly .* ms")
+    ),
+    "codebook": Example(
+        "--n 512 --sizes 16 128",
+        (r"dense, N 512", r"S +16: .* ms", r"S +128: .* ms"),
+        ((r"error to the quantised keys", 2, FLOAT32), (r"S +128: .* to the keys", 1, 0.3)),
+    ),
+    "graph": Example(
+        "--n 256 1024",
+        (r"from networkx, the same result: True", r"as a mask: 516 bytes a token, 166M in 80 GiB"),
+        ((r"(?:graph|as a mask|dense SDPA) +\S+ ms, .*error", 6, FLOAT32),),
+    ),
+    # A block as long as the halves, so that what is found by hashing is everything.
+    "hyper_attention": Example(
+        "--n 512 --block 256 --samples 32 --min_len 256",
+        (r"random inputs, N 512.* HyperAttention", r"clustered inputs, N 512.* HyperAttention"),
+        ((r"relative error", 2, 0.0),),  # of three digits
+    ),
+    "lean_decode": Example(
+        "--longest 1024",
+        (r"only the keys that are there: \S+ ms", r"240 key tiles of 64 over 132 programs: 1 to 2 each, 91%"),
+    ),
+    "pruning": Example(
+        "--n 1024",
+        (r"keep 25\.0%: +29\.4% of the tiles, 0 heads gated", r"keep 25\.0%: +22\.1% of the tiles, 2 heads gated"),
+        ((r"keep 100\.0%: .* error", 1, FLOAT32), (r"keep .* error", 5, 0.25), (r"definition .* error", 1, FLOAT32)),
+    ),
+    "ring": Example("--n 256", (r"paired shards of 64.*\n.*balance 100%",), ((r"largest relative error", 4, FLOAT32),)),
+    "scfa": Example("--n 256", (r"80% of queries and keys dropped: \S+ s", r"32 hash buckets: \S+ s")),
+    "shared_prefix": Example(
+        "--context 512 --suffix 32 --samples 1 16",
+        (r"1 samples: .* 1\.0x less", r"16 samples: .*shared .* 8\.0 MiB; repeated .* 68\.0 MiB; .* 8\.5x less"),
+        ((r"samples: .* error", 2, FLOAT32),),
+    ),
+    "sparse_accelerate": Example(
+        "--n 2048 --budget 512",
+        (r"N 2048: dense .* estimate and attention", r"all heads block_cluster +: error"),
+        (
+            (r"head 0: a_shape .* error", 1, 1e-3),
+            (r"head 1: vertical_slash .* error", 1, 1e-3),
+            (r"head 2: block_cluster .* error", 1, 1e-3),
+        ),
+    ),
+    "sparse_k": Example(
+        "--n 256 512 --k 32 --window 32 --capacity 96",
+        (r"N +512: dense causal",),
+        ((r"chosen .* errors: out", 4, FLOAT32), (r"chosen .* gradient of the layer's weight", 4, 10 * FLOAT32)),
+    ),
+    "tour": Example(
+        "--out {tmp_path}",
+        (r"forward: measured record, exact; backward: measured record, exact", r"forward +\d+ registers, 0 spills"),
+        ((r"out: relative error", 1, FLOAT32), (r"gradient of \w+: relative error", 4, 10 * FLOAT32)),
+    ),
+}
+SLOW = {"tour"}  # the tuner alone takes most of a minute
+
+
+def test_none_is_left_out():
+    assert sorted(EXAMPLES) == SCRIPTS, "every script of examples/ has small sizes in EXAMPLES, and the other way round"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in SCRIPTS]
+)
+def test_example(name: str, tmp_path: Path):
+    example = EXAMPLES[name]
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py")]
+    # On the CPU even where there is a GPU, whose errors in half types are others.
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [*command, *example.arguments.format(tmp_path=tmp_path).split()],
+        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    for words in example.says:
+        assert re.search(words, done.stdout), f"nothing like {words!r} in:\n{done.stdout}"
+    for words, count, largest in example.errors:
+        found = re.findall(rf"{words} (\S+?)[;,]?(?:\s|$)", done.stdout)
+        assert len(found) == count, f"{len(found)} errors, not {count}, like {words!r} in:\n{done.stdout}"
+        assert all(float(error) <= largest for error in found), f"{words} {found}: more than {largest}"

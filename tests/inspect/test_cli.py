@@ -1,0 +1,92 @@
+"""The command line: every command works, every help has an example, errors are messages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from attngen.cli.main import app
+
+COMMANDS = ["show", "explain", "compile", "tune", "doctor", "db ls", "db export", "db import", "db verify"]
+
+
+def run(*arguments: str):
+    result = CliRunner().invoke(app, arguments)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command: str):
+    result = run(*command.split(), "--help")
+    assert result.exit_code == 0 and f"Example: attngen {command}" in " ".join(result.output.split())
+
+
+def test_show(tmp_path):
+    png = tmp_path / "mask.png"
+    result = run("show", "i >= j and i - j < 1024", "-n", "4096", "--png", str(png))
+    assert "392 full" in result.output and "1544 empty" in result.output and "█" in result.output
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_show_makes_up_what_a_spec_captures_and_says_so():
+    text = "tensor doc: int[2]; param width: int; mask: doc[b, i] == doc[b, j] and i - j < width"
+    result = run("show", text, "-n", "256", "--set", "width=40")
+    assert "made up for this picture: doc" in " ".join(result.output.split())
+    given = run("show", text, "-n", "4", "--block-m", "1", "--block-n", "1", "--set", "width=9", "--set", "doc=0,0,1,1")
+    assert "8 full" in given.output and "8 empty" in given.output
+
+
+def test_explain_file_and_toml(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("import attngen as ag\nnear = ag.Spec(mask=ag.causal() & ag.window(64))\nnot_a_spec = 3\n")
+    result = run("explain", f"{path}:near", "--shape", "B1 H2 N256 D32")
+    for part in ("mask:", "facts", "plan", "cost bound (modelled)", "schedule on backend", "alternatives"):
+        assert part in result.output
+    toml = tmp_path / "mine.toml"
+    toml.write_text('mask = "i >= j and i - j < 64"')
+    key = next(line for line in result.output.splitlines() if "key" in line)
+    assert key in run("explain", str(toml), "--shape", "B1 H2 N256 D32").output
+
+
+def test_compile(tmp_path):
+    result = run("compile", "i >= j", "--target", "sm_90", "--head-dim", "64", "--out", str(tmp_path), "--source")
+    assert "@triton.jit" in result.output and "registers" in result.output
+    assert {path.suffix for path in (tmp_path / "sm_90").iterdir()} == {".ptx", ".cubin"}
+
+
+def test_tune_then_list_export_import_verify(tmp_path):
+    db, moved, file = (str(tmp_path / name) for name in ("a.db", "b.db", "records.jsonl"))
+    assert "measured" in run("tune", "i >= j", "--shape", "B1 H2 N128 D16", "--trials", "2", "--db", db).output
+    assert "2 records" in run("db", "ls", "--db", db).output
+    assert "2 records written" in run("db", "export", file, "--db", db).output
+    assert "2 records merged" in run("db", "import", file, "--db", moved).output
+    assert "the database is sound" in run("db", "verify", "--db", moved).output
+    assert "measured record, exact" in run("explain", "i >= j", "--shape", "B1 H2 N128 D16", "--db", moved).output
+
+
+def test_doctor():
+    result = run("doctor")
+    assert result.exit_code == 0 and "works" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["show", "i >= zz"], "zz"),
+        (["show", "nowhere.py:x"], "no such file"),
+        (["show", "i >= j", "--block-m", "-4"], "block_m"),
+        (["show", "i >= j", "--set", "w=3"], "--set"),
+        (["explain", "i >= j", "--shape", "what"], "shape"),
+        (["explain", "i >= j", "--dtype", "int8"], "--dtype"),
+        (["compile", "i >= j", "--target", "sm_12"], "sm_90"),
+    ],
+)
+def test_errors_are_messages(arguments: list[str], says: str):
+    code = "import sys; from attngen.cli.main import main; sys.argv[0] = 'attngen'; main()"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,248 @@
+"""The printer, the source files, captured gradients and cross-compilation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sympy
+import torch
+
+import attngen as ag
+from attngen.analysis import facts
+from attngen.errors import ScheduleError
+from attngen.inspect.cross import cross_compile
+from attngen.language.expression import B, FloorDiv, H, I, J, Load, PyMod, Uniform
+from attngen.lowering import render, sites
+from attngen.lowering.printer import Place, Printer
+from attngen.lowering.sides import chunks
+from attngen.schedule import Schedule, complete
+from attngen.schedule import Target as Gpu
+
+SMALL = Schedule(
+    **{
+        prefix + name: value
+        for prefix in ("", "dq_", "dkv_")
+        for name, value in dict(block_m=16, block_n=16, num_warps=4, num_stages=1).items()
+    }
+)
+T, BIAS = sympy.Symbol("t", real=True), sympy.Symbol("bias", real=True)
+WIDTH = sympy.Symbol("width", integer=True)
+
+
+def printed(expr: Any, rows: str = "i") -> tuple[list[str], list[str], str]:
+    """Lines in front of the loop, lines in the loop, and the operand."""
+    outer = Printer([Place(frozenset({"b", "h", rows}))], rows)
+    inner = outer.inside(frozenset("bhij"))
+    text = inner.operand(expr)
+    return outer.places[0].lines, inner.places[-1].lines, text
+
+
+# -- printer ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_separable_comparison_is_one_compare_of_vectors() -> None:
+    before, inside, text = printed(sympy.Ge(J - I + WIDTH - 1, 0, evaluate=False))
+    assert before == ["row_x = i - width + 1  # [BLOCK_M]"] and inside == []
+    assert text == "(row_x[:, None] <= j[None, :])"
+
+
+def test_loads_stand_where_their_indices_are_known() -> None:
+    before, inside, text = printed(Load(T, H) * (Load(BIAS, B, I) + Load(BIAS, B, J)))
+    assert any(line.startswith("t_h = tl.load(") for line in before)
+    assert any(line.startswith("bias_b_i = tl.load(") for line in before)
+    assert any(line.startswith("bias_b_j = tl.load(") for line in inside)
+    assert "t_h" in text and "bias_b_i[:, None]" in text and "bias_b_j[None, :]" in text
+
+
+def test_the_pass_over_keys_has_transposed_tiles() -> None:
+    assert printed(sympy.Ge(I - J, 0, evaluate=False), rows="j")[2] == "(j[:, None] <= i[None, :])"
+
+
+def test_plain_indices_are_kept_inside_on_lanes_past_the_end_and_others_are_clamped() -> None:
+    before, inside, _ = printed(Load(BIAS, I, J - I + 7))
+    text = "\n".join(before + inside)
+    assert "i_safe.to(tl.int64) * bias_stride_0" in text
+    assert re.search(r"bias_index = tl\.maximum\(tl\.minimum\(.*, bias_size_1 - 1\), 0\)", text)
+
+
+def test_division_rounds_down_unless_it_is_known_to_be_positive() -> None:
+    assert printed(FloorDiv(J, sympy.Integer(4)) + B)[1] == ["key_x = j // 4 + b  # [BLOCK_N]"]
+    assert printed(FloorDiv(I - J, sympy.Integer(4)))[2] == "floor_div(i[:, None] - j[None, :], 4)"
+    assert "floor_mod(" in printed(PyMod(I - J, WIDTH))[2]
+
+
+def test_dropout_hashes_tiles_only_in_the_last_round() -> None:
+    seed = sympy.Symbol("seed", integer=True)
+    before, inside, text = printed(Uniform(seed, B, H, I, J))
+    assert len(before) == 4 and not inside and text.startswith("uniform(hash_4[:, None] ^ j[None, :]")
+
+
+def test_what_is_printed_twice_is_computed_once() -> None:
+    outer = Printer([Place(frozenset("bhi"))])
+    outer.share(sympy.tanh(T * J), 1 - sympy.tanh(T * J) ** 2)
+    inner = outer.inside(frozenset("bhij"))
+    first, second = inner.operand(sympy.tanh(T * J)), inner.operand(1 - sympy.tanh(T * J) ** 2)
+    assert len([line for line in inner.places[-1].lines if "tanh(" in line]) == 1 and first and second
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "widths"),
+    [(1, [16]), (16, [16]), (24, [16, 16]), (80, [64, 16]), (96, [64, 32]), (192, [128, 64]), (256, [256])],
+)
+def test_head_dims_are_split_not_padded(head_dim: int, widths: list[int]) -> None:
+    parts = chunks(head_dim)
+    assert [part.width for part in parts] == widths
+    assert (parts[-1].limit is None) == (sum(widths) == head_dim)
+
+
+# -- source -----------------------------------------------------------------------------------------------------------
+
+
+def source(spec: ag.Spec, kernel: str = "forward", **options: Any) -> Any:
+    schedule = complete(spec, Gpu.named("sm_90"), 64, 64, torch.bfloat16, SMALL)
+    sizes = dict(head_dim=64, head_dim_v=64, dtype=torch.bfloat16, schedule=schedule)
+    return render(spec, facts(spec), kernel, **{**sizes, **options})
+
+
+def test_a_file_is_written_once_and_named_by_its_content(tmp_path: Path) -> None:
+    made = source(ag.Spec(mask=ag.causal()))
+    path = made.write(tmp_path)
+    stamp = path.stat().st_mtime_ns
+    assert made.write(tmp_path) == path and path.stat().st_mtime_ns == stamp
+    assert made.key[:16] in path.name and path.read_text() == made.text
+    path.write_text("damaged")
+    assert made.write(tmp_path).read_text() == made.text
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_arguments_are_those_of_the_kernel_in_order() -> None:
+    for kernel in ("forward", "delta", "dq", "dkv"):
+        made = source(ag.Spec(mask=ag.documents() & ag.causal(), score=ag.alibi()), kernel)
+        head = made.text[made.text.index(f"def {kernel}(") : made.text.index("):\n    #")]
+        assert re.findall(r"^    (\w+),", head, re.M) == [arg.name for arg in made.args]
+        listed = re.findall(r'^        "(\w+)",', made.text, re.M)
+        assert listed == [arg.name for arg in made.args if not arg.specialize]
+
+
+def test_the_text_depends_on_no_length_and_no_param_value() -> None:
+    spec = ag.Spec(mask=ag.causal() & ag.window(ag.Param("width")), score=ag.soft_cap(ag.Param("cap", float)))
+    unspecialized = [arg.name for arg in source(spec).args if not arg.specialize]
+    assert {"n_q", "n_k", "heads", "group", "scale", "q_offset", "width", "cap"} <= set(unspecialized)
+
+
+@pytest.mark.parametrize(
+    "name", ["acc_0", "q_0", "tile", "lane", "print", "tl", "row_x", "hash_2", "full_first", "a" * 60]
+)
+def test_names_of_the_user_never_meet_names_of_the_kernel(name: str) -> None:
+    spec = ag.Spec(score=f"s + {name}[h, i] * {name}[h, j]", tensors=[ag.Tensor(name, 2)])
+    attn = ag.compile(spec, schedule=SMALL, backend="interpret")
+    q, k, v = (torch.randn(1, 1, 5, 16) for _ in range(3))
+    values = torch.randn(1, 5)
+    want, _ = ag.oracle(spec, q, k, v, **{name: values})
+    assert torch.allclose(attn(q, k, v, **{name: values}), want.float(), atol=1e-5)
+
+
+# -- values that are not finite ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_value_reaches_exactly_the_rows_that_attend_to_it(bad: float) -> None:
+    spec = ag.Spec(mask=ag.causal() & ag.window(20))
+    attn = ag.compile(spec, schedule=SMALL, backend="interpret")
+    q, k, v = (torch.randn(1, 1, 50, 16) for _ in range(3))
+    clean = attn(q, k, v)
+    v[0, 0, 21, 3] = bad
+    out = attn(q, k, v)
+    rows = torch.zeros(50, dtype=torch.bool)
+    rows[21:41] = True
+    assert torch.equal(out[0, 0].isfinite().all(-1), ~rows)
+    assert torch.equal(out[0, 0, ~rows], clean[0, 0, ~rows])
+
+
+# -- gradients of captured tensors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("score", "kind"),
+    [
+        (lambda s, b, h, i, j: s * ag.Tensor("x", 1)[h], "total"),
+        (lambda s, b, h, i, j: s * ag.Tensor("x", 2)[b, i], "rows"),
+        (lambda s, b, h, i, j: s + ag.Tensor("x", 2)[h // 2, j], "keys"),
+        (lambda s, b, h, i, j: s + ag.Tensor("x", 2)[i, j], "pairs"),
+        (lambda s, b, h, i, j: s + ag.Tensor("x", 2)[j, i], "pairs"),
+        (lambda s, b, h, i, j: s + ag.Tensor("x", 2)[h, i - j + 9], "bins"),
+        (lambda s, b, h, i, j: s + ag.Tensor("x", 2)[i // 2, j // 3], "pairs"),
+    ],
+)
+def test_each_kind_of_captured_gradient(score: Callable[..., Any], kind: str) -> None:
+    spec = ag.Spec(mask=ag.causal(), score=score)
+    (load_grads,) = facts(spec).load_grads.values()
+    assert [site.kind for site in sites(load_grads)] == [kind]
+    attn = ag.compile(spec, schedule=SMALL, backend="interpret")
+    q, k, v = torch.randn(2, 4, 21, 16), torch.randn(2, 2, 21, 16), torch.randn(2, 2, 21, 16)
+    shape = {"total": (4,), "rows": (2, 21), "keys": (2, 21), "pairs": (21, 21), "bins": (4, 33)}[kind]
+    x = torch.randn(shape, requires_grad=True)
+    weight = torch.randn(2, 4, 21, 16)
+    got = [torch.autograd.grad((attn(q, k, v, x=x) * weight).sum(), x)[0] for _ in range(2)]
+    want = torch.autograd.grad((ag.oracle(spec, q, k, v, x=x)[0] * weight).sum(), x)[0]
+    assert torch.equal(got[0], got[1])
+    assert (got[0] - want).norm() <= 1e-4 * want.norm()
+
+
+# -- cross-compilation ------------------------------------------------------------------------------------------------
+
+CAUSAL = ag.Spec(mask=ag.causal())
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize(
+    ("head_dim", "kernel"),
+    [*((d, "forward") for d in (64, 128, 192, 256)), *((d, k) for d in (64, 128) for k in ("dq", "dkv"))],
+)
+def test_default_schedules_fit_and_do_not_spill(target: str, head_dim: int, kernel: str) -> None:
+    (made,) = cross_compile(CAUSAL, target, head_dim=head_dim, passes=(kernel,))
+    assert made.shared <= Gpu.named(target).shared_limit
+    assert made.spills == 0 or target == "gfx942", str(made)
+
+
+def test_a_full_tile_costs_no_compare_and_no_select() -> None:
+    (causal,) = cross_compile(CAUSAL, "sm_90", head_dim=64, passes=("forward",))
+    full, partial = causal.loops
+    elements = full.count("exp")  # one exp2 per element and thread, and a few per row
+    assert full.count("mma") == partial.count("mma") > 0 and elements >= 32
+    # What is left are loop counters: nothing per element.
+    assert full.count("select") + full.count("compare") < elements / 2 < partial.count("select")
+    assert "FSEL" not in full.opcodes and "FSETP" not in full.opcodes and full.count("spill") == 0
+
+
+def test_the_results_of_a_compilation() -> None:
+    made = cross_compile(CAUSAL, "sm_90", head_dim=64)
+    assert [m.name for m in made] == ["forward", "delta", "dq", "dkv"]
+    forward = made[0]
+    assert forward.ptx and ".target sm_90" in forward.ptx and forward.cubin and forward.registers > 32
+    assert "HGMMA" in forward.sass() and str(forward).startswith("forward sm_90: ")
+
+
+def test_a_schedule_that_does_not_fit_says_by_how_much() -> None:
+    big = Schedule(block_m=128, block_n=128, num_warps=8, num_stages=4)
+    with pytest.raises(
+        ScheduleError, match=r"forward on sm_86 needs \d+ bytes of shared memory, \d+ more than the limit of 101376"
+    ):
+        cross_compile(CAUSAL, "sm_86", head_dim=128, schedule=big, passes=("forward",))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ag.Spec(mask=ag.documents(), score=[ag.soft_cap(20.0), ag.alibi()], dropout=0.1),
+        ag.Spec(mask="(i - j) // 3 >= 0 and (i - j) % 3 == 0", sink="sink[h]", tensors=[ag.Tensor("sink", 1)]),
+    ],
+    ids=["documents", "dilated"],
+)
+def test_helpers_compile(spec: ag.Spec) -> None:
+    tiles = Schedule(block_m=64, block_n=32, num_warps=4, num_stages=1)
+    assert all(made.registers for made in cross_compile(spec, "sm_80", head_dim=64, schedule=tiles))
