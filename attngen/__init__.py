@@ -51,8 +51,8 @@ from attngen.language.patterns import (
     tree,
     window,
 )
+from attngen.language.schedule import Schedule, Tile
 from attngen.language.spec import Spec
-from attngen.schedule import Schedule
 
 __version__ = "0.1.0"
 
@@ -126,6 +126,7 @@ __all__ = [
     "SpecError",
     "StoreError",
     "Tensor",
+    "Tile",
     "absolute",
     "alibi",
     "alibi_slopes",

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import attngen as ag
 from attngen.language.call import bind
 from attngen.plan.stream_k import shared, stream_k
-from attngen.schedule.legality import even_splits
+from attngen.schedule.decode import even_splits
 from benchmarks import peers, report
 from benchmarks.papers_beside import LEAN
 from benchmarks.timing import Candidate, race, stopwatch_for

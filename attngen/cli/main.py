@@ -232,9 +232,10 @@ def import_(path: Path, db: Database = None) -> None:
 @db_app.command(epilog="Example: [b]attngen db verify[/b]")
 def verify(db: Database = None) -> None:
     """Check the database: readable, known schema, every record's values in range."""
+    from attngen.schedule.choice import why_not_readable
     from attngen.store import open_store
 
-    problems = open_store(db).verify(legal=_illegal)
+    problems = open_store(db).verify(legal=lambda record: why_not_readable(record.schedule))
     for problem in problems:
         console.print(problem, markup=False)
     console.print("the database is sound" if not problems else f"{len(problems)} problems")
@@ -368,16 +369,6 @@ def _folders() -> dict[str, str]:
     from attngen.store import cache_folder, default_path
 
     return {"cache folder": str(cache_folder()), "database": str(default_path())}
-
-
-def _illegal(record: Any) -> str | None:
-    from attngen.schedule import Schedule
-
-    try:
-        Schedule(**record.schedule)
-    except (AttngenError, TypeError) as error:
-        return str(error)
-    return None
 
 
 def _check_gpu() -> str:

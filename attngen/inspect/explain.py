@@ -63,7 +63,7 @@ def _mask_captures(call: Call) -> dict[str, Any]:
 
 def _tile(call: Call, schedule: Schedule, backend: str) -> tuple[int, int]:
     """The forward's tile; on the CPU a chunk of keys is cut at a finer grain than its size."""
-    block_m, block_n = schedule.block_m or 128, schedule.block_n or 64
+    block_m, block_n = schedule.forward.block_m or 128, schedule.forward.block_n or 64
     if backend == "cpu":
         from attngen.backends.cpu.tiles import GRAIN
 

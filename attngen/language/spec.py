@@ -23,10 +23,10 @@ from attngen.language.expression.builder import Declaration, Expr, Param, Tensor
 from attngen.language.expression.parse import parse
 from attngen.language.lists import Lists
 from attngen.language.lists import read as read_lists
+from attngen.language.schedule import Schedule
 
 if TYPE_CHECKING:
     from attngen.plan.keysets import KeySet
-    from attngen.schedule import Schedule
 
 LANGUAGE = 1  # goes into every key: raise it when the meaning of an expression changes
 MAX_NODES = 4000
@@ -208,8 +208,6 @@ class Spec:
         lists, page_size; tables [params] (name = "int"
         or "float"), [tensors] (name = "float[1]"), [schedule]. Raises SpecError.
         """
-        from attngen.schedule import Schedule
-
         path = Path(path)
         try:
             data = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -1,5 +1,7 @@
-"""How it is computed: schedules, targets, what is legal, what is chosen."""
+"""How it is computed: targets, what is legal, what is chosen. The values themselves are `attngen.language.schedule`."""
 
-from attngen.schedule.schedule import KERNELS, TARGETS, Schedule, Target, Tile, complete, fit, why_not
+from attngen.language.schedule import KERNELS, Schedule, Tile
+from attngen.schedule.completion import complete, fit
+from attngen.schedule.target import TARGETS, Target
 
-__all__ = ["KERNELS", "TARGETS", "Schedule", "Target", "Tile", "complete", "fit", "why_not"]
+__all__ = ["KERNELS", "TARGETS", "Schedule", "Target", "Tile", "complete", "fit"]

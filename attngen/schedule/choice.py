@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,23 @@ from typing import Any
 import torch
 
 from attngen.analysis import Facts
-from attngen.errors import AttngenError, ScheduleError
+from attngen.errors import ScheduleError
 from attngen.language.call import Call
+from attngen.language.schedule import Schedule, Tile
 from attngen.language.spec import Spec
-from attngen.schedule import Schedule, Target, complete, fit
-from attngen.schedule.legality import check, decode_choice, why_not_stored
+from attngen.schedule.completion import complete, complete_on_cpu, fit
+from attngen.schedule.decode import decode_choice
+from attngen.schedule.legality import check, why_not_stored
+from attngen.schedule.target import Target
+from attngen.store import Device, Found, Key, Shape, Versions, bucket, device_of, open_store
 
-PIECES = {"forward": "", "backward": ("dq_", "dkv_")}
+DIRECTIONS = ("forward", "backward")  # each has a record of its own
+SMALL = Tile(16, 16, 1, 1)
+INTERPRETED = Schedule(forward=SMALL, dq=SMALL, dkv=SMALL, deterministic=True, precision="ieee")
 
 
 def shape_bucket(call: Call) -> tuple[int, ...]:
     """What a tuned record is looked up by besides dtype and head dims: sizes rounded up to powers of two."""
-    from attngen.store import bucket
-
     batch, heads_q, n_q, _ = call.q.shape
     return tuple(bucket(int(size)) for size in (batch, heads_q, call.k.shape[1], n_q, call.n_k))
 
@@ -35,13 +40,11 @@ def choose(call: Call, facts: Facts, backend: str, pins: Schedule, db: str | Non
         check(call.spec, facts, schedule)
         return fit(schedule, call.spec.lists, pins), "the interpreter's small tiles"
     tuned, origins = Schedule(), []
-    for piece, record in _records(call, backend, db).items():
+    for direction, record in _records(call, backend, db).items():
         tuned = tuned.over(Schedule(**record.record.schedule))
-        origins.append(f"{piece}: {record.record.kind} record, {record.how}")
+        origins.append(f"{direction}: {record.record.kind} record, {record.how}")
     if backend == "cpu":
-        from attngen.backends.cpu.passes import default_schedule, fitted
-
-        schedule = fitted(pins.over(tuned).over(default_schedule(call, facts)), call, pins)
+        schedule = complete_on_cpu(call, facts, pins, tuned)
     else:
         target, processors = Target.of_device(call.q.device), multiprocessors(call.q.device)
         schedule = on_gpu(call, facts, target, processors, pins, tuned)
@@ -73,69 +76,47 @@ def complete_for(
 ) -> Schedule:
     """The schedule for a named target, without a database: what cross-compilation and `source` use."""
     if target == "interpreter":
-        small = {"block_m": 16, "block_n": 16, "num_warps": 1, "num_stages": 1}
-        tiles: dict[str, Any] = {
-            prefix + name: value for prefix in ("", "dq_", "dkv_") for name, value in small.items()
-        }
-        return pins.over(Schedule(**tiles, deterministic=True, precision="ieee"))
+        return pins.over(INTERPRETED)
     return complete(spec, Target.named(target), head_dim, head_dim_v, dtype, pins)
 
 
-def _records(call: Call, backend: str, db: str | None) -> dict[str, Any]:
-    """What the database has for this call, by piece; empty if it can't be read (the store warns once)."""
-    from attngen.store import Key, Shape, open_store
-
-    if min(call.q.shape[:3]) == 0 or call.n_k == 0:
+def _records(call: Call, backend: str, db: str | None) -> dict[str, Found]:
+    """What the database has for this call, by direction; empty if it can't be read (the store warns once)."""
+    batch, heads_q, n_q, head_dim = (int(size) for size in call.q.shape)
+    if 0 in (batch, heads_q, n_q, call.n_k):
         return {}
-    store = open_store(db)
-    shape = Shape(
-        *(
-            int(x)
-            for x in (
-                *call.q.shape[:2],
-                call.k.shape[1],
-                call.q.shape[2],
-                call.n_k,
-                call.q.shape[3],
-                call.v.shape[3],
-            )
-        )
-    )
-    device, versions = device_identity(call.q.device), generator_versions(backend)
+    shape = Shape(batch, heads_q, int(call.k.shape[1]), n_q, int(call.n_k), head_dim, int(call.v.shape[3]))
+    device, versions, store = device_identity(call.q.device), generator_versions(backend), open_store(db)
     found = {}
-    for piece in PIECES:
-        key = Key.of(call.spec.key, piece, str(call.q.dtype), shape, device, versions)
-        record = store.lookup(key)
-        if record is not None and _legal(record.record.schedule):
-            found[piece] = record
+    for direction in DIRECTIONS:
+        record = store.lookup(Key.of(call.spec.key, direction, str(call.q.dtype), shape, device, versions))
+        if record is not None and not why_not_readable(record.record.schedule):
+            found[direction] = record
     return found
 
 
-def _legal(schedule: dict[str, Any]) -> bool:
+def why_not_readable(schedule: dict[str, Any]) -> str:
+    """The reason why a record's schedule is none of this version's; empty if it is."""
     try:
         Schedule(**schedule)
-    except (AttngenError, TypeError):
-        return False
-    return True
+    except ScheduleError as error:
+        return str(error)
+    return ""
 
 
-def device_identity(device: torch.device) -> Any:
+def device_identity(device: torch.device) -> Device:
     """The device as records name it; on a CPU the number of threads is part of it."""
     return _identity(device, torch.get_num_threads() if device.type == "cpu" else 0)
 
 
 @lru_cache(maxsize=32)
-def _identity(device: torch.device, threads: int) -> Any:
-    from attngen.store import device_of
-
+def _identity(device: torch.device, threads: int) -> Device:
     return device_of(device)
 
 
 @lru_cache(maxsize=4)
-def generator_versions(backend: str) -> Any:
+def generator_versions(backend: str) -> Versions:
     """What besides the device decides a schedule's speed, as records name it."""
-    from attngen.store import Versions
-
     if backend == "cpu":
         return Versions(generator=generator_hash("cpu"), torch=str(torch.__version__))
     import triton
@@ -146,8 +127,6 @@ def generator_versions(backend: str) -> Any:
 @lru_cache(maxsize=4)
 def generator_hash(backend: str) -> str:
     """Hash of the code that decides how fast a schedule is: templates, lowering and analysis, or the CPU backend."""
-    import hashlib
-
     root = Path(__file__).parent.parent
     folders = ["analysis", "backends"] if backend == "cpu" else ["analysis", "lowering", "templates"]
     digest = hashlib.sha256()

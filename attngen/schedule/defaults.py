@@ -1,19 +1,21 @@
-"""The model's choice of tiles before anything was tuned: tables of tiles that compile without spills and fit."""
+"""The model's choice before anything was tuned: tables of tiles that compile without spills and fit, and the CPU's tile."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from sympy.core.relational import Relational
 
+from attngen.analysis import Facts
+from attngen.language.call import Call
 from attngen.language.expression import FloorDiv, I, J, Load, PyMod, S
 from attngen.language.lists import RowLists, TileLists
-from attngen.schedule import Target, Tile
-
-if TYPE_CHECKING:
-    from attngen.language.spec import Spec
+from attngen.language.schedule import Schedule, Tile
+from attngen.language.spec import Spec
+from attngen.schedule.target import Target
 
 # float16 and bfloat16: (family, kernel, largest head dim of the class) -> tile. Without spills for head dims 64, 128, 192
 # and 256 forward and 64 and 128 backward, under triton 3.6 and 3.9 (tests/lowering/test_lowering.py); the other classes were seen
@@ -127,15 +129,28 @@ SINGLE: Mapping[tuple[str, str, int], Tile] = MappingProxyType(
     }
 )
 
+# On a CPU: the logits of such a tile stay in a core's second-level cache.
+CPU_ROWS, CPU_CHUNK = 128, 1024
 
-def default_tile(spec: Spec, target: Target, kernel: str, head_dim: int, dtype: Any) -> Tile:
+
+def default_on_cpu(call: Call, facts: Facts) -> Schedule:
+    """Query rows per head and keys per chunk of the CPU backend's forward, and of its one backward pass (`dq`)."""
+    # Closed forms cost nothing to find, so that short tiles waste least; where data decides, each tile has to be looked at.
+    most = CPU_ROWS if not facts.spec.tensors else 2 * CPU_ROWS
+    rows = min(max(32, most // _power_of_two(call.group)), max(32, _power_of_two(call.q.shape[2])))
+    tile = Tile(block_m=rows, block_n=CPU_CHUNK)
+    return Schedule(forward=tile, dq=tile)
+
+
+def default_tile(spec: Spec, target: Target, kernel: str, head_dim: int, dtype: torch.dtype) -> Tile:
     """The tile of "forward", "dq" or "dkv" for the larger of the two head dims."""
-    if str(dtype) in ("torch.float32", "torch.float64"):
+    if dtype in (torch.float32, torch.float64):
         return SINGLE[_class_of(SINGLE, "gfx942" if target.name == "gfx942" else "sm", kernel, head_dim)]
-    place, tile = _class_of(HALF, _family(target), kernel, head_dim), None
-    for least, narrower in CROWDED.get(place, ()):
-        tile = narrower if steps(spec) >= least else tile
-    return tile or HALF[place]
+    entry = _class_of(HALF, _family(target), kernel, head_dim)
+    tile = HALF[entry]
+    for least, other in CROWDED.get(entry, ()):
+        tile = other if steps(spec) >= least else tile
+    return tile
 
 
 def steps(spec: Spec) -> int:
@@ -157,15 +172,6 @@ def _outside_loads(part: Any) -> set[Any]:
     return set(part.xreplace(dict.fromkeys(part.atoms(Load), S)).free_symbols)
 
 
-def decode_tile(rows: int, head_dim: int) -> Tile:
-    """The forward's tile for a few query rows, whose time is that of reading the keys: long key tiles, and stages to have
-    several of them on their way.
-    """
-    if rows > 16:  # more than 32 rows spill
-        return Tile(32, 64 if head_dim <= 64 else 32 if head_dim <= 128 else 16, 8, 2)
-    return Tile(16, 128, 4, 3) if head_dim <= 64 else Tile(16, 64, 4, 3) if head_dim <= 128 else Tile(16, 32, 8, 2)
-
-
 def _family(target: Target) -> str:
     """Targets that compile to the same kind of matrix instructions: sm_86, sm_89 and sm_120 are like sm_80."""
     return target.name if target.name in ("sm_90", "sm_100", "gfx942") else "sm_80"
@@ -175,3 +181,8 @@ def _class_of(table: Mapping[Any, Tile], family: str, kernel: str, head_dim: int
     """The key of the smallest class of head dims that holds this one."""
     classes = sorted(key[2] for key in table if key[:2] == (family, kernel))
     return family, kernel, next((c for c in classes if head_dim <= c), classes[-1])
+
+
+def _power_of_two(size: int) -> int:
+    """The least one that is not below."""
+    return 1 << max(0, size - 1).bit_length()

@@ -1,30 +1,47 @@
-"""Which special forms of a forward a spec can have: heads of a GQA group packed into its rows, keys cut into parts whose
-states merge, specialised warps. Legality with reasons, and the model's choice for decoding.
+"""What a schedule may say, for a spec, a target and a backend: one function each, that gives the reason why not.
+
+A reason is empty if the form is legal. `check` and `check_targeted` turn reasons into errors; the tuner leaves out what has one.
 """
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING
-
+from attngen.analysis import Facts
 from attngen.errors import ScheduleError
-from attngen.language.expression import B, H, J, S, loads
+from attngen.language.call import Call
+from attngen.language.expression import H, J, S, loads
 from attngen.language.lists import RowLists
-from attngen.schedule import Schedule
-from attngen.schedule.defaults import decode_tile
+from attngen.language.schedule import KERNELS, Schedule, Tile
+from attngen.language.spec import Spec
+from attngen.schedule.target import Target
 
-if TYPE_CHECKING:
-    from attngen.analysis import Facts
-    from attngen.language.call import Call
-    from attngen.language.spec import Spec
+WIDEST = 256  # rows or keys of a tile on a GPU
+MOST_STORED = 2048  # keys: their weights for a tile of queries are one piece of work
 
-DECODE_ROWS = 64  # query rows times heads of a group up to which a call counts as decoding
-GOOD = 0.85  # of the best wave efficiency: more splits than that needs only add states to merge
-FULL = 0.8  # of the processors: with that many outputs nothing is split
+
+def why_not_targeted(kernel: str, tile: Tile, target: Target) -> str:
+    """The reason why a kernel cannot have this tile on a target, decided only in part or whole."""
+    for name in ("block_m", "block_n"):
+        if (getattr(tile, name) or 0) > WIDEST:
+            return f"{name}: at most {WIDEST} on a GPU, got {getattr(tile, name)}"
+    if tile.tma and not target.has_descriptors:
+        return f"tma: {target.name} has no tensor descriptors (sm_90 and above have)"
+    if not tile.warp_specialize:
+        return ""
+    if kernel != "forward":
+        return (
+            "warp_specialize: the compiler takes the forward only; the backward's loops load lse and delta by pointers"
+        )
+    if not tile.tma:
+        return "warp_specialize: needs tma=True, since a warp that only loads cannot compute pointers"
+    if target.name == "sm_90" and tile.num_warps != 4:
+        return (
+            f"warp_specialize: on sm_90 it takes num_warps=4, got {tile.num_warps}: the compiler ignores it with others"
+        )
+    return ""
 
 
 def why_not_packed(spec: Spec, facts: Facts) -> str:
-    """The reason why the heads of a group cannot share a tile's walk; empty if they can."""
+    """The reason why the heads of a group cannot share a tile's walk."""
     if spec.lists is not None:
         return "its lists say which keys a head sees"
     if H in spec.mask.free_symbols:
@@ -35,7 +52,7 @@ def why_not_packed(spec: Spec, facts: Facts) -> str:
 
 
 def why_not_specialised(spec: Spec) -> str:
-    """The reason why a forward cannot go through the one loop of specialised warps; empty if it can."""
+    """The reason why a forward cannot go through the one loop of specialised warps."""
     if spec.mask != True or spec.lists is not None or spec.page_size is not None:  # noqa: E712  a sympy condition
         return (
             "with a mask: the values go from memory into the products untouched, so that one that is masked out and not "
@@ -46,11 +63,15 @@ def why_not_specialised(spec: Spec) -> str:
     return ""
 
 
-MOST_STORED = 2048  # keys: their weights for a tile of queries are one piece of work
+def why_not_split(split: int | str | None, persistent: int | None, order: str | None) -> str:
+    """The reason why a forward cannot be split beside these forms of its tile."""
+    if split not in (None, 1) and (persistent or order == "longest_first"):
+        return "goes with persistent=0 and order='by_head', since it shares out the tiles itself"
+    return ""
 
 
 def why_not_stored(call: Call, backend: str) -> str:
-    """The reason why the weights cannot be kept for the backward, or should not; empty if they can."""
+    """The reason why the weights cannot be kept for the backward, or should not."""
     spec = call.spec
     if backend != "cpu":
         return (
@@ -64,47 +85,26 @@ def why_not_stored(call: Call, backend: str) -> str:
     return ""
 
 
+def why_not_listed(name: str, block: int | None, listed: int) -> str:
+    """The reason why a block cannot walk listed tiles of that size; a block that is not decided can."""
+    return f"{name}: expected a divisor of the listed tiles' {listed}, got {block}" if block and listed % block else ""
+
+
 def check(spec: Spec, facts: Facts, schedule: Schedule) -> None:
-    """ScheduleError for pack, split or warp_specialize where they make no sense."""
-    if schedule.warp_specialize and (reason := why_not_specialised(spec)):
+    """ScheduleError for pack, split, programs or warp_specialize where they make no sense for the spec."""
+    forward = schedule.forward
+    if forward.warp_specialize and (reason := why_not_specialised(spec)):
         raise ScheduleError(f"warp_specialize: expected False {reason}")
-    if schedule.split not in (None, 1) and (schedule.persistent or schedule.order == "longest_first"):
-        raise ScheduleError("split: goes with persistent=0 and order='by_head', since it shares out the tiles itself")
-    if schedule.pack and not isinstance(spec.lists, RowLists):
-        reason = why_not_packed(spec, facts)
-        if reason:
-            raise ScheduleError(f"pack: expected False, since {reason}")
+    if reason := why_not_split(schedule.split, forward.persistent, forward.order):
+        raise ScheduleError(f"split: {reason}")
+    if schedule.pack and not isinstance(spec.lists, RowLists) and (reason := why_not_packed(spec, facts)):
+        raise ScheduleError(f"pack: expected False, since {reason}")
     if schedule.programs is not None and schedule.split != "stream":
         raise ScheduleError(f"programs: goes with split='stream', got split={schedule.split!r}")
 
 
-def even_splits(outputs: int, tiles: int, processors: int) -> int:
-    """The fewest splits whose last wave of programs is nearly as full as that of the best number of splits (FlashDecoding)."""
-    if outputs == 0 or tiles <= 4 or outputs >= FULL * processors:
-        return 1
-
-    def efficiency(splits: int) -> float:
-        waves = outputs * splits / processors
-        return waves / math.ceil(waves)
-
-    most = range(1, min(tiles, 128) + 1)
-    best = max(efficiency(splits) for splits in most)
-    return next(splits for splits in most if efficiency(splits) >= GOOD * best)
-
-
-def decode_choice(call: Call, facts: Facts, processors: int) -> Schedule:
-    """For a forward of few query rows: pack where that is legal, a decode tile, and splits that fill the processors;
-    stream-K where lengths differ by batch. Nothing for other calls.
-    """
-    spec, (batch, heads, n_q, head_dim) = call.spec, call.q.shape
-    pack = call.group > 1 and not why_not_packed(spec, facts)
-    rows = n_q * (call.group if pack else 1)
-    if spec.lists is not None or not 0 < rows <= DECODE_ROWS:
-        return Schedule()
-    tile = decode_tile(rows, max(head_dim, call.v.shape[3]))
-    outputs = batch * (call.k.shape[1] if pack else heads)
-    ragged = any(B in load.free_symbols for load in loads(spec.mask))
-    split: int | str = even_splits(outputs, -(-call.n_k // tile.block_n), processors)
-    if ragged and split != 1 and not facts.walk_keys.needs_tables:
-        split = "stream"
-    return Schedule(split=split, pack=pack).with_tile("forward", tile)
+def check_targeted(schedule: Schedule, target: Target) -> None:
+    """ScheduleError for a kernel's tile that the target cannot have."""
+    for kernel in KERNELS:
+        if reason := why_not_targeted(kernel, getattr(schedule, kernel), target):
+            raise ScheduleError(f"{kernel} {reason}")

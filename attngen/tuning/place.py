@@ -15,6 +15,7 @@ from attngen.errors import InputError
 from attngen.language.call import Call, bind
 from attngen.schedule import Schedule, Target
 from attngen.schedule.choice import device_identity, generator_versions, on_gpu
+from attngen.schedule.defaults import default_on_cpu
 from attngen.store import Device, Shape, Versions
 from attngen.tuning.bench import offset_of
 from attngen.tuning.model import GpuModel, Rates, compiled_by
@@ -56,9 +57,7 @@ class Place:
             start = on_gpu(call, known, self.target, self.device.units, pins)
             forms = special_forms(job.spec, shape, self.target, job.piece)
             return gpu_space(job.piece, shape, job.dtype.itemsize, self.target, start, pins, forms), start
-        from attngen.backends.cpu.passes import default_schedule
-
-        start = pins.over(default_schedule(call, known))
+        start = pins.over(default_on_cpu(call, known))
         return cpu_space(job.piece, shape, start, pins), start
 
     def model(self, job: Job, worker: Worker) -> GpuModel | None:

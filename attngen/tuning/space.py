@@ -5,16 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from attngen.analysis import facts
 from attngen.errors import ScheduleError
-from attngen.schedule import Schedule, Target, Tile, why_not
+from attngen.language.schedule import PREFIXES, TILE_FIELDS, Schedule, Tile
+from attngen.language.spec import Spec
+from attngen.schedule.decode import DECODE_ROWS
+from attngen.schedule.legality import why_not_packed, why_not_specialised, why_not_split, why_not_targeted
+from attngen.schedule.target import Target
 from attngen.store import Shape, bucket
 
 Point = dict[str, Any]  # a choice of one value per name; plain JSON
 PIECES = {"forward": ("",), "backward": ("dq_", "dkv_")}  # record piece -> prefixes of the schedule's fields
-KERNEL_OF = {"": "forward", "dq_": "dq", "dkv_": "dkv"}
+KERNEL_OF = {prefix: kernel for kernel, prefix in PREFIXES.items()}
 MAX_ENUMERATED = 50_000
 
 
@@ -58,24 +63,20 @@ class Space:
         return replace(self, choices=choices, start=start)
 
 
-def special_forms(spec: Any, shape: Shape, target: Target, piece: str) -> dict[str, tuple[Any, ...]]:
+def special_forms(spec: Spec, shape: Shape, target: Target, piece: str) -> dict[str, tuple[Any, ...]]:
     """What this spec and target allow besides tiles: tensor descriptors, specialised warps, persistent programs, the order of
     outputs, and for few query rows packed heads and split keys.
     """
-    from attngen.analysis import facts
-    from attngen.schedule.legality import DECODE_ROWS, why_not_packed, why_not_specialised
-
-    modern = target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 90
     forms: dict[str, tuple[Any, ...]] = {}
     for prefix in PIECES[piece]:
-        forms |= {f"{prefix}tma": (False, True)} if modern else {}
+        forms |= {f"{prefix}tma": (False, True)} if target.has_descriptors else {}
         forms |= {f"{prefix}persistent": (0, 1, 2), f"{prefix}order": ("by_head", "longest_first")}
     if piece == "forward":
         group = shape.heads_q // max(shape.heads_kv, 1)
-        if modern and not why_not_specialised(spec):
+        if target.has_descriptors and not why_not_specialised(spec):
             forms["warp_specialize"] = (False, True)
         pack = group > 1 and not why_not_packed(spec, facts(spec))
-        if shape.n_q * (group if pack else 1) <= DECODE_ROWS:  # as `attngen.schedule.legality.decode_choice` counts
+        if shape.n_q * (group if pack else 1) <= DECODE_ROWS:  # as `decode_choice` counts
             forms["split"] = (1, 2, 4, 8, 16, 32, 64, "stream")
             forms |= {"pack": (False, True)} if pack else {}
     return forms
@@ -125,11 +126,11 @@ def gpu_space(
             reason = _tile_reason(prefix, m, n, warps, depth, shape, element, target)
             if reason and tile != chosen.get(prefix):
                 return reason
-            own = {f.name: point[prefix + f.name] for f in fields(Tile) if prefix + f.name in point}
-            if reason := why_not(KERNEL_OF[prefix], Tile(**own), target):
+            own = {name: point[prefix + name] for name in TILE_FIELDS if prefix + name in point}
+            if reason := why_not_targeted(KERNEL_OF[prefix], Tile(**own), target):
                 return prefix + reason
-        if point.get("split", 1) != 1 and (point.get("persistent") or point.get("order") == "longest_first"):
-            return "split: shares out the tiles itself, without persistent programs or another order"
+        if reason := why_not_split(point.get("split"), point.get("persistent"), point.get("order")):
+            return f"split: {reason}"
         if point.get("pack") is False and point["block_m"] > max(rows[-1], begin["block_m"]):
             return f"block_m: {point['block_m']} rows, and a head alone has {shape.n_q}"
         return None

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend
 from attngen.language.call import bind
 from attngen.plan.stream_k import balance
 from attngen.schedule import Target, choice
-from attngen.schedule.legality import even_splits
+from attngen.schedule.decode import even_splits
 from benchmarks import stream_k as benchmark
 from benchmarks.stream_k import (
     BANDWIDTH,

@@ -12,8 +12,8 @@ from attngen.analysis import facts
 from attngen.inspect.cross import cross_compile
 from attngen.language.call import bind
 from attngen.language.lists import TileLists
-from attngen.schedule.defaults import decode_tile
-from attngen.schedule.legality import decode_choice, even_splits, why_not_packed
+from attngen.schedule.decode import decode_choice, decode_tile, even_splits
+from attngen.schedule.legality import why_not_packed
 from tests.list_cases import tile_lists
 
 SINK = ag.Tensor("sink", 1)
@@ -125,7 +125,7 @@ def test_the_models_choice_fills_the_processors() -> None:
         return decode_choice(call, facts(spec), 132)
 
     one = choice(ag.Spec(), 1, 1, 65536)
-    assert one.pack and one.block_m == 16 and isinstance(one.split, int) and one.split > 8
+    assert one.pack and one.forward.block_m == 16 and isinstance(one.split, int) and one.split > 8
     assert choice(RAGGED, 2, 1, 65536, length=torch.zeros(2, dtype=torch.int32)).split == "stream"
     assert choice(ag.Spec(mask="j < i + h"), 1, 1, 65536).pack is False
     assert choice(ag.Spec(), 1, 512, 512) == ag.Schedule()

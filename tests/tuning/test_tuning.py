@@ -506,11 +506,11 @@ def test_races_take_turns_and_respect_patience():
     clock, order = Clock(), []
 
     def build(schedule):
-        cost = schedule.block_m / 1000
+        cost = schedule.forward.block_m / 1000
 
         def attention(q, k, v, **captures):
             if ready:
-                order.append(schedule.block_m)
+                order.append(schedule.forward.block_m)
                 clock.now += cost
             return right(schedule)(q, k, v)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -31,35 +31,19 @@ from attngen.language.call import Call
 from attngen.language.expression import Load, S, evaluate, uniform
 from attngen.language.lists import RowLists, TileLists
 from attngen.plan.stream_k import stream_k
-from attngen.schedule import Schedule, fit
+from attngen.schedule import Schedule
+from attngen.schedule.defaults import CPU_CHUNK, CPU_ROWS
 from attngen.state import softmax as state
 
 LOG2E = 1 / math.log(2)
-ROWS, CHUNK = 128, 1024  # default tile: its logits stay in a core's second-level cache
 LARGEST_MASK = 2**24  # elements of a tile's masks up to which all are held at once
-
-
-def default_schedule(call: Call, facts: Facts) -> Schedule:
-    """Query rows per head and keys per chunk of the forward (block_m, block_n) and the backward (dq_block_m, dq_block_n)."""
-    # Closed forms cost nothing to find, so that short tiles waste least; where data decides, each tile has to be looked at.
-    most = ROWS if not facts.spec.tensors else 2 * ROWS
-    rows = min(max(32, most // _power_of_two(call.group)), max(32, _power_of_two(call.q.shape[2])))
-    return Schedule(block_m=rows, block_n=CHUNK, dq_block_m=rows, dq_block_n=CHUNK)
-
-
-def fitted(schedule: Schedule, call: Call, pins: Schedule) -> Schedule:
-    """The schedule with query tiles that divide listed ones; chunks of keys are runs of them. ScheduleError for a pin."""
-    if not isinstance(call.spec.lists, TileLists):
-        return schedule
-    chunk = max(schedule.block_n or CHUNK, schedule.dq_block_n or CHUNK)
-    return fit(schedule, replace(call.spec.lists, block_n=chunk), pins)
 
 
 def forward(call: Call, facts: Facts, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse, see `attngen.backends`. InputError if an attended pair loads outside a captured tensor."""
     if isinstance(call.spec.lists, RowLists):
         return cpu_rows.forward(call, facts)
-    work = Work(call, facts, schedule.block_m or ROWS, schedule.block_n or CHUNK)
+    work = Work(call, facts, schedule.forward.block_m or CPU_ROWS, schedule.forward.block_n or CPU_CHUNK)
     out, lse = _forward(work, schedule)
     return (out, lse) if work.finite else _forward(work, schedule)
 
@@ -68,7 +52,7 @@ def forward_storing(call: Call, facts: Facts, schedule: Schedule) -> tuple[torch
     """`forward`, and the weights P [B, Hq, Nq, Nk] for `backward_stored`; where values are not finite they are empty, so that
     the backward computes them with care.
     """
-    work = Work(call, facts, schedule.block_m or ROWS, schedule.block_n or CHUNK)
+    work = Work(call, facts, schedule.forward.block_m or CPU_ROWS, schedule.forward.block_n or CPU_CHUNK)
     weights = torch.zeros((*call.q.shape[:3], call.n_k), dtype=work.real)
     out, lse = _forward(work, Schedule(split=1), weights)
     if work.finite:
@@ -121,7 +105,7 @@ def _backward(
     grad_lse: torch.Tensor,
     wanted: list[str],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    work = Work(call, facts, schedule.dq_block_m or ROWS, schedule.dq_block_n or CHUNK)
+    work = Work(call, facts, schedule.dq.block_m or CPU_ROWS, schedule.dq.block_n or CPU_CHUNK)
     work.finite = all(bool(t.sum(dtype=work.real).isfinite()) for t in (work.q, work.k, work.v, grad_out))
     real, pairs, jobs = work.real, work.k.shape[0] * work.k.shape[1], work.jobs()
     delta = torch.empty(call.q.shape[:3], dtype=real)
@@ -326,7 +310,9 @@ def _forward(work: Work, schedule: Schedule, weights: torch.Tensor | None = None
     `weights`.
     """
     outputs = work.k.shape[1] * work.q.shape[0] * -(-work.q.shape[2] // work.block_m)
-    few = outputs < torch.get_num_threads() and work.keys.visited > 4 * CHUNK  # a long context, and cores without work
+    few = (
+        outputs < torch.get_num_threads() and work.keys.visited > 4 * CPU_CHUNK
+    )  # a long context, and cores without work
     if schedule.split not in (None, 1) or (schedule.split is None and few):
         return _forward_split(work, schedule.split or "stream", schedule.programs or torch.get_num_threads())
     out = empty((*work.q.shape[:3], work.v.shape[3]), work.q.dtype)
@@ -627,7 +613,3 @@ def _reaching(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     result = product(values.masked_fill(broken, 0).contiguous(), weights)
     reached = product(broken.to(values.dtype).contiguous(), (weights != 0).to(values.dtype)) > 0
     return result.masked_fill_(reached, math.nan)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
