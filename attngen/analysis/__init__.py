@@ -5,25 +5,14 @@
 Every stage errs on one side only: a tile called empty has no attended pair, a tile called full has no masked one.
 """
 
-from __future__ import annotations
-
-from collections import OrderedDict
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
-
-import sympy
-
 from attngen.analysis.cost import GPUS, Cost, Gpu
+from attngen.analysis.facts import Facts, facts
 from attngen.analysis.intervals import Interval
-from attngen.analysis.order import BEGIN, BLOCK, END, FIRST, LAST, ZERO, Order
+from attngen.analysis.maps import tile_map
+from attngen.analysis.order import BEGIN, BLOCK, END, FIRST, LAST
 from attngen.analysis.tables import Axis, Table
-from attngen.analysis.tiles import EMPTY, FULL, PARTIAL, paint, run, tile_map
-from attngen.analysis.walk import Segment, Walk, WalkProgram, walk_keys, walk_queries
-from attngen.language.expression import Load, S, is_int, loads, to_text
-
-if TYPE_CHECKING:
-    from attngen.language.spec import Spec
+from attngen.analysis.tiles import EMPTY, FULL, PARTIAL, paint, run
+from attngen.analysis.walk import Segment, Walk, WalkProgram
 
 __all__ = [
     "BEGIN",
@@ -49,106 +38,3 @@ __all__ = [
     "run",
     "tile_map",
 ]
-
-
-@dataclass(frozen=True, eq=False)
-class Facts:
-    """What is known of a spec for every call; parts are worked out when first asked for."""
-
-    spec: Spec
-
-    @cached_property
-    def walk_keys(self) -> Walk:
-        """A tile of queries walks the keys: the forward, and the backward of q."""
-        return walk_keys(self.spec.mask)
-
-    @cached_property
-    def walk_queries(self) -> Walk:
-        """A tile of keys walks the queries: the backward of k and v."""
-        return walk_queries(self.spec.mask)
-
-    @cached_property
-    def program_keys(self) -> WalkProgram:
-        """`walk_keys` in tile numbers, keys starting at position 0."""
-        return self.walk_keys.program()
-
-    @cached_property
-    def program_queries(self) -> WalkProgram:
-        """`walk_queries` in tile numbers, queries starting at position BEGIN."""
-        return self.walk_queries.program()
-
-    @cached_property
-    def positive(self) -> frozenset[str]:
-        """Names of int params that the analysis takes to be at least 1, because the mask divides positions by them."""
-        return frozenset(symbol.name for symbol in self.walk_keys.positive | self.walk_queries.positive)
-
-    @cached_property
-    def may_be_empty(self) -> bool:
-        """Whether some query, at any position, may have no key although there is one. False only if that is proved."""
-        order = Order(self.walk_keys.positive)
-        for interval in self.walk_keys.live:
-            always = interval.when == sympy.true and self.walk_keys.exact_live
-            if always and order.less_equal(interval.low, ZERO) and order.less(ZERO, interval.high):
-                return False  # it holds key 0
-        return True
-
-    @cached_property
-    def score_ds(self) -> Any:
-        """d score / d s."""
-        return self.spec.score.diff(S)
-
-    @cached_property
-    def load_grads(self) -> dict[str, tuple[tuple[Load, Any], ...]]:
-        """For each float tensor in the score, its loads and d score / d load."""
-        return _load_gradients(self.spec.score)
-
-    @cached_property
-    def sink_grads(self) -> dict[str, tuple[tuple[Load, Any], ...]]:
-        """For each float tensor in the sink, its loads and d sink / d load."""
-        return {} if self.spec.sink is None else _load_gradients(self.spec.sink)
-
-    def cost(self, **shape: Any) -> Cost:
-        """FLOPs, bytes, exps and the speed-of-light time of a call, see `attngen.analysis.cost.cost`."""
-        from attngen.analysis.cost import cost
-
-        return cost(self, **shape)
-
-    def __str__(self) -> str:
-        return "\n".join(
-            [
-                str(self.walk_keys),
-                str(self.walk_queries),
-                f"rows without a key: {'possible' if self.may_be_empty else 'none'}",
-                f"d score / d s = {to_text(self.score_ds)}",
-                *(
-                    f"d score / d {to_text(load)} = {to_text(slope)}"
-                    for pairs in self.load_grads.values()
-                    for load, slope in pairs
-                ),
-            ]
-        )
-
-
-_KNOWN: OrderedDict[str, Facts] = OrderedDict()
-
-
-def facts(spec: Spec) -> Facts:
-    """The facts of a spec, shared by equal specs."""
-    known = _KNOWN.get(spec.key)
-    if known is None:
-        known = _KNOWN[spec.key] = Facts(spec)
-        if len(_KNOWN) > 256:
-            _KNOWN.popitem(last=False)
-    return known
-
-
-def _load_gradients(expr: Any) -> dict[str, tuple[tuple[Load, Any], ...]]:
-    """Derivatives by each distinct load of a float tensor, all its occurrences taken together."""
-    found: dict[str, list[tuple[Load, Any]]] = {}
-    for load in loads(expr):
-        if is_int(load):
-            continue
-        site = sympy.Dummy("load", real=True)
-        slope = expr.xreplace({load: site}).diff(site).xreplace({site: load})
-        found.setdefault(load.name, []).append((load, slope))
-    return {name: tuple(pairs) for name, pairs in found.items()}

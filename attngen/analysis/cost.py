@@ -9,16 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from attngen.analysis.tables import Axis
 from attngen.analysis.tiles import check_positive, run
+from attngen.analysis.walk import Walk, WalkProgram
 from attngen.errors import InputError
+from attngen.language.spec import Spec
 
-if TYPE_CHECKING:
-    from attngen.analysis import Facts
+
+class Walked(Protocol):
+    """What the cost reads of a spec's `Facts`: how a tile of queries walks the keys."""
+
+    @property
+    def spec(self) -> Spec: ...
+
+    @property
+    def walk_keys(self) -> Walk: ...
+
+    @property
+    def program_keys(self) -> WalkProgram: ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,7 @@ class Cost:
 
 
 def cost(
-    facts: Facts,
+    facts: Walked,
     *,
     batch: int,
     heads_q: int,
@@ -133,7 +145,7 @@ def cost(
 
 
 def visited_pairs(
-    facts: Facts,
+    facts: Walked,
     batch: int,
     heads: int,
     n_q: int,
