@@ -60,7 +60,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "compile": "attngen.runtime.attention",
     "CompiledAttention": "attngen.runtime.attention",
-    "oracle": "attngen.reference.dense",
+    "oracle": "attngen.reference.oracle",
     "tile_map": "attngen.analysis",
     "facts": "attngen.analysis",
     "cross_compile": "attngen.inspect.cross",

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from attngen.reference.dense import oracle, plain
+from attngen.reference.dense import plain
+from attngen.reference.oracle import oracle
 from benchmarks.case import FORWARD
 from benchmarks.work import Inputs
 

@@ -9,11 +9,27 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from attngen.errors import AttngenError, InputError
+import attngen
+from attngen.analysis import tile_map
+from attngen.errors import AttngenError, InputError, ScheduleError
+from attngen.inspect import picture
+from attngen.inspect.cross import FORWARD_ONLY, VARIANTS, cross_compile
+from attngen.language.files import read_spec
+from attngen.language.patterns import causal
+from attngen.language.schedule import Schedule
+from attngen.language.spec import Spec
+from attngen.reference.oracle import oracle
+from attngen.runtime.attention import compile as compile_spec
+from attngen.schedule.choice import why_not_readable
+from attngen.store import Shape as Sizes
+from attngen.store import cache_folder, default_path, open_store
+from attngen.tuning import tune as tune_spec
+from attngen.tuning.captures import make_captures
 
 app = typer.Typer(
     add_completion=False,
@@ -57,10 +73,6 @@ def show(
     """Show a mask as the kernel will treat it: full, partial and empty tiles, and the density. Of a spec with keys: the pairs
     that batch 0, head 0 attends, with whatever the key set takes at the call made up.
     """
-    from attngen.analysis import tile_map
-    from attngen.inspect import picture
-    from attngen.language.files import read_spec
-
     value = read_spec(spec)
     keyed = value.keys is not None
     n = (1024 if keyed else 4096) if n is None else n
@@ -92,9 +104,6 @@ def explain(
     db: Database = None,
 ) -> None:
     """Say what attngen would do with this attention on this machine, and why."""
-    from attngen.language.files import read_spec
-    from attngen.runtime.attention import compile as compile_spec
-
     value = read_spec(spec)
     captures = _captures(value, shape, set_)
     q, k, v = _inputs(shape, dtype)
@@ -115,12 +124,6 @@ def compile_(
     out: Annotated[Path | None, typer.Option(help="Write source, PTX and cubin into this folder.")] = None,
 ) -> None:
     """Compile for GPUs that need not be here: registers, spills, shared memory and instructions per loop of each kernel."""
-    from attngen.errors import ScheduleError
-    from attngen.inspect.cross import FORWARD_ONLY, VARIANTS, cross_compile
-    from attngen.language.files import read_spec
-    from attngen.runtime.attention import compile as compile_spec
-    from attngen.schedule import Schedule
-
     value, element = read_spec(spec), _dtype(dtype)
     if source:
         attention = compile_spec(value)
@@ -177,9 +180,6 @@ def tune(
     db: Database = None,
 ) -> None:
     """Search for the fastest schedule and remember it. Ctrl-C keeps what was learned."""
-    from attngen.language.files import read_spec
-    from attngen.tuning import tune as tune_spec
-
     report = tune_spec(
         read_spec(spec),
         shapes=shape or ["B1 H8 N4096 D64"],
@@ -196,8 +196,6 @@ def tune(
 @db_app.command(epilog="Example: [b]attngen db ls[/b]")
 def ls(db: Database = None) -> None:
     """List the records: the user's own and the shipped ones."""
-    from attngen.store import open_store
-
     records = sorted(
         open_store(db).records(shipped=True), key=lambda r: (r.key.device, r.key.spec_key, r.key.piece, r.key.buckets)
     )
@@ -216,25 +214,18 @@ def ls(db: Database = None) -> None:
 @db_app.command(epilog="Example: [b]attngen db export records.jsonl[/b]")
 def export(path: Path, db: Database = None) -> None:
     """Write all own records into a text file, sorted, one a line."""
-    from attngen.store import open_store
-
     console.print(f"{open_store(db).export_to(path)} records written: {path}")
 
 
 @db_app.command(name="import", epilog="Example: [b]attngen db import records.jsonl[/b]")
 def import_(path: Path, db: Database = None) -> None:
     """Merge records from a text file; the better of two records of one key stays."""
-    from attngen.store import open_store
-
     console.print(f"{open_store(db).import_from(path)} records merged from {path}")
 
 
 @db_app.command(epilog="Example: [b]attngen db verify[/b]")
 def verify(db: Database = None) -> None:
     """Check the database: readable, known schema, every record's values in range."""
-    from attngen.schedule.choice import why_not_readable
-    from attngen.store import open_store
-
     problems = open_store(db).verify(legal=lambda record: why_not_readable(record.schedule))
     for problem in problems:
         console.print(problem, markup=False)
@@ -245,8 +236,6 @@ def verify(db: Database = None) -> None:
 @app.command(epilog="Example: [b]attngen doctor[/b]")
 def doctor() -> None:
     """Versions, devices, folders, and what works on this machine."""
-    import attngen
-
     table = Table(show_header=False, box=None)
     table.add_row("attngen", attngen.__version__)
     table.add_row("Python", f"{platform.python_version()} on {platform.platform()}")
@@ -294,8 +283,6 @@ def main() -> None:
 
 
 def _dtype(name: str) -> Any:
-    import torch
-
     known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if name not in known:
         raise InputError("--dtype", f"one of {', '.join(known)}", name)
@@ -303,10 +290,6 @@ def _dtype(name: str) -> Any:
 
 
 def _inputs(shape: str, dtype: str) -> Any:
-    import torch
-
-    from attngen.store import Shape as Sizes
-
     sizes = Sizes.of(shape)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return [
@@ -321,11 +304,6 @@ def _inputs(shape: str, dtype: str) -> Any:
 
 def _captures(spec: Any, shape: str, assignments: list[str] | None) -> dict[str, Any]:
     """The spec's captures: those given by --set, and made-up ones, which is said."""
-    import torch
-
-    from attngen.store import Shape as Sizes
-    from attngen.tuning.captures import make_captures
-
     given: dict[str, Any] = {}
     for assignment in assignments or []:
         name, _, text = assignment.partition("=")
@@ -366,14 +344,10 @@ def _write_kernel(folder: Path, kernel: Any) -> None:
 
 
 def _folders() -> dict[str, str]:
-    from attngen.store import cache_folder, default_path
-
     return {"cache folder": str(cache_folder()), "database": str(default_path())}
 
 
 def _check_gpu() -> str:
-    import torch
-
     if not torch.cuda.is_available():
         return "none here: the CPU backend runs, kernels are cross-compiled"
     properties = torch.cuda.get_device_properties(0)
@@ -381,13 +355,6 @@ def _check_gpu() -> str:
 
 
 def _check_backend(backend: str) -> str:
-    import torch
-
-    from attngen.language.patterns import causal
-    from attngen.language.spec import Spec
-    from attngen.reference.dense import oracle
-    from attngen.runtime.attention import compile as compile_spec
-
     spec = Spec(mask=causal())
     q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
     error = (compile_spec(spec, backend=backend)(q, k, v) - oracle(spec, q, k, v)[0]).abs().max().item()
@@ -397,18 +364,10 @@ def _check_backend(backend: str) -> str:
 
 
 def _check_cross() -> str:
-    import torch
-
-    from attngen.inspect.cross import cross_compile
-    from attngen.language.patterns import causal
-    from attngen.language.spec import Spec
-
     kernels = cross_compile(Spec(mask=causal()), target="sm_90", dtype=torch.float16, head_dim=64, passes=("forward",))
     return f"works ({kernels[0].registers} registers, {kernels[0].spills} spills)"
 
 
 def _check_store() -> str:
-    from attngen.store import open_store
-
     store = open_store()
     return f"{len(store.records())} records"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from attngen.errors import InputError
-
-if TYPE_CHECKING:
-    from attngen.language.spec import Spec
+from attngen.language.spec import Spec
+from attngen.reference.keysets import attended
+from attngen.reference.samples import made_up
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 LEGEND = "█ full tile   ▒ partial tile   · empty tile"
@@ -27,9 +27,6 @@ def of_keys(
     """Tiles that a spec with a key set attends: int8 [tiles_q, tiles_k], 0 no pair, 1 some, 2 all; and what was made up for
     it, in words: q, k, and the captures of the key set. From the definition, not from a kernel. InputError.
     """
-    from attngen.reference.keysets import attended
-    from attngen.reference.samples import made_up
-
     if not 1 <= max(n_q, n_k) <= MOST or min(n_q, n_k) < 1:
         raise InputError("-n", f"1 to {MOST} queries and keys, to draw every pair of a key set", (n_q, n_k))
     generator = torch.Generator().manual_seed(0)

@@ -184,3 +184,8 @@ def _check_offset(q_offset: Any, q: torch.Tensor) -> Any:
     if not -LARGEST_POSITION < q_offset < LARGEST_POSITION:
         raise InputError("q_offset", "an int of at most 28 bits", q_offset)
     return q_offset
+
+
+def offset_column(call: Call) -> Any:
+    """q_offset so that it adds to [B, H, N]."""
+    return call.q_offset.view(-1, 1, 1) if isinstance(call.q_offset, torch.Tensor) else call.q_offset

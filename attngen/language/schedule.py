@@ -72,7 +72,8 @@ class Schedule:
 
     forward, dq, dkv: a `Tile` for the forward and for the backward's two passes (a query tile walking keys; a key tile walking
         queries). A tile's fields can be written flat too, as spec files and records do: `Schedule(block_m=64)` is
-        `Schedule(forward=Tile(block_m=64))`, and `dq_block_m=`, `dkv_num_warps=`, ... are those of the other two.
+        `Schedule(forward=Tile(block_m=64))`, and `dq_block_m=`, `dkv_num_warps=`, ... are those of the other two. Next to a
+        whole tile a flat field replaces that tile's, so that `dataclasses.replace(schedule, block_m=32)` works.
     split: into how many parts a forward program's keys are cut, each a partial state that a second launch merges (1: not at
         all), or "stream": equal runs of key tiles over `programs` programs whatever the lengths (stream-K; None: one per SM).
     pack: forward rows are (query, head) pairs of the heads that share keys, so that keys are read once per kv head.
@@ -165,22 +166,20 @@ _FLAT = {PREFIXES[kernel] + name: (kernel, name) for kernel in KERNELS for name 
 
 
 def _with_flat(tiles: Mapping[str, Tile | None], flat: Mapping[str, Any]) -> dict[str, Tile]:
-    """The three tiles, with what was written flat: "dq_block_m" is `block_m` of dq."""
+    """The three tiles, under what was written flat: "dq_block_m" is `block_m` of dq."""
     for kernel, tile in tiles.items():
         if not isinstance(tile, Tile | None):
             hint = f"{PREFIXES[kernel]}block_m=..."
             raise ScheduleError(f"{kernel}: expected a Tile, got {tile!r}; one field alone is written {hint}")
-    decided: dict[str, dict[str, Any]] = {kernel: {} for kernel in KERNELS}
+    given: dict[str, dict[str, Any]] = {kernel: {} for kernel in KERNELS}
     for name, value in flat.items():
         if name not in _FLAT:
             raise ScheduleError(_unknown(name))
         kernel, field = _FLAT[name]
         if value is not None:
             _check(name, field, value)
-            if getattr(tiles[kernel], field, None) not in (None, value):
-                raise ScheduleError(f"{name}: expected once, got {value!r} and another value in {kernel}=")
-            decided[kernel][field] = value
-    return {kernel: Tile(**decided[kernel]).over(tiles[kernel] or Tile()) for kernel in KERNELS}
+        given[kernel][field] = value
+    return {kernel: replace(tiles[kernel] or Tile(), **given[kernel]) for kernel in KERNELS}
 
 
 def _unknown(name: str) -> str:

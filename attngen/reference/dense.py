@@ -1,4 +1,4 @@
-"""The reference: dense attention in float64, straight from the definition. Slow, O(Nq * Nk) memory, any device."""
+"""Dense attention, straight from the definition. Slow, O(Nq * Nk) memory, any device."""
 
 from __future__ import annotations
 
@@ -9,28 +9,8 @@ import torch
 
 from attngen.language.call import Call, bind
 from attngen.language.expression import Load, S, evaluate, tensor_of, uniform
+from attngen.language.lists import as_log_weight, without_pages
 from attngen.language.spec import Spec
-
-
-def oracle(
-    spec: Spec,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    q_offset: int | torch.Tensor = 0,
-    **captures: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense float64 attention; differentiable by autograd in q, k, v and float captures.
-
-    q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] of any dtype. Returns out [B, Hq, Nq, Dv] and lse [B, Hq, Nq],
-    both float64; a row that sees no key has out 0 and lse -inf. Raises InputError for arguments that do not fit the spec.
-    """
-    if spec.keys is not None:
-        from attngen.reference.keysets import oracle_of_keys
-
-        return oracle_of_keys(spec, q, k, v, q_offset, captures)
-    return _written_out(bind(spec, q, k, v, q_offset=q_offset, captures=captures), torch.float64)
 
 
 def plain(
@@ -42,16 +22,16 @@ def plain(
     q_offset: int | torch.Tensor = 0,
     **captures: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by ordinary PyTorch operations in q's own dtype: the yardstick for the error of half types."""
-    return _written_out(bind(spec, q, k, v, q_offset=q_offset, captures=captures), q.dtype)
+    """out and lse of a spec without a key set by ordinary PyTorch operations in q's own dtype: the yardstick for the error of
+    half types.
+    """
+    return written_out(bind(spec, q, k, v, q_offset=q_offset, captures=captures), q.dtype)
 
 
-def _written_out(call: Call, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def written_out(call: Call, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """`dense`, with lists as weights of all pairs and pages as rows."""
     if call.spec.page_size is None and call.spec.lists is None:
         return dense(call, dtype)
-    from attngen.language.lists import as_log_weight, without_pages
-
     log_weight = as_log_weight(call)
     return dense(without_pages(call), dtype, None if log_weight is None else log_weight.to(dtype))
 

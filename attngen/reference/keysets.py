@@ -5,49 +5,27 @@ nothing of the fast path. For tests and small inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from attngen.errors import InputError
-from attngen.language.call import Call
-from attngen.plan.keysets.base import offset_column
-from attngen.reference.dense import dense, dense_env
-from attngen.reference.edges import COPIED
+from attngen.language.call import Call, bind, offset_column
+from attngen.language.expression import evaluate, tensor_of
+from attngen.language.spec import Spec
+from attngen.plan.keysets.call import split
+from attngen.plan.keysets.hyper import Draws
+from attngen.reference.dense import dense_env
 from attngen.reference.edges import DEFINITIONS as OF_EDGES
 from attngen.reference.tiles import DEFINITIONS as OF_TILES
 
-if TYPE_CHECKING:
-    from attngen.language.spec import Spec
-
 Weights = tuple[torch.Tensor, torch.Tensor | None]  # log-weight and gain, broadcasting to [B, Hq, Nq, Nk]
-
-
-def oracle_of_keys(
-    spec: Spec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_offset: Any, captures: Mapping[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`ag.oracle` for a spec with a key set."""
-    from attngen.plan.keysets.call import split
-
-    call, given = split(spec, q, k, v, q_offset, captures)
-    assert spec.keys is not None
-    if spec.keys.name == "union":
-        return _union(call, given)
-    if spec.keys.name in COPIED:
-        call = COPIED[spec.keys.name](spec.keys, call, given)
-    with q.device:  # the definitions make tensors of their own
-        log_weight, gain = DEFINITIONS[spec.keys.name](spec.keys, call, given)
-    return dense(call, torch.float64, log_weight, gain)
 
 
 def attended(
     spec: Spec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_offset: Any, captures: Mapping[str, Any]
 ) -> torch.Tensor:
     """Which pairs a spec attends: bool [B, Hq, Nq, Nk]."""
-    from attngen.language.call import bind
-    from attngen.language.expression import evaluate, tensor_of
-    from attngen.plan.keysets.call import split
-
     if spec.keys is None:
         call, given = bind(spec, q, k, v, q_offset=q_offset, captures=captures), dict[str, Any]()
     else:
@@ -110,8 +88,6 @@ def _gather(keys: Any, call: Call, given: Mapping[str, Any]) -> Weights:
 
 def _hyper(keys: Any, call: Call, given: Mapping[str, Any]) -> Weights:
     """1 inside a block, (times drawn) * (keys outside) / (draws outside) elsewhere; the random numbers are the call's."""
-    from attngen.plan.keysets.hyper import Draws
-
     n_q, n_k = call.q.shape[2], call.k.shape[2]
     weights = torch.zeros((*call.q.shape[:2], n_q, n_k), dtype=torch.float64)
     layout = keys.layout(call.spec, n_q, n_k)
@@ -212,30 +188,6 @@ def _clipped(u: torch.Tensor, seen: torch.Tensor, k: int) -> torch.Tensor:
     tau = (total - (k - ones.sum(-1, keepdim=True))) / size.clamp(min=1)
     p = torch.where(ones, 1.0, torch.where(part, u - tau, 0.0))
     return torch.where(few, seen.double(), p)
-
-
-def _union(call: Call, given: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The softmax over all pieces' logits together, from each piece's own."""
-    from attngen.language.expression import evaluate, tensor_of
-    from attngen.reference.dense import oracle
-
-    keys = call.spec.keys
-    results = []
-    for spec in keys.specs:  # type: ignore[union-attr]
-        names = {*spec.tensors, *spec.params, *(() if spec.keys is None else spec.keys.captures())}
-        both = {n: value for n, value in {**call.captures, **call.params, **given}.items() if n in names}
-        results.append(oracle(spec, call.q, call.k, call.v, q_offset=call.q_offset, **both))
-    if call.spec.sink is not None:
-        env = dense_env(call, torch.float64)
-        sink = tensor_of(evaluate(call.spec.sink, env, real=torch.float64), call.q.device).double()
-        sink = sink.expand(*call.q.shape[:3], 1).squeeze(-1)
-        results.append((torch.zeros_like(results[0][0]), sink))
-    lses = torch.stack([lse for _, lse in results])
-    none = lses.isneginf().all(0)
-    lse = torch.where(none, -torch.inf, torch.logsumexp(torch.where(none, 0.0, lses), 0))
-    weights = torch.where(lses.isneginf(), 0.0, torch.exp(lses - torch.where(none, 0.0, lse)))
-    out = sum(weight.unsqueeze(-1) * piece for weight, (piece, _) in zip(weights, results, strict=True))
-    return out, lse  # type: ignore[return-value]
 
 
 DEFINITIONS: dict[str, Callable[[Any, Call, Mapping[str, Any]], Weights]] = {

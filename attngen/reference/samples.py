@@ -8,6 +8,7 @@ import torch
 
 from attngen.errors import InputError
 from attngen.plan.keysets.base import KeySet
+from attngen.plan.keysets.estimate import estimate
 
 
 def made_up(keys: KeySet, q: torch.Tensor, k: torch.Tensor, q_offset: int = 0) -> tuple[dict[str, Any], list[str]]:
@@ -91,8 +92,6 @@ class _Maker:
         return torch.cat([near, far], -1), f"distances below {near.shape[2]} and 6 random ones"
 
     def estimate(self) -> Any:
-        from attngen.plan.keysets.estimate import estimate
-
         block = self.keys.block  # type: ignore[attr-defined]
         return estimate(self.q, self.k, block=block, budget=4 * block, q_offset=self.q_offset), "of these q and k"
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from attngen.language.call import Call
+from attngen.analysis import tile_map
+from attngen.language.call import Call, offset_column
 from attngen.language.expression.evaluate import uniform
-from attngen.plan.keysets.base import offset_column
 
 Weights = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -151,8 +151,6 @@ def _spread(kind: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 def _pruned(keys: Any, call: Call, given: Mapping[str, Any]) -> Weights:
     """The rule of `ag.pruned`, tile by tile."""
-    from attngen.analysis import tile_map
-
     (batch, heads, n_q, _), n_k = call.q.shape, call.k.shape[2]
     tiles_q, tiles_k = _grid(call, keys.block)
     read = {symbol.name for symbol in call.spec.mask.free_symbols}

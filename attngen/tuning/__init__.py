@@ -3,8 +3,8 @@
     space     what may be chosen            search    the loop: suggest, refuse, measure, keep
     model     what is known beforehand      trials    Optuna's study
     measure   the worker and its protocol   bench     inside the worker: oracle check and timing
-    place     here, or a GPU by name        tuner     `tune` and its report
-    stopwatch seconds of one run, here or on a GPU; the benchmarks use it too
+    stopwatch seconds of one run            tuner     `tune` and its report
+    target_device   this machine's GPU or CPU by measuring, or a GPU by name
 
 Importing this package loads neither Optuna nor SQLAlchemy; `trials` does when a search starts.
 """

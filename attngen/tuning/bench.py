@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from attngen.language.spec import Spec
-from attngen.reference.dense import oracle, plain
+from attngen.reference.dense import plain
+from attngen.reference.oracle import oracle
+from attngen.runtime.attention import compile as compile_spec
 from attngen.schedule import Schedule
 from attngen.store import Shape
 from attngen.tuning.captures import make_captures
@@ -110,8 +112,6 @@ class Bench:
         return times
 
     def _compile(self, schedule: Schedule) -> Attention:
-        from attngen.runtime.attention import compile as compile_spec
-
         return compile_spec(self.spec, schedule=schedule, backend="cpu" if self.device.type == "cpu" else "triton")
 
     def _candidate(self, attention: Attention) -> Candidate:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from attngen.language.schedule import PREFIXES
 from attngen.schedule import Target
 from attngen.store import Shape
-from attngen.tuning.measure import Outcome
+from attngen.tuning.measure import Outcome, WorkerDied
 from attngen.tuning.space import PIECES, Point
 
 LAUNCH = 5e-6  # seconds, the least a kernel takes
@@ -237,9 +238,6 @@ class ModelMeasurer:
 
 def compiled_by(worker: Any, prefixes: Sequence[str]) -> Callable[[Point], dict[str, Resources]]:
     """Cross-compile in a worker process: a compiler may crash or hang as well as a kernel."""
-    from attngen.tuning.measure import WorkerDied
-
-    kernels = {"forward": "", "dq": "dq_", "dkv": "dkv_"}
 
     def compiled(point: Point) -> dict[str, Resources]:
         try:
@@ -250,7 +248,7 @@ def compiled_by(worker: Any, prefixes: Sequence[str]) -> Callable[[Point], dict[
             raise Uncompilable(f"does not compile: {answer['reason']}")
         found: dict[str, Resources] = {}
         for kernel in answer["kernels"]:
-            prefix = kernels.get(kernel["name"], "none")
+            prefix = PREFIXES.get(kernel["name"], "none")
             if prefix in prefixes:
                 warps = point[prefix + "num_warps"]
                 found[prefix] = Resources(kernel["registers"], kernel["spills"], kernel["shared"], warps)

@@ -23,10 +23,10 @@ from attngen.store import Found, Key, Record, Shape, Store, cache_folder, open_s
 from attngen.tuning.captures import make_captures, save_captures
 from attngen.tuning.measure import Measurer, Worker, WorkerMeasurer
 from attngen.tuning.model import ModelMeasurer
-from attngen.tuning.place import Place, find_place
 from attngen.tuning.progress import Watch, shown, time_text
 from attngen.tuning.search import NoModel, Result, Search, count
 from attngen.tuning.space import PIECES, Point, Space
+from attngen.tuning.target_device import TargetDevice, find_target_device
 from attngen.tuning.trials import Trials, Tried
 
 Shapes = Iterable[Shape | str | Mapping[str, int] | Sequence[Any]]
@@ -132,8 +132,8 @@ def tune(
     spec = Spec.from_text(spec) if isinstance(spec, str) else spec
     sizes = [Shape.of(shapes)] if isinstance(shapes, (Shape, str)) else [Shape.of(shape) for shape in shapes]
     _check_arguments(spec, sizes, trials, pieces, captures)
-    place = find_place(target, device)
-    dtype = dtype or (torch.float32 if place.target is None else torch.bfloat16)
+    target_device = find_target_device(target, device)
+    dtype = dtype or (torch.float32 if target_device.target is None else torch.bfloat16)
     store = open_store(db)
     deadline = time.monotonic() + timeout if timeout is not None else float("inf")
     results: list[Tuned] = []
@@ -142,7 +142,7 @@ def tune(
         for piece in pieces:
             if interrupted or (results and time.monotonic() >= deadline):
                 break
-            job = Job(spec, piece, shape, dtype, place, captures or {}, seed, candidate_timeout)
+            job = Job(spec, piece, shape, dtype, target_device, captures or {}, seed, candidate_timeout)
             if not job.has_choices():
                 continue
             with shown(f"{piece} {shape}", progress) as watch:
@@ -159,7 +159,7 @@ def tune(
             results.append(tuned)
             interrupted = tuned.result.ended == "interrupted"
     made_up = tuple(name for name in (*spec.params, *spec.tensors) if name not in (captures or {}))
-    return TuneReport(tuple(results), place.device.name, place.kind, store.path, interrupted, made_up)
+    return TuneReport(tuple(results), target_device.device.name, target_device.kind, store.path, interrupted, made_up)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,15 +170,15 @@ class Job:
     piece: str
     shape: Shape
     dtype: torch.dtype
-    place: Place
+    target_device: TargetDevice
     captures: Mapping[str, Any]
     seed: int
     limit: float
 
     @property
     def key(self) -> Key:
-        place = self.place
-        return Key.of(self.spec.key, self.piece, str(self.dtype), self.shape, place.device, place.versions)
+        device, versions = self.target_device.device, self.target_device.versions
+        return Key.of(self.spec.key, self.piece, str(self.dtype), self.shape, device, versions)
 
     @cached_property
     def values(self) -> dict[str, Any]:
@@ -188,7 +188,7 @@ class Job:
     @cached_property
     def space(self) -> tuple[Space, Schedule]:
         """What may be chosen, and the complete schedule that a point changes."""
-        return self.place.space(self)
+        return self.target_device.space(self)
 
     def has_choices(self) -> bool:
         """The CPU backend has nothing to choose for some pieces."""
@@ -196,19 +196,24 @@ class Job:
 
     def study(self, space: Space) -> str:
         """The study's name: the record's key, the exact shape, what may be chosen, and whether it is measured."""
-        identity = [repr(self.key), repr(self.shape), self.place.kind, {n: list(v) for n, v in space.choices.items()}]
+        identity = [
+            repr(self.key),
+            repr(self.shape),
+            self.target_device.kind,
+            {n: list(v) for n, v in space.choices.items()},
+        ]
         return "attngen " + hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
 
     def request(self, base: Schedule, folder: Path) -> dict[str, Any]:
         """The worker's first request."""
-        place = self.place
+        where, target = self.target_device.torch_device, self.target_device.target
         return {
             "op": "job",
             "spec": self.spec.text,
             "shape": str(self.shape),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "device": str(place.torch_device) if place.torch_device is not None else None,
-            "target": place.target.name if place.target is not None else None,
+            "device": str(where) if where is not None else None,
+            "target": target.name if target is not None else None,
             "piece": self.piece,
             "base": base.decided(),
             "seed": self.seed,
@@ -233,7 +238,7 @@ def _tune_one(
     name = job.study(space)
     study = Trials(_storage(storage, name), name, job.seed)
     today = _todays(store, job.key)
-    if today is not None and today.key == job.key and today.kind == job.place.kind:
+    if today is not None and today.key == job.key and today.kind == job.target_device.kind:
         finished = count(study.history())
         if finished.done >= trials:  # all is known: the same command again costs nothing
             finished.trials, finished.resumed = trials, finished.done
@@ -244,8 +249,10 @@ def _tune_one(
     measurer: Measurer | None = None
     saved: list[Record] = []
     try:
-        model = job.place.model(job, worker)
-        measurer = WorkerMeasurer(worker) if model is None or job.place.kind == "measured" else ModelMeasurer(model)
+        model = job.target_device.model(job, worker)
+        measurer = (
+            WorkerMeasurer(worker) if model is None or job.target_device.kind == "measured" else ModelMeasurer(model)
+        )
         search = Search(
             space,
             measurer,
@@ -308,7 +315,7 @@ def _record(job: Job, tried: Tried) -> Record:
         schedule=tried.point,
         seconds=_rounded(outcome.seconds),
         spread=_rounded(outcome.spread),
-        kind=job.place.kind,
+        kind=job.target_device.kind,
         error=_rounded(outcome.error),
         made_at=utc_now(),
         source=f"attngen tune, {job.shape}",

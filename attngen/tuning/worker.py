@@ -18,6 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from attngen.inspect.cross import cross_compile
+from attngen.language.schedule import Schedule
+from attngen.language.spec import Spec
+from attngen.store import Shape
+from attngen.tuning.bench import Bench
+from attngen.tuning.captures import load_captures
+
 Request = dict[str, Any]
 
 
@@ -45,8 +54,7 @@ def _status(problem: Exception) -> str:
 
 def _recover(problem: Exception) -> None:
     """After a fault on the GPU the process's context is lost: end, so that a new worker starts clean."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return
     try:
         torch.cuda.synchronize()
@@ -60,7 +68,7 @@ class Handlers:
     """The worker's state: one job."""
 
     def __init__(self) -> None:
-        self.bench: Any = None
+        self.bench: Bench | None = None
         self.job: Request = {}
 
     def __call__(self, request: Request) -> dict[str, Any]:
@@ -76,8 +84,6 @@ class Handlers:
         raise ValueError(f"unknown request {request['op']!r}")
 
     def start(self, request: Request) -> dict[str, Any]:
-        import torch
-
         if request.get("threads"):
             torch.set_num_threads(request["threads"])
         self.job, self.bench = request, None
@@ -85,16 +91,8 @@ class Handlers:
             self._bench()
         return {}
 
-    def _bench(self) -> Any:
+    def _bench(self) -> Bench:
         if self.bench is None:
-            import torch
-
-            from attngen.language.spec import Spec
-            from attngen.schedule import Schedule
-            from attngen.store import Shape
-            from attngen.tuning.bench import Bench
-            from attngen.tuning.captures import load_captures
-
             job = self.job
             self.bench = Bench(
                 Spec.from_text(job["spec"]),
@@ -109,13 +107,6 @@ class Handlers:
         return self.bench
 
     def resources(self, point: dict[str, Any]) -> list[dict[str, Any]]:
-        import torch
-
-        from attngen.inspect.cross import cross_compile
-        from attngen.language.spec import Spec
-        from attngen.schedule import Schedule
-        from attngen.store import Shape
-
         job, shape = self.job, Shape.of(self.job["shape"])
         kernels = cross_compile(
             Spec.from_text(job["spec"]),

@@ -65,6 +65,12 @@ def test_a_tile_is_whole_or_says_what_is_open() -> None:
     with pytest.raises(ag.ScheduleError, match="dq_block_n, dq_num_warps, dq_num_stages not decided: complete"):
         schedule.tile("dq")
     assert schedule.with_tile("dq", whole).tile("dq") == tile
+    assert replace(schedule, block_m=32, dq_block_m=None, split=2).decided() == {
+        **schedule.forward.decided(),
+        "block_m": 32,
+        **{f"dkv_{name}": value for name, value in schedule.dkv.decided().items()},
+        "split": 2,
+    }
     assert str(ag.Tile(block_m=64)) == "block_m=64" and str(ag.Tile()) == "undecided"
 
 
@@ -76,7 +82,6 @@ def test_a_tile_is_whole_or_says_what_is_open() -> None:
         (lambda: ag.Schedule(colour=2), "the fields of a tile are block_m, block_n"),
         (lambda: ag.Schedule(forward=64), "forward: expected a Tile, got 64; one field alone is written block_m=..."),
         (lambda: ag.Schedule(dq={"block_m": 64}), "one field alone is written dq_block_m=..."),
-        (lambda: ag.Schedule(dkv=ag.Tile(block_m=64), dkv_block_m=32), "dkv_block_m: expected once, got 32"),
         (lambda: ag.Schedule(dkv_block_m=100), "^dkv_block_m: expected a power of two from 16 to 4096, got 100"),
         (lambda: ag.Tile(block_n=8), "^block_n: expected a power of two"),
         (lambda: ag.Schedule(dq_num_warps=True), "^dq_num_warps: expected 1, 2, 4, 8 or 16, got True"),

@@ -21,17 +21,17 @@ from attngen.errors import AttngenError, AttngenWarning, InputError, ScheduleErr
 from attngen.language.expression import Tensor
 from attngen.language.patterns import causal, window
 from attngen.language.spec import Spec
-from attngen.reference.dense import oracle
+from attngen.reference.oracle import oracle
 from attngen.schedule import Schedule, Target, choice
 from attngen.store import Shape, Store
 from attngen.tuning.bench import Bench, Check, Inputs, WrongResult, offset_of, plain, small_shape
 from attngen.tuning.captures import load_captures, make_captures, save_captures
 from attngen.tuning.measure import Outcome, Worker, WorkerDied, WorkerMeasurer, summarise
 from attngen.tuning.model import GpuModel, ModelMeasurer, Rates, Resources, Uncompilable
-from attngen.tuning.place import _empty_call, find_place
 from attngen.tuning.search import Search
 from attngen.tuning.space import Space, cpu_space, gpu_space
 from attngen.tuning.stopwatch import DeviceStopwatch
+from attngen.tuning.target_device import _empty_call, find_target_device
 from attngen.tuning.trials import PRUNED, Trials
 from attngen.tuning.tuner import Job
 
@@ -293,7 +293,7 @@ def test_the_untuned_schedule_is_what_a_call_uses(mask, head_dim, pins, dtype, m
     monkeypatch.setattr(choice, "_records", lambda *given: {})
     spec = Spec(mask=MASKS[mask], tensors=TENSORS.get(mask, ()), schedule=pins)
     shape = replace(DECODING, head_dim=head_dim, head_dim_v=head_dim)
-    job = Job(spec, "forward", shape, dtype, find_place("H200", None), {}, 0, 1.0)
+    job = Job(spec, "forward", shape, dtype, find_target_device("H200", None), {}, 0, 1.0)
     call = _empty_call(spec, shape, dtype, job.values)
     used, _ = choice.choose(call, facts(spec), "triton", pins or Schedule(), None)
     if (mask, pins, dtype) == ("full", None, torch.bfloat16):

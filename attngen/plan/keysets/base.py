@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from attngen.errors import InputError, SpecError
+from attngen.language.call import offset_column as offset_column
+from attngen.language.checks import check_range as check_range
+from attngen.language.checks import check_tensor as check_tensor
 from attngen.language.expression import (
     B,
     Expr,
@@ -284,37 +287,6 @@ def split_causal(mask: Any) -> Any:
 # -- checks -----------------------------------------------------------------------------------------------------------
 
 
-def check_tensor(
-    name: str, value: Any, kind: str, shape: tuple[int, ...], dims: str, device: torch.device
-) -> torch.Tensor:
-    """InputError unless `value` is a tensor of this kind ("bool", "int", "float") and shape on this device."""
-    wanted = f"{kind} {dims} = {list(shape)} on {device}"
-    if not isinstance(value, torch.Tensor):
-        raise InputError(name, wanted, type(value).__name__, f"pass {name}=... at the call" if value is None else "")
-    given = "float" if value.is_floating_point() else "bool" if value.dtype == torch.bool else "int"
-    right = given == kind and (kind != "int" or value.dtype in (torch.int32, torch.int64))
-    if not right or tuple(value.shape) != shape or value.device != device:
-        raise InputError(name, wanted, f"{value.dtype} {list(value.shape)} on {value.device}")
-    return value
-
-
-def check_range(name: str, value: torch.Tensor, low: int, high: int, what: str) -> None:
-    """InputError if an element lies outside low .. high - 1: one reduction. On a GPU the device asserts it later, so that
-    nobody waits. `ATTNGEN_CHECK=0` turns it off.
-    """
-    import os
-
-    if value.numel() == 0 or os.environ.get("ATTNGEN_CHECK", "1") == "0":
-        return
-    least, largest = value.aminmax()
-    if value.device.type == "cpu":
-        if int(least) < low or int(largest) >= high:
-            wrong = ((value < low) | (value >= high)).nonzero()[0].tolist()
-            raise InputError(name, f"{what} in {low} .. {high - 1}", f"{int(value[tuple(wrong)])} at {wrong}")
-    elif value.is_cuda:
-        torch._assert_async((least >= low) & (largest < high), f"{name}: expected {what} in {low} .. {high - 1}")
-
-
 def positive(place: str, value: Any, least: int = 1) -> int:
     """SpecError unless `value` is an int of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -325,8 +297,3 @@ def positive(place: str, value: Any, least: int = 1) -> int:
 def to_query_heads(x: torch.Tensor, call: Call) -> torch.Tensor:
     """[B, Hkv, ...] -> [B, Hq, ...]."""
     return x if call.group == 1 else x.repeat_interleave(call.group, 1)
-
-
-def offset_column(call: Call) -> Any:
-    """q_offset so that it adds to [B, H, N]."""
-    return call.q_offset.view(-1, 1, 1) if isinstance(call.q_offset, torch.Tensor) else call.q_offset

@@ -1,11 +1,11 @@
-"""Where to tune: on this machine's GPU or CPU by measuring, or for a named GPU by the model."""
+"""The device to tune for: this machine's GPU or CPU by measuring, or a named GPU by the model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
@@ -13,18 +13,15 @@ from attngen.analysis import GPUS, Gpu, facts
 from attngen.analysis.cost import visited_pairs
 from attngen.errors import InputError
 from attngen.language.call import Call, bind
+from attngen.language.spec import Spec
 from attngen.schedule import Schedule, Target
 from attngen.schedule.choice import device_identity, generator_versions, on_gpu
 from attngen.schedule.defaults import default_on_cpu
 from attngen.store import Device, Shape, Versions
 from attngen.tuning.bench import offset_of
+from attngen.tuning.measure import Worker
 from attngen.tuning.model import GpuModel, Rates, compiled_by
 from attngen.tuning.space import PIECES, Space, cpu_space, gpu_space, special_forms
-
-if TYPE_CHECKING:
-    from attngen.language.spec import Spec
-    from attngen.tuning.measure import Worker
-    from attngen.tuning.tuner import Job
 
 # How the GPUs of `GPUS` call themselves: a modelled record must be found on the real one. Driver unknown.
 IDENTITIES = {
@@ -36,8 +33,27 @@ IDENTITIES = {
 }
 
 
+class Searched(Protocol):
+    """What is tuned: of a `Job` as much as a device needs to know."""
+
+    @property
+    def spec(self) -> Spec: ...
+
+    @property
+    def shape(self) -> Shape: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def piece(self) -> str: ...
+
+    @property
+    def values(self) -> Mapping[str, Any]: ...
+
+
 @dataclass(frozen=True)
-class Place:
+class TargetDevice:
     """device, versions: part of every record's key; kind: what its records are; torch_device: where candidates run,
     None for a GPU that is not here; target: None for a CPU; gpu: known rates, exact if it is this very GPU."""
 
@@ -49,7 +65,7 @@ class Place:
     gpu: Gpu | None
     exact: bool = True
 
-    def space(self, job: Job) -> tuple[Space, Schedule]:
+    def space(self, job: Searched) -> tuple[Space, Schedule]:
         """What may be chosen, and the complete schedule that a point changes."""
         shape, pins, known = job.shape, job.spec.schedule or Schedule(), facts(job.spec)
         call = _empty_call(job.spec, shape, job.dtype, job.values)
@@ -60,7 +76,7 @@ class Place:
         start = pins.over(default_on_cpu(call, known))
         return cpu_space(job.piece, shape, start, pins), start
 
-    def model(self, job: Job, worker: Worker) -> GpuModel | None:
+    def model(self, job: Searched, worker: Worker) -> GpuModel | None:
         """What is known about schedules beforehand; nothing on a CPU, where measuring costs less than a model."""
         if self.target is None or self.gpu is None:
             return None
@@ -77,7 +93,7 @@ class Place:
         )
 
 
-def find_place(target: str | None, device: torch.device | str | None) -> Place:
+def find_target_device(target: str | None, device: torch.device | str | None) -> TargetDevice:
     """target: a GPU or an architecture to model, unless it is the one in this machine; None: measure on `device`, by
     default the GPU if there is one. Raises InputError for a target or device that is not known."""
     here = _here(device)
@@ -87,22 +103,22 @@ def find_place(target: str | None, device: torch.device | str | None) -> Place:
     if here.gpu is not None and here.exact and here.gpu.name == gpu.name:
         return here
     versions = generator_versions("triton")
-    return Place(IDENTITIES[gpu.name], versions, "modelled", None, Target.named(gpu.target), gpu)
+    return TargetDevice(IDENTITIES[gpu.name], versions, "modelled", None, Target.named(gpu.target), gpu)
 
 
-def _here(device: torch.device | str | None) -> Place:
+def _here(device: torch.device | str | None) -> TargetDevice:
     try:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as problem:
         raise InputError("device", "cpu or cuda", repr(device)) from problem
     if found.type == "cpu":
-        return Place(device_identity(found), generator_versions("cpu"), "measured", found, None, None)
+        return TargetDevice(device_identity(found), generator_versions("cpu"), "measured", found, None, None)
     if found.type != "cuda" or not torch.cuda.is_available():
         raise InputError("device", "a device of this machine", str(found), "name a GPU with target= to model it")
     identity, target = device_identity(found), Target.of_device(found)
     gpu = next((gpu for gpu in GPUS.values() if IDENTITIES[gpu.name].name == identity.name), None)
     like = gpu or next((gpu for gpu in GPUS.values() if gpu.target == target.name), None)
-    return Place(identity, generator_versions("triton"), "measured", found, target, like, exact=gpu is not None)
+    return TargetDevice(identity, generator_versions("triton"), "measured", found, target, like, exact=gpu is not None)
 
 
 def _named(target: str) -> Gpu:
