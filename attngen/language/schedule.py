@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -54,6 +55,11 @@ class Tile:
     def decided(self) -> dict[str, Any]:
         """The decisions by name."""
         return {name: value for name in TILE_FIELDS if (value := getattr(self, name)) is not None}
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether every field is decided."""
+        return all(getattr(self, name) is not None for name in TILE_FIELDS)
 
     def over(self, other: Tile) -> Tile:
         """These decisions, and `other`'s where this one leaves them open."""
@@ -141,8 +147,11 @@ class Schedule:
 
     def tile(self, kernel: str) -> Tile:
         """The whole tile of "forward", "dq" or "dkv". ScheduleError if its sizes are not decided yet."""
-        tile: Tile = getattr(self, kernel).over(PLAIN)
-        if missing := [PREFIXES[kernel] + name for name in TILE_FIELDS if getattr(tile, name) is None]:
+        tile: Tile = getattr(self, kernel)
+        if not tile.whole:  # a complete schedule's are: launches ask at every call
+            tile = tile.over(PLAIN)
+        if not tile.whole:
+            missing = [PREFIXES[kernel] + name for name in TILE_FIELDS if getattr(tile, name) is None]
             raise ScheduleError(f"{', '.join(missing)} not decided: complete the schedule for a target first")
         return tile
 
