@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,12 @@ import attngen as ag
 from attngen.analysis import facts
 from attngen.errors import ScheduleError
 from attngen.inspect.cross import cross_compile
-from attngen.language.expression import B, FloorDiv, H, I, J, Load, PyMod, Uniform
-from attngen.lowering import render, sites
-from attngen.lowering.printer import Place, Printer
-from attngen.lowering.sides import chunks
+from attngen.language.expression import B, FloorDiv, H, I, J, Load, PyMod, S, Uniform
+from attngen.lowering import passes, render, sites
+from attngen.lowering.axes import chunks
+from attngen.lowering.kernels import FULL, FULL_PAIRS, NESTED, PROGRAM, VOCABULARY
+from attngen.lowering.printer import Printer
+from attngen.lowering.statements import Statements, assign, lines, name
 from attngen.schedule import Schedule, complete
 from attngen.schedule import Target as Gpu
 
@@ -35,10 +38,21 @@ WIDTH = sympy.Symbol("width", integer=True)
 
 def printed(expr: Any, rows: str = "i") -> tuple[list[str], list[str], str]:
     """Lines in front of the loop, lines in the loop, and the operand."""
-    outer = Printer([Place(frozenset({"b", "h", rows}))], rows)
-    inner = outer.inside(frozenset("bhij"))
-    text = inner.operand(expr)
-    return outer.places[0].lines, inner.places[-1].lines, text
+    before, inside = placed(rows, expr)
+    return before, inside[:-1], inside[-1].removeprefix("result = ").partition("  #")[0]
+
+
+def placed(rows: str, *expressions: Any) -> tuple[list[str], list[str]]:
+    """Lines in front of the loop and in it, of statements that assign the expressions to `result`."""
+    printer = Printer(rows)
+    pairs = tuple(assign("result", printer.operand(expr), "ij") for expr in expressions)
+    walked = "j" if rows == "i" else "i"
+    places: list[Statements] = [()] * (FULL_PAIRS + 1)
+    places[FULL] = (assign(walked, name("tile"), walked), assign(f"{walked}_safe", name("tile"), walked))
+    places[FULL_PAIRS] = passes.unnest(passes.short(passes.repeated(pairs)), passes.Variables())
+    places = passes.place(places, NESTED, frozenset({FULL}), frozenset("s"), PROGRAM)
+    places = passes.rename(places, NESTED, lambda variable: False)
+    return lines(places[PROGRAM], rows), lines(places[FULL_PAIRS], rows)
 
 
 # -- printer ----------------------------------------------------------------------------------------------------------
@@ -46,8 +60,8 @@ def printed(expr: Any, rows: str = "i") -> tuple[list[str], list[str], str]:
 
 def test_a_separable_comparison_is_one_compare_of_vectors() -> None:
     before, inside, text = printed(sympy.Ge(J - I + WIDTH - 1, 0, evaluate=False))
-    assert before == ["row_x = i - width + 1  # [BLOCK_M]"] and inside == []
-    assert text == "(row_x[:, None] <= j[None, :])"
+    assert before == ["first_key = i - width + 1  # [BLOCK_M]"] and inside == []
+    assert text == "first_key[:, None] <= j[None, :]"
 
 
 def test_loads_stand_where_their_indices_are_known() -> None:
@@ -59,7 +73,7 @@ def test_loads_stand_where_their_indices_are_known() -> None:
 
 
 def test_the_pass_over_keys_has_transposed_tiles() -> None:
-    assert printed(sympy.Ge(I - J, 0, evaluate=False), rows="j")[2] == "(j[:, None] <= i[None, :])"
+    assert printed(sympy.Ge(I - J, 0, evaluate=False), rows="j")[2] == "j[:, None] <= i[None, :]"
 
 
 def test_plain_indices_are_kept_inside_on_lanes_past_the_end_and_others_are_clamped() -> None:
@@ -70,7 +84,7 @@ def test_plain_indices_are_kept_inside_on_lanes_past_the_end_and_others_are_clam
 
 
 def test_division_rounds_down_unless_it_is_known_to_be_positive() -> None:
-    assert printed(FloorDiv(J, sympy.Integer(4)) + B)[1] == ["key_x = j // 4 + b  # [BLOCK_N]"]
+    assert printed(FloorDiv(J, sympy.Integer(4)) + B)[1] == ["key_term = j // 4 + b  # [BLOCK_N]"]
     assert printed(FloorDiv(I - J, sympy.Integer(4)))[2] == "floor_div(i[:, None] - j[None, :], 4)"
     assert "floor_mod(" in printed(PyMod(I - J, WIDTH))[2]
 
@@ -82,11 +96,25 @@ def test_dropout_hashes_tiles_only_in_the_last_round() -> None:
 
 
 def test_what_is_printed_twice_is_computed_once() -> None:
-    outer = Printer([Place(frozenset("bhi"))])
-    outer.share(sympy.tanh(T * J), 1 - sympy.tanh(T * J) ** 2)
-    inner = outer.inside(frozenset("bhij"))
-    first, second = inner.operand(sympy.tanh(T * J)), inner.operand(1 - sympy.tanh(T * J) ** 2)
-    assert len([line for line in inner.places[-1].lines if "tanh(" in line]) == 1 and first and second
+    _, inside = placed("i", sympy.tanh(T * S), 1 - sympy.tanh(T * S) ** 2)
+    assert len([line for line in inside if "tanh(" in line]) == 1 and len(inside) == 3
+
+
+def test_nothing_that_nobody_reads_is_left() -> None:
+    for kernel in ("forward", "delta", "dq", "dkv"):
+        text = source(ag.Spec(mask=ag.causal(), score=ag.alibi()), kernel).text
+        body = text[text.index(f"def {kernel}(") :]
+        assigned = set(re.findall(r"^ +(\w+) = ", body, re.M))
+        assert {name for name in assigned if len(re.findall(rf"\b{name}\b", body)) < 2} == set()
+
+
+def test_every_variable_of_an_outline_is_declared() -> None:
+    """So that no captured tensor is called like one."""
+    for path in (Path(__file__).parent / "golden").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        made = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        own = r"(user_)?(doc|slope|bias|width|hash)(_|$)|(before|first|last|stop|same)_key|(before|first|last|stop|same)_query"
+        assert {name for name in made if name.partition("_")[0] not in VOCABULARY and not re.match(own, name)} == set()
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from attngen.language.lists import RowLists, TileLists
 from attngen.language.spec import Spec
 from attngen.lowering import Source, render
 from attngen.lowering.captures import EDGES, Site, collect, sites
+from attngen.lowering.signature import takes
 from attngen.plan.plan import Plan, Step, backward_plan, forward_plan
 from attngen.plan.stream_k import slots, stream_k
 from attngen.reference.dense import dense_env
@@ -220,20 +221,10 @@ def _source_of(
     tensors: Mapping[str, Any],
     site: Site | None = None,
 ) -> Source:
-    aligned = all(_aligned(tensors[name]) for name in _VIEWS[kernel])
+    aligned = all(_aligned(tensors[name]) for name in takes(kernel).tensors)
     by_offset = isinstance(call.q_offset, torch.Tensor)
     dims = call.q.shape[3], call.v.shape[3]
     return _source(call.spec, facts, kernel, *dims, call.q.dtype, schedule, aligned, by_offset, site)
-
-
-_VIEWS = {
-    "forward": ("q", "k", "v", "out"),
-    "delta": ("out", "do"),
-    "dq": ("q", "do", "k", "v", "dq"),
-    "dkv": ("k", "v", "q", "do", "dk", "dv"),
-    "capture": ("q", "do", "k", "v"),
-    "merge": ("out",),
-}
 
 
 def _capture_gradient(

@@ -40,7 +40,7 @@ def delta(
     b = program // tiles // heads
 
     row = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    row_in = row < n_q
+    row_in = row < n_q  # [BLOCK_M]
     d_0 = tl.arange(0, 64)  # [64]
     out_head = out + b.to(tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h
     do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h

@@ -23,7 +23,6 @@ HEAD_DIM_V = tl.constexpr(128)
     do_not_specialize=[
         "heads",
         "n_q",
-        "group",
         "splits",
     ]
 )
@@ -37,7 +36,6 @@ def merge(
     out_stride_n,
     heads,
     n_q,
-    group,
     splits,
     user_sink,
     user_sink_stride_0,
@@ -50,10 +48,9 @@ def merge(
     b = program // tiles // heads
 
     row = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    row_in = row < n_q
+    row_in = row < n_q  # [BLOCK_M]
+    user_sink_h = tl.load(user_sink + h.to(tl.int64) * user_sink_stride_0).to(tl.float32)
     d_0 = tl.arange(0, 128)  # [128]
-    user_sink_at = user_sink + h.to(tl.int64) * user_sink_stride_0
-    user_sink_h = tl.load(user_sink_at).to(tl.float32)
     lane = tl.arange(0, BLOCK_M)
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
