@@ -46,10 +46,10 @@ LONGEST_TABLE = 16
 
 # The first words of every variable that an outline or a fixed statement makes.
 _WORDS = """
-    BLOCK HEAD LN2 LOG2E LOWEST PAGE PRECISION acc after alpha b bad batch before begin begins beta bin count
+        BLOCK HEAD LN LOG2E LOWEST PAGE PRECISION acc after alpha any b bad batch before begin begins beta bin bound count
     d delta dk dlse do dp dq ds dv e edge edges empty end first firsts floor full g grad group h head heads hi hole i
     inside j k keep key kv l lane last listed live lo lse m maxima members mix n norm number out output owners p page pages pair
-    part partial place places program q query range row rows run s scale scale2 section share sink skip slot split splits start
+    part partial place places program q query range row rows run s scale section share sink skip slot split splits start
     starts state states step stop tanh tile tiles tl together total triton turn uniform unmasked masked user v valid weight
     weights written x
 """
@@ -371,7 +371,7 @@ def kernel_names(names: Iterable[str], tables: Iterable[str]) -> dict[str, str]:
     out: dict[str, str] = {}
     for given, longest in [*((n, LONGEST) for n in names), *((t, LONGEST_TABLE) for t in tables)]:
         own, derived = given, longest == LONGEST_TABLE  # a table is named after its tensor
-        if keyword.iskeyword(own) or own.partition("_")[0] in VOCABULARY:
+        if keyword.iskeyword(own) or first_word(own) in VOCABULARY:
             own = f"user_{own}"
         if len(own) > longest:
             own = f"{own[: longest - 3]}_{len(out)}"
@@ -379,6 +379,11 @@ def kernel_names(names: Iterable[str], tables: Iterable[str]) -> dict[str, str]:
             own = f"user_{own}"
         out[given] = own
     return out
+
+
+def first_word(own: str) -> str:
+    """The analysis numbers its words: live2_stop."""
+    return own.partition("_")[0].rstrip("0123456789")
 
 
 def _meet(own: str, other: str) -> bool:

@@ -16,7 +16,6 @@ import sympy
 
 from attngen.analysis import WalkProgram
 from attngen.analysis.order import BEGIN, BLOCK, END, FIRST, LAST
-from attngen.language.expression import Maximum
 from attngen.language.lists import TileLists
 from attngen.lowering.axes import Roles
 from attngen.lowering.printer import Printer
@@ -241,21 +240,10 @@ class TileWalk:
             assert part is not None
             return Visits("step", (part.count,), part.find)
         first, count = segments[0]
-        stop = self._stop(first, count)
-        bounds = (self._scalar(stop),) if first == 0 else (self._scalar(first), self._scalar(stop))
+        start, length = self._scalar(first), self._scalar(count)
+        # Not up to a stop: with a count Triton's pipeline takes fewer registers.
+        bounds = (length,) if first == 0 else (start, start + length)
         return Visits("tile", bounds)
-
-    def _stop(self, first: Any, count: Any) -> Any:
-        """Where a segment ends, by the statement that computes its count: a range needs no count."""
-        for symbol, expr in self.program.lines:
-            if count.is_Symbol and symbol.name == count.name:
-                stop = sum((arg for arg in expr.args if arg != 0), 0) if isinstance(expr, Maximum) else expr
-                stop = stop.xreplace(
-                    {s: _integer(_simple(self.program).get(s.name, s.name)) for s in stop.free_symbols}
-                )
-                if (stop + first).is_Symbol or (stop + first).is_Integer:
-                    return stop + first
-        return first + count
 
     def _part(self, noun: str, segments: Segments, named: Mapping[str, str]) -> Part | None:
         """Several segments as one loop over `step`: how many tiles they have together, and which is step's."""

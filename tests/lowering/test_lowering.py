@@ -19,7 +19,7 @@ from attngen.inspect.cross import cross_compile
 from attngen.language.expression import B, FloorDiv, H, I, J, Load, PyMod, S, Uniform
 from attngen.lowering import passes, render, sites
 from attngen.lowering.axes import chunks
-from attngen.lowering.kernels import FULL, FULL_PAIRS, NESTED, PROGRAM, VOCABULARY
+from attngen.lowering.kernels import FULL, FULL_PAIRS, NESTED, PROGRAM, VOCABULARY, first_word
 from attngen.lowering.printer import Printer
 from attngen.lowering.statements import Statements, assign, lines, name
 from attngen.schedule import Schedule, complete
@@ -114,7 +114,7 @@ def test_every_variable_of_an_outline_is_declared() -> None:
         tree = ast.parse(path.read_text())
         made = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
         own = r"(user_)?(doc|slope|bias|width|hash)(_|$)|(before|first|last|stop|same)_key|(before|first|last|stop|same)_query"
-        assert {name for name in made if name.partition("_")[0] not in VOCABULARY and not re.match(own, name)} == set()
+        assert {name for name in made if first_word(name) not in VOCABULARY and not re.match(own, name)} == set()
 
 
 @pytest.mark.parametrize(

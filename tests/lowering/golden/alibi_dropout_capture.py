@@ -119,6 +119,9 @@ def capture(
     # of those, the ones every row attends fully
     unmasked_stop = tl.maximum(0, tl.minimum(n_k, first + 1)) // BLOCK_N
 
+    # the partial tiles beside them
+    partial_count = live_stop - unmasked_stop
+
     # full key tiles: every pair attends, so no mask
     for tile in range(unmasked_stop):
         j = tile * BLOCK_N + lane_n  # [BLOCK_N]
@@ -135,7 +138,7 @@ def capture(
         total += tl.sum(tl.sum(ds, 1), 0)
 
     # partial key tiles: only some pairs attend
-    for tile in tl.range(unmasked_stop, live_stop, num_stages=1):
+    for tile in tl.range(unmasked_stop, unmasked_stop + partial_count, num_stages=1):
         j = tile * BLOCK_N + lane_n  # [BLOCK_N]
         rows = j.to(tl.int64)[:, None]
         inside = j < n_k  # [BLOCK_N]

@@ -114,6 +114,9 @@ def forward(
     # of those, the ones every row attends fully
     unmasked_stop = tl.maximum(0, tl.minimum(n_k, first + 1)) // BLOCK_N
 
+    # the partial tiles beside them
+    partial_count = live_stop - unmasked_stop
+
     # full key tiles: every pair attends, so no mask
     for tile in range(unmasked_stop):
         j = tile * BLOCK_N + lane_n  # [BLOCK_N]
@@ -132,7 +135,7 @@ def forward(
         acc_0 = tl.dot(p.to(v_0.dtype), v_0, acc_0 * alpha[:, None], input_precision=PRECISION)
 
     # partial key tiles: only some pairs attend
-    for tile in tl.range(unmasked_stop, live_stop, num_stages=1):
+    for tile in tl.range(unmasked_stop, unmasked_stop + partial_count, num_stages=1):
         j = tile * BLOCK_N + lane_n  # [BLOCK_N]
         rows = j.to(tl.int64)[:, None]
         inside = j < n_k  # [BLOCK_N]

@@ -104,6 +104,7 @@ def dq(
     masked_first = tl.maximum(0, tl.minimum(tl.minimum(n_k, first + 1), first + width)) // BLOCK_N
     unmasked_stop = tl.maximum(full_first, masked_first)
     full_stop = tl.minimum(live_stop, unmasked_stop)
+    full_count = tl.maximum(0, full_stop - full_first)
 
     # the partial tiles before and behind them
     before_stop = tl.minimum(full_first, live_stop)
@@ -113,7 +114,7 @@ def dq(
     partial_count = after_full + before_full
 
     # full key tiles: every pair attends, so no mask
-    for tile in range(full_first, full_stop):
+    for tile in range(full_first, full_first + full_count):
         j = tile * BLOCK_N + lane_n  # [BLOCK_N]
         rows = j.to(tl.int64)[:, None]
         k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :])

@@ -157,6 +157,7 @@ def dkv(
         unmasked_stop = tl.maximum(unmasked_first, masked_first)
         full_first = tl.maximum(live_first, unmasked_first)
         full_stop = tl.minimum(live_stop, unmasked_stop)
+        full_count = tl.maximum(0, full_stop - full_first)
 
         # the partial tiles before and behind them
         before_stop = tl.minimum(live_stop, unmasked_first)
@@ -167,7 +168,7 @@ def dkv(
         partial_count = after_full + before_full
 
         # full query tiles: every pair attends, so no mask
-        for tile in range(full_first, full_stop):
+        for tile in range(full_first, full_first + full_count):
             row = tile * BLOCK_M + lane_m  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
             lse_2 = tl.load(lse_head + row) * LOG2E  # [BLOCK_M]

@@ -92,6 +92,9 @@ def dkv(
         # of those, the ones whose rows attend all keys of this tile
         unmasked_stop = n_q // BLOCK_M
 
+        # the partial tiles beside them
+        partial_count = live_stop - unmasked_stop
+
         # full query tiles: every pair attends, so no mask
         for tile in range(unmasked_stop):
             row = tile * BLOCK_M + lane_m  # [BLOCK_M]
@@ -109,7 +112,7 @@ def dkv(
             dk_0 = tl.dot(ds.to(q_0.dtype), q_0, dk_0)
 
         # partial query tiles: it reaches past the end
-        for tile in tl.range(unmasked_stop, live_stop, num_stages=1):
+        for tile in tl.range(unmasked_stop, unmasked_stop + partial_count, num_stages=1):
             row = tile * BLOCK_M + lane_m  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
             inside = row < n_q  # [BLOCK_M]

@@ -77,6 +77,9 @@ def forward(
     # of those, the ones every row attends fully
     unmasked_stop = n_k // BLOCK_N
 
+    # the partial tiles beside them
+    partial_count = live_stop - unmasked_stop
+
     # full key tiles: every pair attends, so no mask
     for tile in range(unmasked_stop):
         j = tile * BLOCK_N + lane_n  # [BLOCK_N]
@@ -92,7 +95,7 @@ def forward(
         acc_0 = tl.dot(p.to(v_0.dtype), v_0, acc_0 * alpha[:, None])
 
     # partial key tiles: it reaches past the end
-    for tile in tl.range(unmasked_stop, live_stop, num_stages=1):
+    for tile in tl.range(unmasked_stop, unmasked_stop + partial_count, num_stages=1):
         j = tile * BLOCK_N + lane_n  # [BLOCK_N]
         rows = j.to(tl.int64)[:, None]
         inside = j < n_k  # [BLOCK_N]
