@@ -20,8 +20,16 @@ import sympy
 from sympy.core.relational import Relational
 
 from attngen.language.expression import (
+    Q_OFFSET,
+    ROW,
     Absolute,
     B,
+    BitAnd,
+    BitOr,
+    BitXor,
+    Erf,
+    Exp2,
+    Floor,
     FloorDiv,
     H,
     I,
@@ -29,8 +37,12 @@ from attngen.language.expression import (
     Load,
     Maximum,
     Minimum,
+    Power,
     PyMod,
+    Round,
     S,
+    ShiftLeft,
+    ShiftRight,
     Sigmoid,
     Uniform,
     Where,
@@ -48,17 +60,30 @@ LINE = 96  # a line with its comment, without the indentation
 Axes = frozenset[str]
 TILE: Axes = frozenset("ij")
 
+SMALLEST_FLOAT, LARGEST_FLOAT = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # normal float32 numbers
+
 BLOCKS = ("BLOCK_M", "BLOCK_N")  # what a walk divides by them is never negative
 
 _SIGNS = {sympy.Ge: ">=", sympy.Gt: ">", sympy.Eq: "==", sympy.Ne: "!="}
 _FLIPPED = {">=": "<=", ">": "<", "==": "==", "!=": "!="}
-_CALLS: dict[Any, str] = {
-    sympy.exp: "tl.exp",
-    sympy.log: "tl.log",
-    sympy.tanh: "tanh",
-    Sigmoid: "tl.sigmoid",
-    Absolute: "tl.abs",
+# Function -> its text and the helpers that stand in front of the kernel for it.
+_CALLS: dict[Any, tuple[str, tuple[str, ...]]] = {
+    sympy.exp: ("tl.exp({})", ()),
+    sympy.log: ("tl.log({})", ()),
+    sympy.tanh: ("tanh({})", ("tanh",)),
+    sympy.sin: ("tl.sin({})", ()),
+    sympy.cos: ("tl.cos({})", ()),
+    Sigmoid: ("tl.sigmoid({})", ()),
+    Absolute: ("tl.abs({})", ()),
+    Erf: ("tl.erf({})", ()),
+    Exp2: ("tl.exp2({})", ()),
+    Power: ("power({}, {})", ("power",)),
+    Floor: ("whole(tl.floor({}))", ("whole",)),
+    Round: ("whole(nearest({}))", ("nearest", "whole")),
 }
+# Operators on integers: they bind in Python as in Triton, but are put in parentheses, since few know how strongly.
+_BITS = {BitAnd: "&", BitOr: "|", BitXor: "^"}
+_SHIFTS = {ShiftLeft: "<<", ShiftRight: ">>"}
 
 
 class Mix(sympy.Function):
@@ -111,7 +136,7 @@ class Printer:
         self.rows = rows
         self.trusted = frozenset(trusted)
         self.tensor_names = dict(tensor_names or {})
-        self.symbols = {B: "b", H: "h", I: "i", J: "j", S: "s", **(symbols or {})}
+        self.symbols = {B: "b", H: "h", I: "i", J: "j", S: "s", Q_OFFSET: "q_offset", **(symbols or {})}
         self.wide = False  # whether integers are computed in 64 bits, see `needs_64_bits`
         self.helpers: set[str] = set()
         self.used: set[str] = set()
@@ -144,7 +169,7 @@ class Printer:
         """Count the subexpressions of `roots`, so that what occurs more than once is computed once."""
         for root in roots:
             for node in sympy.preorder_traversal(root):
-                if isinstance(node, (sympy.exp, sympy.log, sympy.tanh, Sigmoid, Load, Uniform)):
+                if isinstance(node, (Load, Uniform)) or (type(node) in _CALLS and not isinstance(node, Absolute)):
                     self._shared[node] += 1
 
     def name(self, expr: Any, stem: str = "", value: Text | None = None) -> Text:
@@ -286,8 +311,14 @@ class Printer:
     def _number(self, value: Any) -> Text:
         if value.is_infinite:
             return Text('float("-inf")' if value < 0 else 'float("inf")', ATOM, frozenset(), "float")
-        text = str(value) if value.is_Integer else repr(float(value))
-        return Text(text, UNARY if value < 0 else ATOM, frozenset(), kind(value))
+        if kind(value) == "int":
+            return Text(str(value), UNARY if value < 0 else ATOM, frozenset(), "int")
+        number = float(value)
+        if abs(number) > LARGEST_FLOAT:  # Triton would compute in float64
+            return self._number(sympy.oo if number > 0 else -sympy.oo)
+        if abs(number) < SMALLEST_FLOAT:
+            number = 0.0
+        return Text(repr(number), UNARY if number < 0 else ATOM, frozenset(), "float")
 
     def _joined(self, expr: Any, args: list[Any], sign: str, strength: int) -> Text:
         """An associative operator; operands of a smaller shape are joined among themselves first."""
@@ -434,12 +465,24 @@ class Printer:
         if isinstance(expr, Where):
             yes, no = (self._as(t, to_float).text for t in texts[1:])
             return Text(f"tl.where({texts[0].text}, {yes}, {no})", ATOM, axes, kind(expr))
-        function = next((text for known, text in _CALLS.items() if isinstance(expr, known)), None)
-        if function is None:
+        if type(expr) in _BITS:
+            return Text(f"({f' {_BITS[type(expr)]} '.join(t.at(ATOM) for t in texts)})", ATOM, axes, "int")
+        if type(expr) in _SHIFTS:
+            self.helpers.add("steps")
+            left = texts[0].at(ATOM)
+            if isinstance(expr, ShiftLeft):
+                left = f"tl.full([], {left}, tl.int64)" if expr.args[0].is_Integer else f"{left}.to(tl.int64)"
+            return Text(f"({left} {_SHIFTS[type(expr)]} steps({texts[1].text}))", ATOM, axes, "int")
+        if type(expr) not in _CALLS:
             raise AssertionError(f"no Triton text for {type(expr).__name__}")
-        if function == "tanh":
-            self.helpers.add("tanh")
-        return Text(f"{function}({self._as(texts[0], to_float).text})", ATOM, axes, kind(expr))
+        call, helpers = _CALLS[type(expr)]
+        self.helpers |= set(helpers)
+        return Text(
+            call.format(*(self._as(t, not isinstance(expr, Absolute) or to_float).text for t in texts)),
+            ATOM,
+            axes,
+            kind(expr),
+        )
 
     def _division(self, expr: Any, axes: Axes) -> Text:
         a, b = (self._as(t, kind(expr) == "float") for t in self._operands(expr.args, axes))
@@ -497,7 +540,8 @@ class Printer:
             pointer = self.name(path, f"{tensor}_at", pointer)
         text = pointer.text
         # Integers keep their width: an id of 64 bits must not be cut to 32.
-        to = ".to(tl.float32)" if kind(expr) == "float" else ".to(tl.int32)" if is_flag(expr) else ""
+        whole = ".to(tl.int64)" if self.wide else ""
+        to = ".to(tl.float32)" if kind(expr) == "float" else ".to(tl.int32)" if is_flag(expr) else whole
         return Text(f"tl.load({text}){to}", ATOM, axes, kind(expr))
 
     def flat(self, load: Load, dims: Iterable[int]) -> str:
@@ -517,6 +561,11 @@ class Printer:
     def _inside(self, name: str, tensor: str, dim: int, index: Any) -> Text:
         """An index that is in range, also on the lanes past the end of a tile that reaches beyond it."""
         value = self.value(index)
+        if index == ROW:  # as long as the call has rows: the runtime's check
+            if self.exists == "i":
+                return value
+            self.used |= {"i_safe", "q_offset"}
+            return Text("i_safe - q_offset", SUM, value.axes, "int")
         if index in self.trusted:
             if index not in (I, J) or index.name == self.exists:
                 return value

@@ -313,8 +313,10 @@ def _arguments(
         return tuple(out)
     if kernel != "merge":
         out.append(Arg("scale", "scale", "scale", "fp32", specialize=False))
-    used = holes.printer.used | {"q_offset"}
-    if used & {"i", "i_safe"} or any("q_offset" in line for line in (*holes.program.lines, *holes.head.lines)):
+    used = holes.printer.used
+    if used & {"i", "i_safe", "q_offset"} or any(
+        "q_offset" in line for line in (*holes.program.lines, *holes.head.lines)
+    ):
         if offset_tensor:
             out.append(Arg("q_offsets", "offset", "q_offset", "*i32", comment="[B]"))
         else:
