@@ -48,10 +48,10 @@ LONGEST_TABLE = 16
 _WORDS = """
         BLOCK HEAD LN LOG2E LOWEST PAGE PRECISION acc after alpha any b bad batch before begin begins beta bin bound count
     d delta dk dlse do dp dq ds dv e edge edges empty end first firsts floor full g grad group h head heads hi hole i
-    inside j k keep key kv l lane last listed live lo lse m maxima members mix n norm number out output owners p page pages pair
-    part partial place places program q query range row rows run s scale section share sink skip slot split splits start
-    starts state states step stop tanh tile tiles tl together total triton turn uniform unmasked masked user v valid weight
-    weights written x
+    inside j k keep key kv l lane last listed live lo lse m maxima members mix n nearest norm number out output owners p page pages pair
+    part partial place places power program q query range row rows run s scale section share sink skip slot split splits start
+    starts state states step steps stop tanh tile tiles tl together total triton turn uniform unmasked masked user v valid weight
+    weights whole written x
 """
 VOCABULARY = frozenset(_WORDS.split())
 
@@ -142,8 +142,8 @@ class Body:
     def helpers(self) -> list[str]:
         """The functions of `templates/helpers` that it calls."""
         values = (value for place in self.places for s in place for value in s.value.walk())
-        called = {value.function for value in values if isinstance(value, Call) and "." not in value.function}
-        return sorted({"mix" if helper == "uniform" else helper for helper in called})
+        called = {value.function for value in values if isinstance(value, Call) and value.function}
+        return sorted({"mix" if helper == "uniform" else helper for helper in called if "." not in helper})
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from attngen.lowering.statements import (
 
 WIDTH = 72  # a longer value is cut into named steps, so that no line needs to be wrapped
 POINTER = 56  # the same for what is loaded from: its line has the load's own words too
-COSTLY = ("tl.exp", "tl.log", "tanh", "tl.sigmoid", "uniform")
+CHEAP = ("tl.abs", "tl.minimum", "tl.maximum", "tl.where", "tl.load", "tl.cdiv", "tl.full", "")
 MARK = "@"  # between the stem and the number of a variable that has no name yet
 
 
@@ -53,7 +53,7 @@ def repeated(statements: Iterable[Assign]) -> Statements:
 
 
 def _is_costly(value: Value) -> bool:
-    return isinstance(value, Call) and value.function in COSTLY
+    return isinstance(value, Call) and value.function not in CHEAP and value.kind != "int"
 
 
 def short(statements: Iterable[Assign]) -> Statements:

@@ -10,7 +10,6 @@ Integers are int32 (captured int64 tensors stay int64) and round towards minus i
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +18,16 @@ import sympy
 from sympy.core.relational import Relational
 
 from attngen.language.expression import (
+    Q_OFFSET,
+    ROW,
     Absolute,
     B,
+    BitAnd,
+    BitOr,
+    BitXor,
+    Erf,
+    Exp2,
+    Floor,
     FloorDiv,
     H,
     I,
@@ -28,8 +35,12 @@ from attngen.language.expression import (
     Load,
     Maximum,
     Minimum,
+    Power,
     PyMod,
+    Round,
     S,
+    ShiftLeft,
+    ShiftRight,
     Sigmoid,
     Uniform,
     Where,
@@ -64,16 +75,27 @@ BLOCKS = ("BLOCK_M", "BLOCK_N")  # what a walk divides by them is never negative
 
 _SIGNS = {sympy.Ge: ">=", sympy.Gt: ">", sympy.Eq: "==", sympy.Ne: "!="}
 _FLIPPED = {">=": "<=", ">": "<", "<=": ">=", "<": ">", "==": "==", "!=": "!="}
-_CALLS: dict[Any, str] = {
-    sympy.exp: "tl.exp",
-    sympy.log: "tl.log",
-    sympy.tanh: "tanh",
-    Sigmoid: "tl.sigmoid",
-    Absolute: "tl.abs",
+# Functions from the inside out: `whole(tl.floor(x))`. Those without "tl." are helpers.
+_CALLS: dict[Any, tuple[str, ...]] = {
+    sympy.exp: ("tl.exp",),
+    sympy.log: ("tl.log",),
+    sympy.tanh: ("tanh",),
+    sympy.sin: ("tl.sin",),
+    sympy.cos: ("tl.cos",),
+    Sigmoid: ("tl.sigmoid",),
+    Absolute: ("tl.abs",),
+    Erf: ("tl.erf",),
+    Exp2: ("tl.exp2",),
+    Power: ("power",),
+    Floor: ("tl.floor", "whole"),
+    Round: ("nearest", "whole"),
 }
+# Operators on integers: they bind in Python as in Triton, but are put in parentheses, since few know how strongly.
+_BITS = {BitAnd: "&", BitOr: "|", BitXor: "^"}
+_SHIFTS = {ShiftLeft: "<<", ShiftRight: ">>"}
 # What a vector is called that the other axis' positions are compared with, by the sign between it and them.
 _THRESHOLDS = {"<=": "first", "<": "before", ">=": "last", ">": "stop", "==": "same", "!=": "other"}
-_LARGEST = struct.unpack("f", b"\xff\xff\x7f\x7f")[0]  # of float32
+SMALLEST_FLOAT, LARGEST_FLOAT = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # normal float32 numbers
 
 
 @dataclass
@@ -290,10 +312,25 @@ class Printer:
             for other in operands[1:]:
                 value = Call(function, (value, other), kind(expr))
             return value
-        function = next((text for known, text in _CALLS.items() if isinstance(expr, known)), "")
-        if not function:
+        if type(expr) in _BITS:
+            sign = f" {_BITS[type(expr)]} "
+            return Call("", (chain([(sign, operand, ATOM) for operand in operands], OR, "int"),))
+        if type(expr) in _SHIFTS:
+            left: Value = operands[0]
+            if isinstance(expr, ShiftLeft):
+                number_ = isinstance(left, Number)
+                left = Call("tl.full", (Name("[]"), left, Name("tl.int64"))) if number_ else left.to("int64")
+            shifted = [("", left, ATOM), (f" {_SHIFTS[type(expr)]} ", Call("steps", (operands[1],)), ATOM)]
+            return Call("", (chain(shifted, OR, "int"),))
+        if type(expr) not in _CALLS:
             raise AssertionError(f"no Triton text for {type(expr).__name__}")
-        return Call(function, (operands[0],), kind(expr))
+        if not isinstance(expr, Absolute):
+            operands = [as_float(value) for value in operands]
+        first, *outer = _CALLS[type(expr)]
+        value = Call(first, tuple(operands), kind(expr) if not outer else "float")
+        for function in outer:
+            value = Call(function, (value,), kind(expr))
+        return value
 
     def _division(self, expr: Any) -> Value:
         a, b = expr.args
@@ -343,7 +380,9 @@ class Printer:
                 pointer = chain([*_terms(pointer), (" + ", offset, PRODUCT)], SUM, "pointer")
         # Integers keep their width: an id of 64 bits must not be cut to 32.
         loaded: Value = Call("tl.load", (pointer,), kind(expr))
-        return loaded.to("float32") if kind(expr) == "float" else loaded.to("int32") if is_flag(expr) else loaded
+        if kind(expr) == "float":
+            return loaded.to("float32")
+        return loaded.to("int32") if is_flag(expr) else loaded.to("int64") if self.wide else loaded
 
     def flat(self, load: Load, dims: Iterable[int]) -> Value:
         """The place of a load within these dimensions of its tensor, counted row by row."""
@@ -358,6 +397,8 @@ class Printer:
     def _inside(self, tensor: str, dim: int, index: Any) -> Value:
         """An index that is in range, also on the lanes past the end of a tile that reaches beyond it."""
         value = self.value(index)
+        if index == ROW:  # as long as the call has rows: the runtime's check
+            return value if self.exists == "i" else Name("i_safe", value.axes) - Name("q_offset")
         if index in self.trusted:
             plain = index not in (I, J) or index.name == self.exists
             return value if plain else Name(f"{index.name}_safe", value.axes)
@@ -368,12 +409,12 @@ class Printer:
 
 
 def number(value: Any) -> Number:
-    """A constant: an integer, or a float that float32 can hold. What is past int64 is a float."""
-    if not value.is_infinite and value.is_Integer and abs(value) < 2**63:
+    """A constant: an integer, or a float that float32 can hold; with others Triton would compute in float64."""
+    if not value.is_infinite and kind(value) == "int":
         return Number(str(value), "int")
-    if abs(value) > _LARGEST:
+    if abs(value) > LARGEST_FLOAT:
         return Number('float("-inf")' if value < 0 else 'float("inf")', "float")
-    return Number(repr(float(value)), "float")
+    return Number(repr(float(value) if abs(value) >= SMALLEST_FLOAT else 0.0), "float")
 
 
 def as_float(value: Value) -> Value:

@@ -161,7 +161,8 @@ class Chain(Value):
 
 @dataclass(frozen=True)
 class Call(Value):
-    """`function(args, name=value)`; a function without "tl." is a helper of `templates/helpers`."""
+    """`function(args, name=value)`; a function without "tl." is a helper of `templates/helpers`, and without a name these are just
+    parentheses."""
 
     function: str
     args: tuple[Value, ...]

@@ -118,6 +118,7 @@ def _environment(call: Call) -> dict[str, Any]:
         **call.params,
         "b": torch.arange(call.q.shape[0], device=call.q.device).view(-1, 1, 1),
         "h": torch.arange(call.q.shape[1], device=call.q.device).view(1, -1, 1),
+        "q_offset": call.q_offset.view(-1, 1, 1) if isinstance(call.q_offset, torch.Tensor) else call.q_offset,
     }
 
 
@@ -260,6 +261,9 @@ def _capture_gradient(
         sink = tensor_of(evaluate(call.spec.sink, env), tensor.device).to(torch.float32)
         ds = -torch.exp(sink - buffers["lse"][..., None]) * buffers["delta"][..., None]  # [B, Hq, Nq, 1]
         share = (ds * evaluate(slope, env)).expand(batch, heads, n_q, 1)
+        if not load.indices:
+            total += share.sum()
+            continue
         places = [tensor_of(evaluate(index, env), tensor.device).long() for index in load.indices]
         total.index_put_(tuple(place.expand(share.shape) for place in places), share, accumulate=True)
     return total
