@@ -18,7 +18,6 @@ import sympy
 from sympy.core.relational import Relational
 
 from attngen.language.expression import (
-    Q_OFFSET,
     ROW,
     Absolute,
     B,
