@@ -7,6 +7,7 @@ Every stage errs on one side only: a tile called empty has no attended pair, a t
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from attngen.analysis.order import BEGIN, BLOCK, END, FIRST, LAST, ZERO, Order
 from attngen.analysis.tables import Axis, Table
 from attngen.analysis.tiles import EMPTY, FULL, PARTIAL, paint, run, tile_map
 from attngen.analysis.walk import Segment, Walk, WalkProgram, walk_keys, walk_queries
-from attngen.language.expression import Load, S, is_int, loads, to_text
+from attngen.language.expression import Erf, Load, S, Sigmoid, Where, is_int, loads, to_text
 
 if TYPE_CHECKING:
     from attngen.language.spec import Spec
@@ -33,8 +34,10 @@ __all__ = [
     "FIRST",
     "FULL",
     "GPUS",
+    "LARGE",
     "LAST",
     "PARTIAL",
+    "WEIGHT",
     "Axis",
     "Cost",
     "Facts",
@@ -49,6 +52,10 @@ __all__ = [
     "run",
     "tile_map",
 ]
+
+
+WEIGHT = sympy.Symbol("weight", real=True)  # of a listed key, added to its logit
+LARGE = 2.0**13  # the size of a logit from which on a float32 lse is off by more than 0.0005
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +114,32 @@ class Facts:
         """For each float tensor in the sink, its loads and d sink / d load."""
         return {} if self.spec.sink is None else _load_gradients(self.spec.sink)
 
+    @cached_property
+    def score_terms(self) -> tuple[Any, ...]:
+        """The score as a sum, with the weight of a listed key."""
+        weighted = self.spec.lists is not None and "edge_weight" in self.spec.lists.names
+        return sympy.Add.make_args(self.spec.score + WEIGHT if weighted else self.spec.score)
+
+    @cached_property
+    def form(self) -> str:
+        """Of the logits: "folded" (s alone, which one multiply-add takes to units of log 2), "additive" (s and what does not
+        depend on it) or "general".
+        """
+        rest = [term for term in self.score_terms if term != S]
+        if not rest and (self.spec.scale is None or self.spec.scale > 0):
+            return "folded"
+        additive = len(rest) < len(self.score_terms) and not any(S in term.free_symbols for term in rest)
+        return "additive" if additive else "general"
+
+    @cached_property
+    def natural(self) -> bool:
+        """Whether kernels keep logits in their natural unit, since the score may be large whatever q and k are.
+
+        finfo.min times log2(e) would be -inf. And beside a large logit float32 has no room for the log of a sum: what lse
+        lacks there is found again by the first step of the backward.
+        """
+        return self.form != "folded" and sum(map(_bound, self.score_terms)) >= LARGE
+
     def cost(self, **shape: Any) -> Cost:
         """FLOPs, bytes, exps and the speed-of-light time of a call, see `attngen.analysis.cost.cost`."""
         from attngen.analysis.cost import cost
@@ -152,3 +185,16 @@ def _load_gradients(expr: Any) -> dict[str, tuple[tuple[Load, Any], ...]]:
         slope = expr.xreplace({load: site}).diff(site).xreplace({site: load})
         found.setdefault(load.name, []).append((load, slope))
     return {name: tuple(pairs) for name, pairs in found.items()}
+
+
+def _bound(expr: Any) -> float:
+    """What a real expression is at most in size, for every value of its symbols: inf where that takes more than a look."""
+    if expr.is_Number:
+        return abs(float(expr))
+    if isinstance(expr, (sympy.tanh, sympy.sin, sympy.cos, Sigmoid, Erf)):
+        return 1.0
+    if expr.is_Add:
+        return sum(map(_bound, expr.args))
+    if expr.is_Mul:
+        return math.prod(map(_bound, expr.args))
+    return max(map(_bound, expr.args[1:])) if isinstance(expr, Where) else math.inf

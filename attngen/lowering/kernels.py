@@ -14,6 +14,7 @@ from typing import Any
 
 import sympy
 
+from attngen.analysis import WEIGHT
 from attngen.language.expression import B, H, I, J, S, Uniform
 from attngen.lowering import passes
 from attngen.lowering.axes import Roles
@@ -39,19 +40,18 @@ from attngen.lowering.statements import (
 from attngen.lowering.visits import TileWalk, Visits
 from attngen.lowering.width import needs_64_bits
 
-LOG2E, SCALE2 = sympy.Symbol("LOG2E", real=True), sympy.Symbol("scale2", real=True)
-WEIGHT = sympy.Symbol("weight", real=True)  # of a listed key, added to its logit
+LOG2E, SCALE = sympy.Symbol("LOG2E", real=True), sympy.Symbol("scale", real=True)
 LONGEST = 10  # characters of a captured tensor's or param's name that the kernel keeps, for lines that fit
 LONGEST_TABLE = 16
 
 # The first words of every variable that an outline or a fixed statement makes.
 _WORDS = """
-        BLOCK HEAD LN LOG2E LOWEST PAGE PRECISION acc after alpha any b bad batch before begin begins beta bin bound count
-    d delta dk dlse do dp dq ds dv e edge edges empty end first firsts floor full g grad group h head heads hi hole i
-    inside j k keep key kv l lane last listed live lo lse m maxima members mix n nearest norm number out output owners p page pages pair
-    part partial place places power program q query range row rows run s scale section share sink skip slot split splits start
-    starts state states step steps stop tanh tile tiles tl together total triton turn uniform unmasked masked user v valid weight
-    weights whole written x
+    acc after alpha any b bad batch before begin begins beta bin BLOCK bound count d delta dk dlse do dp dq ds dv e
+    edge edges empty end excess first firsts floor full g grad group h half HEAD head heads hi hole i inside j k keep
+    key kv l lane LARGE large last listed live LN lo LOG2E LOWEST lse m masked maxima members mix n nearest norm
+    number out output owners p PAGE page pages pair part partial place places power PRECISION program q query range
+    row rows run s scale section share sink skip slot split splits start starts state states step steps stop tanh tile
+    tiles tl together total triton turn uniform unmasked user v valid weight weights whole written x
 """
 VOCABULARY = frozenset(_WORDS.split())
 
@@ -108,8 +108,8 @@ class Step:
 @dataclass(frozen=True)
 class Body:
     """The statements of a kernel, by place. owner: the loop around all outputs of a program, if it computes several. heads: the
-    loop over the query heads that share a key head. rows: the axis along the rows of a tile. form: of the logits, "folded"
-    (s alone: the scale is left to the multiply-add that follows), "additive" (s and what does not depend on it) or "general".
+    loop over the query heads that share a key head. rows: the axis along the rows of a tile. form, natural: of the logits, see
+    `Facts.form` and `Facts.natural`.
     """
 
     places: tuple[Statements, ...]
@@ -118,6 +118,7 @@ class Body:
     steps: tuple[Step, ...]
     rows: str
     form: str
+    natural: bool
 
     def __getitem__(self, place: str) -> list[str]:
         """The text of a place: "decode", "owner", "program", "group", "head" or "tail"."""
@@ -189,10 +190,8 @@ class Lowering:
                 if found is not None:
                     places[PARTIAL if partial else FULL] = (*found.find, *self._tile(walk, bool(partial)))
                     places[PARTIAL_PAIRS if partial else FULL_PAIRS] = self._pairs(bool(partial))
-        if self.spec.sink is not None and (
-            self.kernel == "merge" or (self.kernel == "forward" and self.split != "split")
-        ):
-            places[TAIL] = (_inline("sink", self._printer().value(self.spec.sink) * name("LOG2E")),)
+        if self.spec.sink is not None and self._meets_sink:
+            places[TAIL] = (_inline("sink", self._printer().value(self.spec.sink)),)
         few = visits[0] is not None and not walk.tables and self.spec.lists is None
         ranges = [self._range(found, bool(partial), few) for partial, found in enumerate(visits)]
         wanted = {*_READS[self._row], *_STEP_READS, *reads, *self._walked_reads}
@@ -204,12 +203,19 @@ class Lowering:
             for partial, (found, bounds, at) in enumerate(zip(visits, ranges, (FULL, PARTIAL), strict=True))
             if found is not None and bounds is not None
         ]
-        return Body(tuple(places), owner, heads, tuple(steps), resident.axis, self._form)
+        return Body(tuple(places), owner, heads, tuple(steps), resident.axis, self.facts.form, self.facts.natural)
 
     @property
     def walks(self) -> bool:
         """Whether the kernel visits tiles."""
-        return self.kernel not in ("delta", "merge")
+        return self.kernel != "merge" and (self.kernel != "delta" or self.facts.natural)
+
+    @property
+    def _meets_sink(self) -> bool:
+        """Whether this kernel has the whole of a row's softmax."""
+        if self.kernel == "delta":
+            return bool(self.facts.natural)
+        return self.kernel == "merge" or (self.kernel == "forward" and self.split != "split")
 
     @property
     def _walked_reads(self) -> tuple[str, ...]:
@@ -266,12 +272,12 @@ class Lowering:
                 out.append(
                     assign("valid", chain([("", printer.operand(spec.mask), AND), (" & ", inside, XOR)], AND, "bool"))
                 )
-        if self._form != "folded":
+        if self.facts.form != "folded":
             logits = printer.operand(self._logits)
             if S not in self._logits.free_symbols:
                 logits = logits + call("tl.zeros_like", name("s", TILE))
             out.append(_inline("x", logits))
-        if spec.dropout is not None:
+        if spec.dropout is not None and self.kernel != "delta":
             out.append(_inline("keep_scale", printer.operand(1 / (1 - spec.dropout))))
             seed = sympy.Symbol("seed", integer=True)
             kept = sympy.Ge(Uniform(seed, B, H, I, J) - spec.dropout, 0, evaluate=False)
@@ -325,31 +331,20 @@ class Lowering:
         )
 
     @property
-    def _score(self) -> Any:
-        weighted = self.spec.lists is not None and "edge_weight" in self.spec.lists.names
-        return self.spec.score + WEIGHT if weighted else self.spec.score
-
-    @property
-    def _rest(self) -> Any:
-        return sympy.Add(*[term for term in sympy.Add.make_args(self._score) if term != S])
-
-    @property
-    def _form(self) -> str:
-        if self._score == S and (self.spec.scale is None or self.spec.scale > 0):
-            return "folded"
-        return "additive" if self._score == S + self._rest and S not in self._rest.free_symbols else "general"
-
-    @property
     def _logits(self) -> Any:
-        """The logits in units of log 2, of s, which for the general form is scaled."""
-        terms = sympy.Add.make_args(self._rest if self._form == "additive" else self._score)
-        scaled = sympy.Add(*[LOG2E * term for term in terms if term != 0])
-        return S * SCALE2 + scaled if self._form == "additive" else scaled
+        """The logits in the kernel's unit, of s, which for the general form is scaled."""
+        unit = sympy.Integer(1) if self.facts.natural else LOG2E
+        return sympy.Add(
+            *[
+                unit * (SCALE * S if term == S and self.facts.form == "additive" else term)
+                for term in self.facts.score_terms
+            ]
+        )
 
     @property
     def _slope(self) -> Any:
         """What dS is multiplied by."""
-        if self.kernel == "forward":
+        if self.kernel in ("forward", "delta"):
             return sympy.Integer(1)
         return sympy.sympify(self.facts.score_ds if self.site is None else self.site.slope)
 

@@ -411,9 +411,10 @@ def number(value: Any) -> Number:
     """A constant: an integer, or a float that float32 can hold; with others Triton would compute in float64."""
     if not value.is_infinite and kind(value) == "int":
         return Number(str(value), "int")
-    if abs(value) > LARGEST_FLOAT:
-        return Number('float("-inf")' if value < 0 else 'float("inf")', "float")
-    return Number(repr(float(value) if abs(value) >= SMALLEST_FLOAT else 0.0), "float")
+    real = float(value)
+    if abs(real) > LARGEST_FLOAT:
+        return Number('float("-inf")' if real < 0 else 'float("inf")', "float")
+    return Number(repr(real if abs(real) >= SMALLEST_FLOAT else 0.0), "float")
 
 
 def as_float(value: Value) -> Value:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from attngen.analysis import LARGE
 from attngen.language.expression import B, H
 from attngen.language.lists import RowLists
 from attngen.lowering import signature
@@ -39,7 +40,8 @@ class Outline:
 
     about: the file's docstring. split: "split" or "stream" where several programs share an output. one_loop: full and partial
     tiles go through one loop. by_rows: keys are listed row by row, `list_head` is whose list it is. precision: of float32
-    products, else nothing. d, dv: the slices of the head dims. bins: how many elements of a captured tensor a pair may reach.
+    products, else nothing. d, dv: the slices of the head dims. large: the size of an lse from which on it is exact
+    no more; guarded: whether the loops run for such rows only. bins: how many elements of a captured tensor a pair may reach.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Outline:
     d: tuple[Chunk, ...]
     dv: tuple[Chunk, ...]
     walks: bool
+    large: float
+    guarded: bool
     site: Site | None
     bins: str
 
@@ -81,7 +85,7 @@ def render(
     an int32 tensor [B]. The text does not depend on lengths, batch, head counts, params or the scale.
     """
     by_keys = kernel == "dkv" or (site is not None and site.by_keys)
-    by_rows = isinstance(spec.lists, RowLists) and kernel != "delta"
+    by_rows = isinstance(spec.lists, RowLists) and (kernel != "delta" or facts.natural)
     tile = schedule.tile("dkv" if by_keys else _TILE_OF.get(kernel, kernel))
     if by_rows:  # one query, or key, a tile: its rows are the heads
         tile = replace(tile, **{"block_n" if by_keys else "block_m": ROWS_OF_LISTS})
@@ -100,7 +104,7 @@ def render(
     described = tile.tma and aligned and not by_rows and spec.page_size is None and kernel in KERNELS
     one_loop = described and tile.warp_specialize
 
-    views = _views(spec, kernel, site, roles, head_dim, head_dim_v, aligned, described, one_loop)
+    views = _views(spec, kernel, facts.natural, site, roles, head_dim, head_dim_v, aligned, described, one_loop)
     walk = facts.walk_keys if roles.walked is KEY else facts.walk_queries
     tables = [symbol.name for table in walk.tables for symbol in table.symbols]
     lists = () if spec.lists is None else spec.lists.names
@@ -127,6 +131,7 @@ def render(
         names,
         aligned=aligned,
         offset_tensor=offset_tensor,
+        natural=facts.natural,
         split=split,
         tables=tables,
         site=site,
@@ -146,6 +151,8 @@ def render(
         d=chunks(head_dim),
         dv=chunks(head_dim_v),
         walks=lowering.walks,
+        large=LARGE,
+        guarded=kernel == "delta" and facts.natural,
         site=site,
         bins="" if site is None else " * ".join(f"{names[site.tensor]}_size_{dim}" for dim in site.dims),
     )
@@ -228,6 +235,7 @@ def _outline_reads(kernel: str, views: dict[str, View], site: Site | None, by_ro
 def _views(
     spec: Any,
     kernel: str,
+    natural: bool,
     site: Site | None,
     roles: Roles,
     head_dim: int,
@@ -238,7 +246,7 @@ def _views(
 ) -> dict[str, View]:
     """The tensors of a kernel, in the order of its signature."""
     views = {}
-    for tensor in signature.takes(kernel, site).tensors:
+    for tensor in signature.takes(kernel, natural, site).tensors:
         _, heads, length, dim = signature.shape(tensor)
         head = "h" if heads == "heads" else "kv_head"
         axis = QUERY if length == "n_q" else KEY

@@ -6,7 +6,7 @@ Lowering writes the `def` line from them, a launch its arguments, cross-compilat
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,13 +54,16 @@ class Takes:
     """One kernel's row of the table.
 
     tensors: [B, heads, n, d], in the order of the arguments: of a gradient kernel first the two that stay, then the two that
-    are walked, then its results. rows: float32 [B, heads, n_q], contiguous. states: whether a split forward's partial states
+    are walked, then its results. rows: float32 [B, heads, n_q], contiguous. more_tensors, more_rows: what it takes besides for
+    logits in their natural unit, to find or to use what lse lacks (`Facts.natural`). states: whether a split forward's partial states
     pass through it; stream_k: what tells its programs which tiles are theirs. scaled: whether it computes logits.
     """
 
     title: str
     tensors: tuple[str, ...]
     rows: tuple[str, ...]
+    more_tensors: tuple[str, ...] = ()
+    more_rows: tuple[str, ...] = ()
     stream_k: tuple[str, ...] = ()
     scaled: bool = True
 
@@ -80,14 +83,31 @@ TABLE = {
         scaled=False,
     ),
     "delta": Takes(
-        "backward, first step: delta = rowsum(dO * O) - dlse", ("out", "do"), ("dlse", "delta"), scaled=False
+        "backward, first step: delta = rowsum(dO * O) - dlse",
+        ("out", "do"),
+        ("dlse", "delta"),
+        ("q", "k"),
+        ("lse", "excess"),
+        scaled=False,
     ),
-    "dq": Takes("backward: a query tile walks its keys and sums dQ", ("q", "do", "k", "v", "dq"), ("lse", "delta")),
+    "dq": Takes(
+        "backward: a query tile walks its keys and sums dQ",
+        ("q", "do", "k", "v", "dq"),
+        ("lse", "delta"),
+        more_rows=("excess",),
+    ),
     "dkv": Takes(
-        "backward: a key tile walks its queries and sums dK and dV", ("k", "v", "q", "do", "dk", "dv"), ("lse", "delta")
+        "backward: a key tile walks its queries and sums dK and dV",
+        ("k", "v", "q", "do", "dk", "dv"),
+        ("lse", "delta"),
+        more_rows=("excess",),
     ),
-    "capture": Takes("backward: the gradient of a captured tensor", ("q", "do", "k", "v"), ("lse", "delta")),
-    "capture by keys": Takes("backward: the gradient of a captured tensor", ("k", "v", "q", "do"), ("lse", "delta")),
+    "capture": Takes(
+        "backward: the gradient of a captured tensor", ("q", "do", "k", "v"), ("lse", "delta"), more_rows=("excess",)
+    ),
+    "capture by keys": Takes(
+        "backward: the gradient of a captured tensor", ("k", "v", "q", "do"), ("lse", "delta"), more_rows=("excess",)
+    ),
 }
 _SHAPES = {
     "q": ("B", "heads", "n_q", "D"),
@@ -112,9 +132,13 @@ _STATES = (
 _LENGTHS = ("heads", "n_q", "group", "n_k", "batch", "together", "splits", "pages")
 
 
-def takes(kernel: str, site: Site | None = None) -> Takes:
-    """The table's row of a kernel."""
-    return TABLE["capture by keys" if site is not None and site.by_keys else kernel]
+def takes(kernel: str, natural: bool, site: Site | None = None) -> Takes:
+    """What a kernel takes. natural: whether logits keep their natural unit."""
+    found = TABLE["capture by keys" if site is not None and site.by_keys else kernel]
+    if not natural:
+        return found
+    tensors, rows = (*found.tensors, *found.more_tensors), (*found.rows, *found.more_rows)
+    return replace(found, tensors=tensors, rows=rows, scaled=found.scaled or bool(found.more_tensors))
 
 
 def shape(tensor: str) -> tuple[str, ...]:
@@ -130,6 +154,7 @@ def arguments(
     *,
     aligned: bool,
     offset_tensor: bool,
+    natural: bool,
     split: str,
     tables: Iterable[str],
     site: Site | None,
@@ -139,7 +164,7 @@ def arguments(
     names: what captured tensors, params and tables are called in it. split: "split" or "stream" for a forward whose outputs
     several programs share, and its merge. tables: the walk's summaries. See `render` for the others.
     """
-    known, own = takes(kernel, site), set(reads)
+    known, own = takes(kernel, natural, site), set(reads)
     partial = kernel == "forward" and split == "split"  # merge writes out and lse
     tensors = [name for name in known.tensors if not (partial and name == "out")]
     out = [Arg(name, "tensor", name, "*q", comment=f"[{', '.join(_dims(name, spec))}]") for name in tensors]

@@ -191,6 +191,80 @@ def test_a_bad_value_reaches_exactly_the_rows_that_attend_to_it(bad: float) -> N
     assert torch.equal(out[0, 0, ~rows], clean[0, 0, ~rows])
 
 
+# -- values that are large --------------------------------------------------------------------------------------------
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+def compare(
+    spec: ag.Spec, dtype: torch.dtype, schedule: Schedule = SMALL, wrt: tuple[str, ...] = (), **captures: Any
+) -> None:
+    """Forward and gradients of q, k, v and the captures `wrt` against the oracle, on 37 rows and keys."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 2, 37, 16, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
+    weight = torch.randn(1, 2, 37, 16, generator=generator).to(dtype)
+    captures = {n: c.clone().requires_grad_() if n in wrt else c for n, c in captures.items()}
+    read = [*inputs, *(captures[n] for n in wrt)]
+    out, lse = ag.compile(spec, schedule=schedule, backend="interpret")(*inputs, return_lse=True, **captures)
+    want, want_lse = ag.oracle(spec, *inputs, **captures)
+    assert torch.equal(lse.isinf(), want_lse.isinf())
+    got = [out, *torch.autograd.grad((out * weight).float().sum(), read)]
+    wanted = [want, *torch.autograd.grad((want * weight.double()).sum(), read)]
+    bound = 1e-5 if dtype == torch.float32 else 4e-3
+    for x, y in zip(got, wanted, strict=True):
+        assert x.isfinite().all() and (x.double() - y.double()).norm() <= bound * y.double().norm() + 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("size", [LOWEST, -2.5e38, -1e38, -1e30, 1e38, 3e38])
+def test_rows_whose_bias_is_large_everywhere(size: float, dtype: torch.dtype) -> None:
+    bias = torch.zeros(1, 2, 37, 37)
+    bias[:, :, :5] = size  # left padding
+    bias[:, :, 6, 3:20] = size
+    bias[:, :, 7] = torch.where(torch.arange(37) % 2 == 0, LOWEST, -3.3e38)
+    compare(ag.Spec(score=ag.bias("bhij")), dtype, wrt=("bias",), bias=bias)
+    compare(ag.Spec(mask=ag.causal(), score=ag.bias("bhij")), dtype, bias=bias)
+
+
+@pytest.mark.parametrize("options", [dict(split=3), dict(split="stream", programs=3), dict(pack=True)], ids=str)
+def test_large_logits_through_partial_states(options: dict[str, Any]) -> None:
+    compare(ag.Spec(score=ag.bias("j")), torch.float32, Schedule(**options).over(SMALL), bias=torch.full((37,), LOWEST))
+
+
+def test_a_large_logit_leaves_no_room_for_the_log_of_a_sum() -> None:
+    """lse of 37 equal logits of 1e6 is 1e6 in float32, and exp(s - lse) sums to 37."""
+    compare(ag.Spec(score=lambda s, b, h, i, j: s * 1e-30 + 1e6), torch.float32)
+    compare(
+        ag.Spec(score=lambda s, b, h, i, j: s * 1e-30 - 1e9, mask=ag.documents()),
+        torch.float32,
+        doc=torch.arange(37)[None] // 9,
+    )
+    sink = ag.Spec(score=lambda s, b, h, i, j: s * 1e-30 + 1e6, sink=ag.sink())
+    compare(sink, torch.float32, wrt=("sink",), sink=torch.tensor([1e6, 0.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "score",
+    [
+        "where(i >= j, s, -1e30)",
+        "where(i >= j + 5, s, -3.4028234663852886e38)",
+        "where(i >= j, s, -1e19)",
+        "s + where(i >= j, 0, -1e30)",
+        "tanh(s * 1e-20) * 1e20",
+    ],
+)
+def test_constants_beyond_integers(score: str, dtype: torch.dtype) -> None:
+    compare(ag.Spec(score=score), dtype)
+
+
+@pytest.mark.parametrize("score", [None, ag.alibi()], ids=["plain", "alibi"])
+@pytest.mark.parametrize("low", [-float("inf"), LOWEST, -5.0])
+def test_a_low_sink_and_rows_without_a_key(low: float, score: Any) -> None:
+    captures = dict(sink=torch.tensor([low, 0.3]), **({} if score is None else dict(slope=torch.tensor([0.1, 0.2]))))
+    compare(ag.Spec(mask="i > j + 3", sink=ag.sink(), score=score), torch.float32, wrt=("sink",), **captures)
+
+
 # -- gradients of captured tensors ------------------------------------------------------------------------------------
 
 

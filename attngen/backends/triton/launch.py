@@ -63,6 +63,7 @@ def backward(
         "do": grad_out,
         "dlse": grad_lse.to(torch.float32).contiguous(),
         "delta": torch.empty_like(lse, memory_format=torch.contiguous_format),
+        "excess": torch.empty_like(lse, memory_format=torch.contiguous_format),
         "dq": torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device),
         "dk": torch.empty(call.k.shape, dtype=call.k.dtype, device=call.k.device),
         "dv": torch.empty(call.v.shape, dtype=call.v.dtype, device=call.v.device),
@@ -94,7 +95,7 @@ def _run(plan: Plan, call: Call, facts: Facts, schedule: Schedule, buffers: dict
 
 
 def _tables_of(kernel: str, buffers: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return buffers.get(f"tables of {kernel}", {})
+    return buffers.get(f"tables of {'dq' if kernel == 'delta' else kernel}", {})
 
 
 def _tables(step: Step, call: Call, facts: Facts, schedule: Schedule) -> dict[str, torch.Tensor]:
@@ -222,7 +223,7 @@ def _source_of(
     tensors: Mapping[str, Any],
     site: Site | None = None,
 ) -> Source:
-    aligned = all(_aligned(tensors[name]) for name in takes(kernel).tensors)
+    aligned = all(_aligned(tensors[name]) for name in takes(kernel, facts.natural).tensors)
     by_offset = isinstance(call.q_offset, torch.Tensor)
     dims = call.q.shape[3], call.v.shape[3]
     return _source(call.spec, facts, kernel, *dims, call.q.dtype, schedule, aligned, by_offset, site)
@@ -259,7 +260,9 @@ def _capture_gradient(
     for load, slope in of_sink:
         # The sink is a key with value 0: its dS is P * (0 - delta).
         sink = tensor_of(evaluate(call.spec.sink, env), tensor.device).to(torch.float32)
-        ds = -torch.exp(sink - buffers["lse"][..., None]) * buffers["delta"][..., None]  # [B, Hq, Nq, 1]
+        lse, excess = buffers["lse"][..., None], buffers["excess"][..., None] if facts.natural else 0.0
+        p = torch.where(lse > -torch.inf, torch.exp(sink - lse) * 2.0**-excess, 0.0)  # [B, Hq, Nq, 1]
+        ds = -p * buffers["delta"][..., None]
         share = (ds * evaluate(slope, env)).expand(batch, heads, n_q, 1)
         if not load.indices:
             total += share.sum()

@@ -52,6 +52,7 @@ def capture(
     v,  # [B, heads // group, n_k, Dv]
     lse,  # [B, heads, n_q]
     delta,  # [B, heads, n_q]
+    excess,  # [B, heads, n_q]
     grad,  # [B, heads, tiles]
     q_stride_b,
     q_stride_h,
@@ -101,12 +102,13 @@ def capture(
     do_0 = tl.load(do_rows + d_0[None, :], mask=row_in[:, None], other=0.0)  # [BLOCK_M, 64]
     k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
     v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
-    scale2 = scale * LOG2E
     total = 0.0
     lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
     delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
-    lse_2 = tl.load(lse_head + row, mask=row_in, other=float("-inf")) * LOG2E  # [BLOCK_M]
-    lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+    excess_head = excess + (b.to(tl.int64) * heads + h) * n_q
+    lse_row = tl.load(lse_head + row, mask=row_in, other=float("-inf"))  # [BLOCK_M]
+    lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
+    excess_row = tl.load(excess_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
     delta_row = tl.load(delta_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
 
     # this tile's first and last row, as positions
@@ -129,8 +131,8 @@ def capture(
         k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :])
         s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
         keep = uniform(hash_4[:, None] ^ j[None, :].to(tl.uint32)) >= 0.1
-        x = slope_h * LOG2E * (j[None, :] - i[:, None]).to(tl.float32) + scale2 * s
-        p = tl.exp2(x - lse_2[:, None])
+        x = slope_h * (j[None, :] - i[:, None]).to(tl.float32) + scale * s
+        p = tl.exp2((x - lse_row[:, None]) * LOG2E - excess_row[:, None])
         v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :])
         dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
         dp = tl.where(keep, dp * 1.1111111111111112, 0.0)
@@ -146,8 +148,8 @@ def capture(
         s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
         valid = (i[:, None] >= j[None, :]) & inside[None, :]
         keep = uniform(hash_4[:, None] ^ j[None, :].to(tl.uint32)) >= 0.1
-        x = slope_h * LOG2E * (j[None, :] - i[:, None]).to(tl.float32) + scale2 * s
-        p = tl.exp2(x - lse_2[:, None])
+        x = slope_h * (j[None, :] - i[:, None]).to(tl.float32) + scale * s
+        p = tl.exp2((x - lse_row[:, None]) * LOG2E - excess_row[:, None])
         v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
         dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
         dp = tl.where(keep, dp * 1.1111111111111112, 0.0)

@@ -54,6 +54,7 @@ def dkv(
     dv,  # [B, heads // group, n_k, Dv]
     lse,  # [B, heads, n_q]
     delta,  # [B, heads, n_q]
+    excess,  # [B, heads, n_q]
     k_stride_b,
     k_stride_h,
     k_stride_n,
@@ -103,7 +104,6 @@ def dkv(
     k_0 = tl.load(k_rows + d_0[None, :], mask=key_in[:, None], other=0.0)  # [BLOCK_N, 64]
     v_rows = v_head + j.to(tl.int64)[:, None] * v_stride_n
     v_0 = tl.load(v_rows + d_0[None, :], mask=key_in[:, None], other=0.0)  # [BLOCK_N, 64]
-    scale2 = scale * LOG2E
     dk_0 = tl.zeros([BLOCK_N, 64], tl.float32)
     dv_0 = tl.zeros([BLOCK_N, 64], tl.float32)
 
@@ -116,6 +116,7 @@ def dkv(
         do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h
         lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
         delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
+        excess_head = excess + (b.to(tl.int64) * heads + h) * n_q
 
         # this tile's first and last key, as positions
         first = key_tile * BLOCK_N
@@ -145,15 +146,16 @@ def dkv(
             row = tile * BLOCK_M + lane_m  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
             i = row + q_offset  # [BLOCK_M]
-            lse_2 = tl.load(lse_head + row) * LOG2E  # [BLOCK_M]
-            lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+            lse_row = tl.load(lse_head + row)  # [BLOCK_M]
+            lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
+            excess_row = tl.load(excess_head + row)  # [BLOCK_M]
             delta_row = tl.load(delta_head + row)  # [BLOCK_M]
             q_0 = tl.load(q_head + rows * q_stride_n + d_0[None, :])
             s = tl.dot(k_0, tl.trans(q_0), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             hash_4 = mix(hash_3 ^ i.to(tl.uint32))  # [BLOCK_M]
             keep = uniform(hash_4[None, :] ^ j[:, None].to(tl.uint32)) >= 0.1
-            x = slope_h * LOG2E * (j[:, None] - i[None, :]).to(tl.float32) + scale2 * s
-            p = tl.exp2(x - lse_2[None, :])
+            x = slope_h * (j[:, None] - i[None, :]).to(tl.float32) + scale * s
+            p = tl.exp2((x - lse_row[None, :]) * LOG2E - excess_row[None, :])
             do_0 = tl.load(do_head + rows * do_stride_n + d_0[None, :])
             dp = tl.dot(v_0, tl.trans(do_0), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             dp = tl.where(keep, dp * 1.1111111111111112, 0.0)
@@ -170,16 +172,17 @@ def dkv(
             rows = row.to(tl.int64)[:, None]
             inside = row < n_q  # [BLOCK_M]
             i = row + q_offset  # [BLOCK_M]
-            lse_2 = tl.load(lse_head + row, mask=inside, other=0.0) * LOG2E  # [BLOCK_M]
-            lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+            lse_row = tl.load(lse_head + row, mask=inside, other=0.0)  # [BLOCK_M]
+            lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
+            excess_row = tl.load(excess_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             delta_row = tl.load(delta_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             q_0 = tl.load(q_head + rows * q_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             s = tl.dot(k_0, tl.trans(q_0), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             valid = (j[:, None] <= i[None, :]) & inside[None, :]
             hash_4 = mix(hash_3 ^ i.to(tl.uint32))  # [BLOCK_M]
             keep = uniform(hash_4[None, :] ^ j[:, None].to(tl.uint32)) >= 0.1
-            x = slope_h * LOG2E * (j[:, None] - i[None, :]).to(tl.float32) + scale2 * s
-            p = tl.exp2(x - lse_2[None, :])
+            x = slope_h * (j[:, None] - i[None, :]).to(tl.float32) + scale * s
+            p = tl.exp2((x - lse_row[None, :]) * LOG2E - excess_row[None, :])
             do_0 = tl.load(do_head + rows * do_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             dp = tl.dot(v_0, tl.trans(do_0), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             dp = tl.where(keep, dp * 1.1111111111111112, 0.0)

@@ -16,7 +16,7 @@ BLOCK_M = tl.constexpr(64)  # query rows of a tile
 BLOCK_N = tl.constexpr(32)  # keys of a tile
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.0e38)  # below every logit, and finite, so that LOWEST - LOWEST is 0
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # no logit is lower, and LOWEST - LOWEST is 0
 PRECISION = tl.constexpr("ieee")
 
 
@@ -99,7 +99,6 @@ def forward(
     v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
     q_rows = q_head + row.to(tl.int64)[:, None] * q_stride_n
     q_0 = tl.load(q_rows + d_0[None, :], mask=row_in[:, None], other=0.0)  # [BLOCK_M, 64]
-    scale2 = scale * LOG2E
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc_0 = tl.zeros([BLOCK_M, 64], tl.float32)
@@ -124,10 +123,10 @@ def forward(
         k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :])
         s = tl.dot(q_0, tl.trans(k_0), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         keep = uniform(hash_4[:, None] ^ j[None, :].to(tl.uint32)) >= 0.1
-        x = slope_h * LOG2E * (j[None, :] - i[:, None]).to(tl.float32) + scale2 * s
+        x = slope_h * (j[None, :] - i[:, None]).to(tl.float32) + scale * s
         m_new = tl.maximum(m, tl.max(x, 1))
-        p = tl.exp2(x - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
+        p = tl.exp2((x - m_new[:, None]) * LOG2E)
+        alpha = tl.exp2((m - m_new) * LOG2E)
         m = m_new
         l = l * alpha + tl.sum(p, 1)
         p = tl.where(keep, p * 1.1111111111111112, 0.0)
@@ -143,11 +142,11 @@ def forward(
         s = tl.dot(q_0, tl.trans(k_0), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         valid = (i[:, None] >= j[None, :]) & inside[None, :]
         keep = uniform(hash_4[:, None] ^ j[None, :].to(tl.uint32)) >= 0.1
-        x = slope_h * LOG2E * (j[None, :] - i[:, None]).to(tl.float32) + scale2 * s
+        x = slope_h * (j[None, :] - i[:, None]).to(tl.float32) + scale * s
         x = tl.where(valid, x, float("-inf"))
         m_new = tl.maximum(m, tl.max(x, 1))
-        p = tl.exp2(x - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
+        p = tl.exp2((x - m_new[:, None]) * LOG2E)
+        alpha = tl.exp2((m - m_new) * LOG2E)
         m = m_new
         l = l * alpha + tl.sum(p, 1)
         p = tl.where(keep, p * 1.1111111111111112, 0.0)
@@ -162,7 +161,7 @@ def forward(
     empty = l == 0.0
     l = tl.where(empty, 1.0, l)
     lse_rows = lse + (b.to(tl.int64) * heads + h) * n_q + row
-    tl.store(lse_rows, tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2), mask=row_in)
+    tl.store(lse_rows, tl.where(empty, float("-inf"), m + tl.log2(l) * LN2), mask=row_in)
     out_head = out + b.to(tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h
 
     norm = 1.0 / l

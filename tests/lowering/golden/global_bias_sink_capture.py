@@ -40,6 +40,7 @@ def capture(
     v,  # [B, heads // group, n_k, Dv]
     lse,  # [B, heads, n_q]
     delta,  # [B, heads, n_q]
+    excess,  # [B, heads, n_q]
     grad,  # [B or 1, heads or 1, n_q, n_k]
     q_stride_b,
     q_stride_h,
@@ -97,11 +98,12 @@ def capture(
         do_0 = tl.load(do_rows + d_0[None, :], mask=row_in[:, None], other=0.0)  # [BLOCK_M, 64]
         k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
         v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
-        scale2 = scale * LOG2E
         lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
         delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
-        lse_2 = tl.load(lse_head + row, mask=row_in, other=float("-inf")) * LOG2E  # [BLOCK_M]
-        lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+        excess_head = excess + (b.to(tl.int64) * heads + h) * n_q
+        lse_row = tl.load(lse_head + row, mask=row_in, other=float("-inf"))  # [BLOCK_M]
+        lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
+        excess_row = tl.load(excess_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
         delta_row = tl.load(delta_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
         grad_head = grad + b.to(tl.int64) * grad_stride_b + h.to(tl.int64) * grad_stride_h
         grad_rows = grad_head + row.to(tl.int64)[:, None] * n_k
@@ -172,8 +174,8 @@ def capture(
             s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
             bias_at_at = bias_at[:, None] + j[None, :].to(tl.int64) * bias_stride_2  # [BLOCK_M, BLOCK_N]
             bias_h_i_j = tl.load(bias_at_at).to(tl.float32)  # [BLOCK_M, BLOCK_N]
-            x = LOG2E * bias_h_i_j + scale2 * s
-            p = tl.exp2(x - lse_2[:, None])
+            x = bias_h_i_j + scale * s
+            p = tl.exp2((x - lse_row[:, None]) * LOG2E - excess_row[:, None])
             v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :])
             dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
             ds = p * (dp - delta_row[:, None])
@@ -199,8 +201,8 @@ def capture(
             valid = pair_ok_2 & inside[None, :]
             bias_at_at = bias_at[:, None] + j_safe[None, :].to(tl.int64) * bias_stride_2
             bias_h_i_j = tl.load(bias_at_at).to(tl.float32)  # [BLOCK_M, BLOCK_N]
-            x = LOG2E * bias_h_i_j + scale2 * s
-            p = tl.exp2(x - lse_2[:, None])
+            x = bias_h_i_j + scale * s
+            p = tl.exp2((x - lse_row[:, None]) * LOG2E - excess_row[:, None])
             v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
             ds = p * (dp - delta_row[:, None])

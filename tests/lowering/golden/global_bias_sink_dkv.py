@@ -63,6 +63,7 @@ def dkv(
     dv,  # [B, heads // group, n_k, Dv]
     lse,  # [B, heads, n_q]
     delta,  # [B, heads, n_q]
+    excess,  # [B, heads, n_q]
     k_stride_b,
     k_stride_h,
     k_stride_n,
@@ -133,7 +134,6 @@ def dkv(
     v_0 = tl.load(v_rows + v_columns_0, mask=key_in[:, None], other=0.0)  # [BLOCK_N, 16]
     v_in_1 = key_in[:, None] & e_in_1[None, :]
     v_1 = tl.load(v_rows + v_columns_1, mask=v_in_1, other=0.0)  # [BLOCK_N, 16]
-    scale2 = scale * LOG2E
     dk_0 = tl.zeros([BLOCK_N, 32], tl.float32)
     dk_1 = tl.zeros([BLOCK_N, 16], tl.float32)
     dv_0 = tl.zeros([BLOCK_N, 16], tl.float32)
@@ -152,6 +152,7 @@ def dkv(
         do_columns_1 = e_1[None, :] * do_stride_d
         lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
         delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
+        excess_head = excess + (b.to(tl.int64) * heads + h) * n_q
 
         # this tile's first and last key, as positions
         first = key_tile * BLOCK_N
@@ -222,8 +223,9 @@ def dkv(
             row = tile * BLOCK_M + lane_m  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
             i = row + q_offset  # [BLOCK_M]
-            lse_2 = tl.load(lse_head + row) * LOG2E  # [BLOCK_M]
-            lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+            lse_row = tl.load(lse_head + row)  # [BLOCK_M]
+            lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
+            excess_row = tl.load(excess_head + row)  # [BLOCK_M]
             delta_row = tl.load(delta_head + row)  # [BLOCK_M]
             q_0 = tl.load(q_head + rows * q_stride_n + q_columns_0)
             q_1 = tl.load(q_head + rows * q_stride_n + q_columns_1, mask=d_in_1[None, :], other=0.0)
@@ -231,8 +233,8 @@ def dkv(
             s = tl.dot(k_1, tl.trans(q_1), s)
             bias_at_at = bias_at[:, None] + i[None, :].to(tl.int64) * bias_stride_1  # [BLOCK_N, BLOCK_M]
             bias_h_i_j = tl.load(bias_at_at).to(tl.float32)  # [BLOCK_N, BLOCK_M]
-            x = LOG2E * bias_h_i_j + scale2 * s
-            p = tl.exp2(x - lse_2[None, :])
+            x = bias_h_i_j + scale * s
+            p = tl.exp2((x - lse_row[None, :]) * LOG2E - excess_row[None, :])
             do_0 = tl.load(do_head + rows * do_stride_n + do_columns_0)
             do_1 = tl.load(do_head + rows * do_stride_n + do_columns_1, mask=e_in_1[None, :], other=0.0)
             dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]
@@ -256,8 +258,9 @@ def dkv(
             inside = row < n_q  # [BLOCK_M]
             i = row + q_offset  # [BLOCK_M]
             i_safe = tl.minimum(row, n_q - 1) + q_offset  # [BLOCK_M]
-            lse_2 = tl.load(lse_head + row, mask=inside, other=0.0) * LOG2E  # [BLOCK_M]
-            lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+            lse_row = tl.load(lse_head + row, mask=inside, other=0.0)  # [BLOCK_M]
+            lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
+            excess_row = tl.load(excess_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             delta_row = tl.load(delta_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             q_0 = tl.load(q_head + rows * q_stride_n + q_columns_0, mask=inside[:, None], other=0.0)
             q_in_1 = inside[:, None] & d_in_1[None, :]
@@ -270,8 +273,8 @@ def dkv(
             valid = pair_ok_2 & inside[None, :]
             bias_at_at = bias_at[:, None] + i_safe[None, :].to(tl.int64) * bias_stride_1
             bias_h_i_j = tl.load(bias_at_at).to(tl.float32)  # [BLOCK_N, BLOCK_M]
-            x = LOG2E * bias_h_i_j + scale2 * s
-            p = tl.exp2(x - lse_2[None, :])
+            x = bias_h_i_j + scale * s
+            p = tl.exp2((x - lse_row[None, :]) * LOG2E - excess_row[None, :])
             do_0 = tl.load(do_head + rows * do_stride_n + do_columns_0, mask=inside[:, None], other=0.0)
             do_in_1 = inside[:, None] & e_in_1[None, :]
             do_1 = tl.load(do_head + rows * do_stride_n + do_columns_1, mask=do_in_1, other=0.0)

@@ -17,7 +17,7 @@ BLOCK_M = tl.constexpr(64)  # query rows of a tile
 BLOCK_N = tl.constexpr(32)  # keys of a tile
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.0e38)  # below every logit, and finite, so that LOWEST - LOWEST is 0
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # no logit is lower, and LOWEST - LOWEST is 0
 
 
 @triton.jit(
@@ -121,7 +121,6 @@ def forward(
     q_0 = tl.load(q_rows + q_columns_0, mask=row_in[:, None], other=0.0)  # [BLOCK_M, 32]
     q_in_1 = row_in[:, None] & d_in_1[None, :]
     q_1 = tl.load(q_rows + q_columns_1, mask=q_in_1, other=0.0)  # [BLOCK_M, 16]
-    scale2 = scale * LOG2E
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc_0 = tl.zeros([BLOCK_M, 16], tl.float32)
@@ -195,10 +194,10 @@ def forward(
         s = tl.dot(q_1, tl.trans(k_1), s)
         bias_at_at = bias_at[:, None] + j[None, :].to(tl.int64) * bias_stride_2  # [BLOCK_M, BLOCK_N]
         bias_h_i_j = tl.load(bias_at_at).to(tl.float32)  # [BLOCK_M, BLOCK_N]
-        x = LOG2E * bias_h_i_j + scale2 * s
+        x = bias_h_i_j + scale * s
         m_new = tl.maximum(m, tl.max(x, 1))
-        p = tl.exp2(x - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
+        p = tl.exp2((x - m_new[:, None]) * LOG2E)
+        alpha = tl.exp2((m - m_new) * LOG2E)
         m = m_new
         l = l * alpha + tl.sum(p, 1)
         v_0 = tl.load(v_head + rows * v_stride_n + v_columns_0)
@@ -227,11 +226,11 @@ def forward(
         valid = pair_ok_2 & inside[None, :]
         bias_at_at = bias_at[:, None] + j_safe[None, :].to(tl.int64) * bias_stride_2
         bias_h_i_j = tl.load(bias_at_at).to(tl.float32)  # [BLOCK_M, BLOCK_N]
-        x = LOG2E * bias_h_i_j + scale2 * s
+        x = bias_h_i_j + scale * s
         x = tl.where(valid, x, float("-inf"))
         m_new = tl.maximum(m, tl.max(x, 1))
-        p = tl.exp2(x - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
+        p = tl.exp2((x - m_new[:, None]) * LOG2E)
+        alpha = tl.exp2((m - m_new) * LOG2E)
         m = m_new
         l = l * alpha + tl.sum(p, 1)
         v_0 = tl.load(v_head + rows * v_stride_n + v_columns_0, mask=inside[:, None], other=0.0)
@@ -247,10 +246,9 @@ def forward(
         acc_1 = tl.dot(p.to(v_1.dtype), v_1, acc_1 * alpha[:, None])
 
     # the sink: one more key, with value 0
-    sink_2 = user_sink_h * LOG2E
-    m_new = tl.maximum(m, sink_2)
-    alpha = tl.exp2(m - m_new)
-    l = l * alpha + tl.exp2(sink_2 - m_new)
+    m_new = tl.maximum(m, user_sink_h)
+    alpha = tl.exp2((m - m_new) * LOG2E)
+    l = l * alpha + tl.exp2((user_sink_h - m_new) * LOG2E)
     m = m_new
     acc_0 = acc_0 * alpha[:, None]
     acc_1 = acc_1 * alpha[:, None]
@@ -259,7 +257,7 @@ def forward(
     empty = l == 0.0
     l = tl.where(empty, 1.0, l)
     lse_rows = lse + (b.to(tl.int64) * heads + h) * n_q + row
-    tl.store(lse_rows, tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2), mask=row_in)
+    tl.store(lse_rows, tl.where(empty, float("-inf"), m + tl.log2(l) * LN2), mask=row_in)
     out_head = out + b.to(tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h
     out_columns_0 = e_0[None, :] * out_stride_d
     out_columns_1 = e_1[None, :] * out_stride_d

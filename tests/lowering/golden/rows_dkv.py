@@ -42,6 +42,7 @@ def dkv(
     dv,  # [B, heads // group, n_k, Dv]
     lse,  # [B, heads, n_q]
     delta,  # [B, heads, n_q]
+    excess,  # [B, heads, n_q]
     k_stride_b,
     k_stride_h,
     k_stride_n,
@@ -98,7 +99,6 @@ def dkv(
     k_0 = tl.load(k_rows + d_0[None, :], mask=key_in[:, None], other=0.0)  # [BLOCK_N, 64]
     v_rows = v_head + j.to(tl.int64)[:, None] * v_stride_n
     v_0 = tl.load(v_rows + d_0[None, :], mask=key_in[:, None], other=0.0)  # [BLOCK_N, 64]
-    scale2 = scale * LOG2E
     dk_0 = tl.zeros([BLOCK_N, 64], tl.float32)
     dv_0 = tl.zeros([BLOCK_N, 64], tl.float32)
 
@@ -109,6 +109,7 @@ def dkv(
         do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h
         lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
         delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
+        excess_head = excess + (b.to(tl.int64) * heads + h) * n_q
 
         # where this key's list starts, and how long it is
         run = key_runs + b.to(tl.int64) * key_runs_stride_b
@@ -136,15 +137,15 @@ def dkv(
             weight = tl.load(weights + place, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
             i = row + q_offset  # [BLOCK_M]
-            lse_2 = tl.load(lse_head + row, mask=inside, other=0.0) * LOG2E  # [BLOCK_M]
-            lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+            lse_row = tl.load(lse_head + row, mask=inside, other=0.0)  # [BLOCK_M]
+            lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
+            excess_row = tl.load(excess_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             delta_row = tl.load(delta_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             q_0 = tl.load(q_head + rows * q_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             s = tl.dot(k_0, tl.trans(q_0))  # [BLOCK_N, BLOCK_M]
             valid = (j[:, None] <= i[None, :]) & inside[None, :]
-            query_term = LOG2E * weight  # [BLOCK_M]
-            x = query_term[None, :] + scale2 * s
-            p = tl.exp2(x - lse_2[None, :])
+            x = weight[None, :] + scale * s
+            p = tl.exp2((x - lse_row[None, :]) * LOG2E - excess_row[None, :])
             do_0 = tl.load(do_head + rows * do_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]
             ds = p * (dp - delta_row[None, :])
