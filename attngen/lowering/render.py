@@ -24,7 +24,7 @@ from attngen.lowering.axes import (
     roles_of,
 )
 from attngen.lowering.captures import Site
-from attngen.lowering.kernels import Body, Lowering, kernel_names
+from attngen.lowering.kernels import Body, Lowering
 from attngen.lowering.signature import Arg
 from attngen.lowering.source import Grid, Source, environment, tidy
 from attngen.lowering.statements import Loop, Statements, assign, call, name
@@ -108,7 +108,9 @@ def render(
     walk = facts.walk_keys if roles.walked is KEY else facts.walk_queries
     tables = [symbol.name for table in walk.tables for symbol in table.symbols]
     lists = () if spec.lists is None else spec.lists.names
-    names = kernel_names([*spec.params, *(n for n in spec.tensors if n not in (*lists, "page_table"))], tables)
+    names = signature.kernel_names(
+        [*spec.params, *(n for n in spec.tensors if n not in (*lists, "page_table"))], tables
+    )
     lowering = Lowering(
         spec,
         facts,

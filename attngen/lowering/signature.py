@@ -5,6 +5,7 @@ Lowering writes the `def` line from them, a launch its arguments, cross-compilat
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -109,6 +110,20 @@ TABLE = {
         "backward: the gradient of a captured tensor", ("k", "v", "q", "do"), ("lse", "delta"), more_rows=("excess",)
     ),
 }
+LONGEST = 10  # characters of a captured tensor's or param's name that the kernel keeps, for lines that fit
+LONGEST_TABLE = 16
+
+# The first words of every variable that an outline or a fixed statement makes.
+_WORDS = """
+    acc after alpha any b bad batch before begin begins beta bin BLOCK bound count d delta dk dlse do dp dq ds dv e
+    edge edges empty end excess first firsts floor full g grad group h half HEAD head heads hi hole i inside j k keep
+    key kv l lane LARGE large last listed live LN lo LOG2E LOWEST lse m masked maxima members mix n nearest norm
+    number out output owners p PAGE page pages pair part partial place places power PRECISION program q query range
+    row rows run s scale section share sink skip slot split splits start starts state states step steps stop tanh tile
+    tiles tl together total triton turn uniform unmasked user v valid weight weights whole written x
+"""
+VOCABULARY = frozenset(_WORDS.split())
+
 _SHAPES = {
     "q": ("B", "heads", "n_q", "D"),
     "k": ("B", "heads // group", "n_k", "D"),
@@ -231,3 +246,32 @@ def _dims(tensor: str, spec: Any) -> tuple[str, ...]:
 def _listed(name: str, spec: Any) -> str:
     rows = isinstance(spec.lists, RowLists)
     return f"{name.removesuffix('_runs')} {'rows, 2' if rows else 'tiles, 3'}" if "runs" in name else "listed"
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def kernel_names(names: Iterable[str], tables: Iterable[str]) -> dict[str, str]:
+    """What the kernel calls captured tensors, params and tables: by their own names, unless those could meet a variable of the
+    kernel or of each other, or are long."""
+    out: dict[str, str] = {}
+    for given, longest in [*((n, LONGEST) for n in names), *((t, LONGEST_TABLE) for t in tables)]:
+        own, derived = given, longest == LONGEST_TABLE  # a table is named after its tensor
+        if keyword.iskeyword(own) or first_word(own) in VOCABULARY:
+            own = f"user_{own}"
+        if len(own) > longest:
+            own = f"{own[: longest - 3]}_{len(out)}"
+        while own in out.values() or (not derived and any(_meet(own, other) for other in out.values())):
+            own = f"user_{own}"
+        out[given] = own
+    return out
+
+
+def first_word(own: str) -> str:
+    """The analysis numbers its words: live2_stop."""
+    return own.partition("_")[0].rstrip("0123456789")
+
+
+def _meet(own: str, other: str) -> bool:
+    """Whether what is named after one could be named after the other."""
+    return f"{own}_".startswith(f"{other}_") or f"{other}_".startswith(f"{own}_")

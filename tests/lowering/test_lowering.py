@@ -17,10 +17,12 @@ from attngen.analysis import facts
 from attngen.errors import ScheduleError
 from attngen.inspect.cross import cross_compile
 from attngen.language.expression import B, FloorDiv, H, I, J, Load, PyMod, S, Uniform
+from attngen.language.expression.builder import RESERVED
 from attngen.lowering import passes, render, sites
 from attngen.lowering.axes import chunks
-from attngen.lowering.kernels import FULL, FULL_PAIRS, NESTED, PROGRAM, VOCABULARY, first_word
+from attngen.lowering.kernels import FULL, FULL_PAIRS, NESTED, PROGRAM
 from attngen.lowering.printer import Printer
+from attngen.lowering.signature import VOCABULARY, first_word
 from attngen.lowering.statements import Statements, assign, lines, name
 from attngen.schedule import Schedule, complete
 from attngen.schedule import Target as Gpu
@@ -172,6 +174,23 @@ def test_names_of_the_user_never_meet_names_of_the_kernel(name: str) -> None:
     values = torch.randn(1, 5)
     want, _ = ag.oracle(spec, q, k, v, **{name: values})
     assert torch.allclose(attn(q, k, v, **{name: values}), want.float(), atol=1e-5)
+
+
+def test_no_statement_assigns_what_is_an_argument() -> None:
+    words = sorted(VOCABULARY - RESERVED)
+    for place in range(0, len(words), 5):
+        names = [n for word in words[place : place + 5] for n in (word, f"{word}_0", f"{word}_first")]
+        tensors = [ag.Tensor(n, 2) for n in names]
+        spec = ag.Spec(
+            mask="(i - j) % 3 == 0 or i >= j + 4",
+            score="s + " + " + ".join(f"{n}[h, j]" for n in names),
+            tensors=tensors,
+        )
+        text = source(spec, "dkv").text
+        (kernel,) = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name == "dkv"]
+        args = [arg.arg for arg in kernel.args.args]
+        made = {node.id for node in ast.walk(kernel) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        assert len(set(args)) == len(args) and not made & set(args)
 
 
 # -- values that are not finite ---------------------------------------------------------------------------------------
