@@ -13,6 +13,7 @@ from typing import Any
 
 import sympy
 
+from attngen import debug
 from attngen.analysis import WEIGHT
 from attngen.language.expression import B, H, I, J, S, Uniform
 from attngen.lowering import passes
@@ -152,42 +153,50 @@ class Lowering:
 
     def body(self, decode: Statements, owner: Loop | None, reads: Iterable[str]) -> Body:
         """The kernel's statements after all passes."""
-        places: list[Statements] = [()] * len(range(TAIL + 1))
-        resident = self.roles.resident
-        first = (assign("tiles", resident.tiles), assign("program", call("tl.program_id", 0)))
-        places[DECODE] = (*first, *decode)
-        places[OWNER] = owner.body if owner is not None else ()
-        places[PROGRAM] = self._program()
-        heads = None
-        if self.roles.grouped:
-            h = assign("h", name("kv_head") * name("group") + name("g"))
-            heads = Loop("g", call("range", name("group")), (h,), "every query head that reads this key head")
-            places[GROUP] = heads.body
-        visits: tuple[Visits | None, Visits | None] = (None, None)
         walk = TileWalk(
             self.spec, self.facts, self.roles, self._printer(), self.names, self.blocks, self.one_loop, self.split
         )
-        if self.walks:
-            visits = walk.loops()
-            places[HEAD] = tuple(walk.head)
-            for partial, found in enumerate(visits):
-                if found is not None:
-                    places[PARTIAL if partial else FULL] = (*found.find, *self._tile(walk, bool(partial)))
-                    places[PARTIAL_PAIRS if partial else FULL_PAIRS] = self._pairs(bool(partial))
-        if self.spec.sink is not None and self._meets_sink:
-            places[TAIL] = (_inline("sink", self._printer().value(self.spec.sink)),)
-        few = visits[0] is not None and not walk.tables and self.spec.lists is None
-        ranges = [self._range(found, bool(partial), few) for partial, found in enumerate(visits)]
+        visits = walk.loops() if self.walks else (None, None)
+        few_partial = visits[0] is not None and not walk.tables and self.spec.lists is None
+        ranges = [self._range(found, bool(partial), few_partial) for partial, found in enumerate(visits)]
+        loops = [loop for loop in (owner, self._heads, *ranges) if loop is not None]
         wanted = {*_READS[self._row], *_STEP_READS, *reads, *self._walked_reads}
-        wanted = wanted.union(*(r.reads for r in ranges if r is not None))
-        wanted |= owner.range.reads if owner is not None else frozenset()
-        places = self._passed(places, wanted)
+        for loop in loops:
+            wanted |= loop.range.reads if isinstance(loop, Loop) else loop.reads
+        places = self._passed(self._places(decode, owner, walk, visits), wanted)
         steps = [
             Step(bool(partial), self._comment(bool(partial)), found.variable, bounds, places[at], places[at + 1])
             for partial, (found, bounds, at) in enumerate(zip(visits, ranges, (FULL, PARTIAL), strict=True))
             if found is not None and bounds is not None
         ]
-        return Body(tuple(places), owner, heads, tuple(steps), resident.axis, self.facts.form, self.facts.natural)
+        rows, facts = self.roles.resident.axis, self.facts
+        return Body(tuple(places), owner, self._heads, tuple(steps), rows, facts.form, facts.natural)
+
+    def _places(
+        self, decode: Statements, owner: Loop | None, walk: TileWalk, visits: tuple[Visits | None, Visits | None]
+    ) -> list[Statements]:
+        """What stands where before the passes."""
+        places: list[Statements] = [()] * len(range(TAIL + 1))
+        first = (assign("tiles", self.roles.resident.tiles), assign("program", call("tl.program_id", 0)))
+        places[DECODE] = (*first, *decode)
+        places[OWNER] = owner.body if owner is not None else ()
+        places[PROGRAM] = self._program()
+        places[GROUP] = self._heads.body if self._heads is not None else ()
+        places[HEAD] = tuple(walk.head)
+        for partial, found in enumerate(visits):
+            if found is not None:
+                places[PARTIAL if partial else FULL] = (*found.find, *self._tile(walk, bool(partial)))
+                places[PARTIAL_PAIRS if partial else FULL_PAIRS] = self._pairs(bool(partial))
+        if self.spec.sink is not None and self._meets_sink:
+            places[TAIL] = (_inline("sink", self._printer().value(self.spec.sink)),)
+        return places
+
+    @property
+    def _heads(self) -> Loop | None:
+        if not self.roles.grouped:
+            return None
+        h = assign("h", name("kv_head") * name("group") + name("g"))
+        return Loop("g", call("range", name("group")), (h,), "every query head that reads this key head")
 
     @property
     def walks(self) -> bool:
@@ -211,11 +220,21 @@ class Lowering:
         return "capture by keys" if self.site is not None and self.site.by_keys else self.kernel
 
     def _passed(self, places: list[Statements], wanted: Iterable[str]) -> list[Statements]:
+        """The passes, in order. With ATTNGEN_DEBUG=5 the statements after each."""
         variables = passes.Variables()
-        places = [passes.unnest(passes.short(passes.repeated(place)), variables) for place in places]
-        places = passes.place(places, NESTED, frozenset({FULL, PARTIAL}), _LOOP_VARIABLES, PROGRAM)
-        places = passes.drop(places, NESTED, wanted)
-        return passes.rename(places, NESTED, self._is_taken)
+        places = self._shown(passes.repeated, [passes.repeated(statements) for statements in places])
+        places = self._shown(passes.short, [passes.short(statements) for statements in places])
+        places = self._shown(passes.unnest, [passes.unnest(statements, variables) for statements in places])
+        placed = passes.place(places, NESTED, frozenset({FULL, PARTIAL}), _LOOP_VARIABLES, PROGRAM)
+        placed = self._shown(passes.place, placed)
+        read = self._shown(passes.drop, passes.drop(placed, NESTED, wanted))
+        return self._shown(passes.rename, passes.rename(read, NESTED, self._is_taken))
+
+    def _shown(self, after: Any, places: list[Statements]) -> list[Statements]:
+        if debug.level() >= 5:
+            text = [line for statements in places for line in lines(statements, self.roles.resident.axis)]
+            debug.say(5, f"statements of {self.kernel} after {after.__name__}", "\n    ".join(["", *text]))
+        return places
 
     def _is_taken(self, variable: str) -> bool:
         return variable in self.names.values() or bool(re.search(r"_(stride_\w+|size_\d+|table|row)$", variable))

@@ -36,8 +36,6 @@ _SIMPLE = {
     "partial2_stop": "after_stop",
     "partial2_count": "after_full",
 }
-
-
 # What is computed on the way to them, where a line is too short for it.
 _PARTS = {
     "unmasked_first": "unmasked_start",
@@ -66,8 +64,11 @@ class Part:
 
 @dataclass
 class TileWalk:
-    """How a kernel finds its tiles. `head`: the statements in front of its loops; `few_partial`: whether only the tiles at the
-    edges of intervals are partial."""
+    """How a kernel finds its tiles.
+
+    names: what it calls the walk's summaries. blocks: rows and keys of a tile. one_loop: full and partial tiles go through one
+    loop. split: "split", "stream" or nothing. head: the statements in front of the loops, which `loops` leaves.
+    """
 
     spec: Any
     facts: Any
@@ -76,7 +77,7 @@ class TileWalk:
     names: Mapping[str, str]
     blocks: tuple[int, int]
     one_loop: bool = False
-    split: str = ""  # "split", "stream" or nothing
+    split: str = ""
     head: list[Assign] = field(default_factory=list)
 
     @property
