@@ -325,7 +325,7 @@ class Printer:
             raise AssertionError(f"no Triton text for {type(expr).__name__}")
         if not isinstance(expr, Absolute):
             operands = [as_float(value) for value in operands]
-        first, *outer = _CALLS[type(expr)]
+        first, *outer = ("tanh_exact",) if _is_near_0(expr) else _CALLS[type(expr)]
         value = Call(first, tuple(operands), kind(expr) if not outer else "float")
         for function in outer:
             value = Call(function, (value,), kind(expr))
@@ -437,6 +437,13 @@ def _threshold(sign: str, other: Any) -> str:
     """The name of what is compared with `other`, the positions of an axis: `first_key <= j`."""
     nouns = {I: "query", J: "key"}
     return f"{_THRESHOLDS[sign]}_{nouns[other]}" if other in nouns else ""
+
+
+def _is_near_0(expr: Any) -> bool:
+    """Whether this is a tanh whose relative error may matter near 0. Of a soft cap by a moderate number it does not: what is
+    capped is off by at most the cap times float32's step."""
+    factor, rest = expr.args[0].as_coeff_Mul()
+    return isinstance(expr, sympy.tanh) and not (rest == S and abs(factor) >= 2.0**-10)
 
 
 def _is_reciprocal(factor: Any) -> bool:

@@ -97,9 +97,17 @@ def test_dropout_hashes_tiles_only_in_the_last_round() -> None:
     assert len(before) == 4 and not inside and text.startswith("uniform(hash_4[:, None] ^ j[None, :]")
 
 
+@pytest.mark.parametrize(
+    ("score", "function"),
+    [(sympy.tanh(S / 30), "tanh"), (sympy.tanh(S / 10**6), "tanh_exact"), (sympy.tanh(S / T), "tanh_exact")],
+)
+def test_tanh_is_exact_near_0_where_that_may_matter(score: Any, function: str) -> None:
+    assert printed(score)[2].startswith(f"{function}(")
+
+
 def test_what_is_printed_twice_is_computed_once() -> None:
     _, inside = placed("i", sympy.tanh(T * S), 1 - sympy.tanh(T * S) ** 2)
-    assert len([line for line in inside if "tanh(" in line]) == 1 and len(inside) == 3
+    assert len([line for line in inside if "tanh_exact(" in line]) == 1 and len(inside) == 3
 
 
 def test_nothing_that_nobody_reads_is_left() -> None:
