@@ -290,7 +290,8 @@ class Work:
     def scope(self, unit: Unit, n: int) -> dict[str, Any]:
         """What expressions on chunk n's pairs read: captures, params, b, h, i, j."""
         chunks = unit.chunks
-        return {**self.env, **positions(unit.b, unit.heads, unit.first, unit.rows, chunks.start[n], chunks.stop[n])}
+        place = positions(unit.b, unit.heads, unit.first, unit.rows, chunks.start[n], chunks.stop[n])
+        return {**self.env, **place, "q_offset": self.offsets[unit.b]}
 
     def blocked(self, unit: Unit, n: int) -> list[tuple[int, int, Blocked]]:
         """The masks of chunk n with their column ranges."""
@@ -459,7 +460,7 @@ def _sink_state(work: Work, unit: Unit) -> state.State | None:
 
 def _sink(work: Work, b: int, heads: range, first: int, rows: int) -> torch.Tensor:
     """The sink's logits [heads, rows], natural base."""
-    scope = {**work.env, **positions(b, heads, first, rows, 0, 1)}
+    scope = {**work.env, **positions(b, heads, first, rows, 0, 1), "q_offset": work.offsets[b]}
     check_loads(checked_loads(work.spec.sink, work.by_offset), scope, None, work.real)
     value = torch.as_tensor(evaluate(work.spec.sink, scope, real=work.real)).to(work.real)
     return value.expand(len(heads), rows, 1).squeeze(-1).clone(memory_format=torch.contiguous_format)
@@ -572,7 +573,7 @@ def _differentiate_sink(work: Work, lse: torch.Tensor, delta: torch.Tensor, grad
     for b in range(work.q.shape[0]):
         first, rows = work.offsets[b], work.q.shape[2]
         ds = -torch.exp(_sink(work, b, heads, first, rows) - lse[b]).unsqueeze(-1) * delta[b]  # [Hq, Nq, 1]
-        scope = {**work.env, **positions(b, heads, first, rows, 0, 1)}
+        scope = {**work.env, **positions(b, heads, first, rows, 0, 1), "q_offset": first}
         for name, pairs in named.items():
             for load, slope in pairs:
                 _scatter(gradients[name], load, ds * evaluate(slope, scope, real=work.real), scope, work.real)

@@ -151,7 +151,8 @@ class _Work:
 
     def scope(self, b: int, h: int, edges: Edges) -> dict[str, Any]:
         """What expressions read at the edges."""
-        return {**self.env, "b": b, "h": h, "i": edges.row + self.offsets[b], "j": edges.key}
+        place = {"b": b, "h": h, "i": edges.row + self.offsets[b], "j": edges.key, "q_offset": self.offsets[b]}
+        return {**self.env, **place}
 
     def logits(self, b: int, h: int, edges: Edges) -> tuple[torch.Tensor, torch.Tensor]:
         """(logits [E] after score, weight and mask; scaled logits before them), natural base."""
@@ -170,7 +171,8 @@ class _Work:
         """The sink's logits [Nq]."""
         if self.spec.sink is None:
             return None
-        scope = {**self.env, "b": b, "h": h, "i": torch.arange(self.call.q.shape[2]) + self.offsets[b]}
+        rows = torch.arange(self.call.q.shape[2])
+        scope = {**self.env, "b": b, "h": h, "i": rows + self.offsets[b], "q_offset": self.offsets[b]}
         value = torch.as_tensor(evaluate(self.spec.sink, scope, real=self.real)).to(self.real)
         return value.expand(self.call.q.shape[2])
 
@@ -187,7 +189,7 @@ def _add_sink_gradients(
             return
         ds = (-torch.exp(sink - lse[b, h]) * delta[b, h]).view(1, -1, 1)
         position = torch.arange(len(sink)).view(-1, 1) + work.offsets[b]
-        scope = {**work.env, "b": b, "h": h, "i": position}
+        scope = {**work.env, "b": b, "h": h, "i": position, "q_offset": work.offsets[b]}
         for name, pairs in work.facts.sink_grads.items():
             for load, slope in pairs if name in gradients else ():
                 _scatter(gradients[name], load, ds * evaluate(slope, scope, real=work.real), scope, work.real)

@@ -80,6 +80,7 @@ class Keys:
             **call.params,
             "b": torch.arange(call.q.shape[0]).view(-1, 1, 1),
             "h": torch.arange(call.q.shape[1]).view(1, -1, 1),
+            "q_offset": offset,
         }
         self.length, self.chunk = call.n_k, max(GRAIN, chunk)
         queries, keys = Axis("i", offset, call.q.shape[2]), Axis("j", 0, self.length)
@@ -185,7 +186,7 @@ class Masks:
                     b, heads, slice(first - self.offsets[b], first - self.offsets[b] + rows), slice(start, stop)
                 )
             else:
-                env = {**self.env, **positions(b, heads, first, rows, start, stop)}
+                env = {**self.env, **positions(b, heads, first, rows, start, stop), "q_offset": self.offsets[b]}
                 allowed = torch.as_tensor(evaluate(self.mask, env, real=self.real))
             allowed = allowed.expand(*allowed.shape[:-2], rows, stop - start)
             # 0 and 1 to -inf and +inf: masked_fill_ and where branch per element.
@@ -253,8 +254,12 @@ _COMPARISONS: dict[Any, Any] = {
 def axis_scopes(call: Call, env: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What expressions read along all queries, and along all keys: they broadcast to [B, H, N]."""
     offset = call.q_offset.view(-1, 1, 1) if isinstance(call.q_offset, torch.Tensor) else call.q_offset
-    place = {"b": torch.arange(call.q.shape[0]).view(-1, 1, 1), "h": torch.arange(call.q.shape[1]).view(1, -1, 1)}
+    place: dict[str, Any] = {
+        "b": torch.arange(call.q.shape[0]).view(-1, 1, 1),
+        "h": torch.arange(call.q.shape[1]).view(1, -1, 1),
+    }
     rows = torch.arange(call.q.shape[2]).view(1, 1, -1) + offset
+    place["q_offset"] = offset
     return {**env, **place, "i": rows}, {**env, **place, "j": torch.arange(call.n_k).view(1, 1, -1)}
 
 

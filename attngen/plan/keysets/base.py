@@ -20,6 +20,7 @@ from attngen.language.call import offset_column as offset_column
 from attngen.language.checks import check_range as check_range
 from attngen.language.checks import check_tensor as check_tensor
 from attngen.language.expression import (
+    Q_OFFSET,
     B,
     Expr,
     H,
@@ -236,7 +237,7 @@ b, h, i, j, s = Expr(B), Expr(H), Expr(I), Expr(J), Expr(S)
 
 
 def moved(expr: Expr, **places: Expr) -> Expr:
-    """A mask or a score with other expressions in the place of b, h, i, j, in canonical form."""
+    """A mask or a score with other expressions in the place of b, h, i, j, q_offset, in canonical form."""
     return moved_by(expr, lambda _: places)
 
 
@@ -248,7 +249,13 @@ def moved_by(expr: Expr, choose: Callable[[Any], Mapping[str, Expr]]) -> Expr:
         places = choose(sym)
         for place in places.values():
             used.update(place.declared)
-        return sym.xreplace({symbol: places[symbol.name].sym for symbol in (B, H, I, J) if symbol.name in places})
+        if Q_OFFSET in sym.free_symbols and "i" in places and "q_offset" not in places:
+            raise SpecError(
+                "i - q_offset, the query's row, may not stand here: the key set or the layout of the call moves rows",
+                fix="index by the position i",
+            )
+        known = (B, H, I, J, Q_OFFSET)
+        return sym.xreplace({symbol: places[symbol.name].sym for symbol in known if symbol.name in places})
 
     def condition(sym: Any) -> Any:
         kind = type(sym).__name__

@@ -116,7 +116,9 @@ def reached(call: Call) -> torch.Tensor:
         "h": torch.arange(heads, device=device).view(1, -1, 1),
     }
     check_positive(known.walk_keys, env)
-    offset = call.q_offset.view(-1, 1, 1) if isinstance(call.q_offset, torch.Tensor) else call.q_offset
+    env["q_offset"] = offset = (
+        call.q_offset.view(-1, 1, 1) if isinstance(call.q_offset, torch.Tensor) else call.q_offset
+    )
     queries, keys = Axis("i", offset, n_q), Axis("j", 0, call.n_k)  # one tile of all queries
     segments = run(known.walk_keys, known.program_keys, env, queries, keys, n_q, page_size, device)
     found = torch.zeros((1, 1, 1), dtype=torch.bool, device=device)
