@@ -194,7 +194,7 @@ def number_of(param: Param, value: Any) -> Any:
             f"a Python {kind}",
             f"a tensor of shape {list(value.shape)}",
             f"for a number on the device declare ag.Tensor({name!r}, 0{', dtype=torch.int32' if kind == 'int' else ''})"
-            f" instead of the Param, and write {name}[()]: it may be learned",
+            f" instead of the Param, and write {name}[()]{': it may be learned' if kind == 'float' else ''}",
         )
     symbolic = (torch.SymInt,) if kind == "int" else (torch.SymInt, torch.SymFloat)
     if isinstance(value, symbolic):

@@ -14,6 +14,7 @@ from attngen.analysis import Axis, Facts, run
 from attngen.analysis.tiles import Segments
 from attngen.errors import InputError
 from attngen.language.call import Call
+from attngen.language.checks import checked
 from attngen.language.expression import (
     B,
     H,
@@ -327,6 +328,8 @@ def check_loads(
     loads: tuple[tuple[Load, Any], ...], env: dict[str, Any], attended: torch.Tensor | None, real: torch.dtype
 ) -> None:
     """InputError if an attended pair loads outside its tensor. `attended`: bool, broadcasts to the tile; None for all."""
+    if not checked():
+        return
     for load, used in loads:
         for dim, (index, size) in enumerate(zip(load.indices, env[load.name].shape, strict=True)):
             values = torch.as_tensor(evaluate(index, env, real=real))

@@ -564,8 +564,9 @@ def _logical(sign: str, conditions: Callable[[list[Any]], Any], integers: Any, *
     args = [wrap(operand) for operand in operands]
     if integers is not None and all(arg.kind == "int" for arg in args):
         return Expr(integers(*[arg.sym for arg in args]), _join(args))
+    kinds = ("bool",) if integers is None or any(arg.kind == "bool" for arg in args) else ("int",)
     for arg in args:
-        _require(f"`{sign}`", arg, ("bool",))
+        _require(f"`{sign}`", arg, kinds)
     return Expr(conditions([arg.sym for arg in args]), _join(args))
 
 

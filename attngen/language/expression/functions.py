@@ -127,6 +127,8 @@ class Maximum(sympy.Function):
 class Where(sympy.Function):
     """Where(condition, a, b): a where the condition holds, else b."""
 
+    is_commutative = True  # to sympy a condition is not
+
     @classmethod
     def eval(cls, condition: Any, a: Any, b: Any) -> Any:
         if condition == sympy.true or a == b:

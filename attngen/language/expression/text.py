@@ -116,7 +116,8 @@ def _render_sum(expr: Any) -> str:
 def _render_product(expr: Any) -> tuple[str, int]:
     coefficient, rest = expr.as_coeff_Mul()
     if coefficient < 0:
-        return "-" + to_text(-expr, PRODUCT), SUM
+        divided = isinstance(-expr, (FloorDiv, PyMod))  # -x // 2 is (-x) // 2
+        return "-" + to_text(-expr, ATOM if divided else PRODUCT), SUM
     above = [factor for factor in rest.as_ordered_factors() if not _is_reciprocal(factor)]
     below = [sympy.Pow(f.base, -f.exp) for f in rest.as_ordered_factors() if _is_reciprocal(f)]
     p, q = sympy.Integer(coefficient.p), sympy.Integer(coefficient.q)

@@ -35,6 +35,7 @@ from attngen.language.expression import (
     greater_equal,
     not_equal,
 )
+from attngen.language.indices import trusted_indices
 
 if TYPE_CHECKING:
     from attngen.language.call import Call
@@ -164,10 +165,12 @@ def sizes_of(call: Call) -> tuple[Any, ...]:
 
 
 class Pieces:
-    """Compiles and runs the ordinary attentions that one call with a key set is made of."""
+    """Compiles and runs the ordinary attentions that one call with a key set is made of. `trusted`: rows may be moved or made
+    up, so that indices are not looked at.
+    """
 
-    def __init__(self, attention: CompiledAttention, call: Call):
-        self.attention, self.call, self.spec = attention, call, attention.spec
+    def __init__(self, attention: CompiledAttention, call: Call, trusted: bool = True):
+        self.attention, self.call, self.spec, self.trusted = attention, call, attention.spec, trusted
         self._taken = {*self.spec.tensors, *self.spec.params}
 
     def tensor(self, name: str, ndim: int, dtype: torch.dtype | None = torch.int32) -> Tensor:
@@ -204,7 +207,8 @@ class Pieces:
         named = {n: captures[n] for n in (*found.spec.tensors, *found.spec.params)}
         if RECORD is not None:
             RECORD.append((role, found, q, k, v, q_offset, named))
-        return found(q, k, v, return_lse=True, q_offset=q_offset, **named)
+        with trusted_indices(self.trusted):
+            return found(q, k, v, return_lse=True, q_offset=q_offset, **named)
 
     def _compile(self, mask: Any, score: Any, **more: Any) -> CompiledAttention:
         from attngen.language.spec import Spec

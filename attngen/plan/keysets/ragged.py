@@ -58,8 +58,8 @@ def _padded(
 ) -> Result:
     from attngen.plan.keysets.call import _sink
 
-    call = bind(attention.spec, q, k, v, q_offset=q_offset, captures=captures)
-    pieces = Pieces(attention, call)
+    call = bind(attention.spec, q, k, v, q_offset=q_offset, captures=captures, values=False)  # the piece knows lengths
+    pieces = Pieces(attention, call, trusted=False)
     k_len = check_lengths("k_len", k_len, q.shape[0], k.shape[2], "rows of k", q.device)
 
     def build() -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _packed(
     call = _bound(attention.spec, q, k, v, q_offset, count, captures)
     _check_room(call, captures, {"i": cu_q.diff(), "j": cu_k.diff()})
     places = _places(call, cu_q, cu_k, count)
-    pieces = Pieces(attention, call)
+    pieces = Pieces(attention, call, trusted=False)
 
     def build() -> dict[str, Any]:
         named = {name: pieces.tensor(name, 1) for name in places}
