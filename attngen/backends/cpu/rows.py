@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from attngen.analysis import Facts
+from attngen.backends.cpu.loads import check_loads, checked_loads, scatter
 from attngen.backends.cpu.parallel import run_jobs
-from attngen.backends.cpu.tiles import check_loads, checked_loads
 from attngen.errors import InputError
 from attngen.language.call import Call
 from attngen.language.expression import S, evaluate
@@ -68,8 +68,6 @@ def backward(
     wanted: list[str],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Gradients, see `attngen.backends`; sums are made in a fixed order."""
-    from attngen.backends.cpu.passes import _scatter
-
     work, real, group = _Work(call, facts), _real(call), call.group
     do, out, lse = (t.to(real) for t in (grad_out, out, lse))
     delta = (do * out).sum(-1) - grad_lse.to(real)
@@ -97,7 +95,7 @@ def backward(
                 for name in (name for name in sums if name in facts.load_grads):
                     for load, slope in facts.load_grads[name]:
                         share = torch.where(p > 0, ds * evaluate(slope, scope, real=real), 0.0)
-                        _scatter(sums[name], load, share.view(1, 1, -1), scope, real)
+                        scatter(sums[name], load, share.view(1, 1, -1), scope, real)
                 ds = torch.where(p > 0, ds * evaluate(facts.score_ds, scope, real=real), 0.0)
             ds = ds * work.scale
             for at in _pieces(len(x), max(call.q.shape[3], call.v.shape[3])):
@@ -179,8 +177,6 @@ def _add_sink_gradients(
     work: _Work, lse: torch.Tensor, delta: torch.Tensor, gradients: dict[str, torch.Tensor]
 ) -> None:
     """A sink is a key with value 0: its dS is P * (0 - delta)."""
-    from attngen.backends.cpu.passes import _scatter
-
     for b, h in work.jobs:
         sink = work.sink(b, h)
         if sink is None:
@@ -190,7 +186,7 @@ def _add_sink_gradients(
         scope = {**work.env, "b": b, "h": h, "i": position}
         for name, pairs in work.facts.sink_grads.items():
             for load, slope in pairs if name in gradients else ():
-                _scatter(gradients[name], load, ds * evaluate(slope, scope, real=work.real), scope, work.real)
+                scatter(gradients[name], load, ds * evaluate(slope, scope, real=work.real), scope, work.real)
 
 
 def _real(call: Call) -> torch.dtype:
