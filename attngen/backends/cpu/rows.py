@@ -15,6 +15,7 @@ import torch
 from attngen.analysis import Facts
 from attngen.backends.cpu.loads import check_loads, checked_loads, scatter
 from attngen.backends.cpu.parallel import run_jobs
+from attngen.backends.cpu.weights import shows_in_weights
 from attngen.errors import InputError
 from attngen.language.call import Call
 from attngen.language.expression import S, evaluate
@@ -42,13 +43,7 @@ def forward(call: Call, facts: Facts) -> tuple[torch.Tensor, torch.Tensor]:
         b, h = part
         edges = work.edges(b, h)
         x = work.logits(b, h, edges)[0]
-        sink = work.sink(b, h)
-        m = torch.full((call.q.shape[2],), -torch.inf, dtype=work.real).scatter_reduce_(0, edges.row, x, "amax")
-        m = m if sink is None else torch.maximum(m, sink)
-        m = torch.where(m.isneginf(), 0.0, m)
-        p = torch.exp(x - m[edges.row])
-        total = torch.zeros_like(m).scatter_add_(0, edges.row, p)
-        total = total if sink is None else total + torch.exp(sink - m)
+        m, total, p = _softmax(x, edges, work.sink(b, h), call.q.shape[2])
         for piece in _pieces(len(x), call.v.shape[3]):
             _add(out[b, h], edges.row[piece], _weighted(work.v[b, h // call.group], edges.key[piece], p[piece]))
         out[b, h] /= total.clamp(min=torch.finfo(work.real).tiny).unsqueeze(-1)
@@ -83,8 +78,7 @@ def backward(
         for h in range(kv * group, (kv + 1) * group):
             edges = work.edges(b, h)
             x, scaled = work.logits(b, h, edges)
-            dead = lse[b, h].isneginf()
-            p = torch.exp(x - torch.where(dead, torch.inf, lse[b, h])[edges.row])
+            p = work.weights(b, h, edges, x, lse[b, h])
             dp = _dots(do[b, h], edges.row, work.v[b, kv], edges.key)
             ds = torch.where(p > 0, p * (dp - delta[b, h][edges.row]), 0.0)
             if "edge_weight" in sums:
@@ -164,6 +158,14 @@ class _Work:
             x = x + self._of("edge_weight", b, h)[edges.place]
         return torch.where(mask, x, -torch.inf), scaled
 
+    def weights(self, b: int, h: int, edges: Edges, x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+        """P [E] from logits x [E] and lse [Nq]; by its own sums where the rounding of lse would show in it."""
+        dead = lse.isneginf()
+        if shows_in_weights(lse.masked_fill(dead, 0.0)):
+            _, total, p = _softmax(x, edges, self.sink(b, h), len(lse))
+            return p / total.clamp(min=1)[edges.row]
+        return torch.exp(x - torch.where(dead, torch.inf, lse)[edges.row])
+
     def sink(self, b: int, h: int) -> torch.Tensor | None:
         """The sink's logits [Nq]."""
         if self.spec.sink is None:
@@ -171,6 +173,18 @@ class _Work:
         scope = {**self.env, "b": b, "h": h, "i": torch.arange(self.call.q.shape[2]) + self.offsets[b]}
         value = torch.as_tensor(evaluate(self.spec.sink, scope, real=self.real)).to(self.real)
         return value.expand(self.call.q.shape[2])
+
+
+def _softmax(
+    x: torch.Tensor, edges: Edges, sink: torch.Tensor | None, rows: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of logits x [E]: (largest [rows], 0 for a row without a key; sums of exp(x - largest) [rows]; these numbers [E])."""
+    m = x.new_full((rows,), -torch.inf).scatter_reduce_(0, edges.row, x, "amax")
+    m = m if sink is None else torch.maximum(m, sink)
+    m = torch.where(m.isneginf(), 0.0, m)
+    p = torch.exp(x - m[edges.row])
+    total = torch.zeros_like(m).scatter_add_(0, edges.row, p)
+    return m, total if sink is None else total + torch.exp(sink - m), p
 
 
 def _add_sink_gradients(
@@ -181,7 +195,8 @@ def _add_sink_gradients(
         sink = work.sink(b, h)
         if sink is None:
             return
-        ds = (-torch.exp(sink - lse[b, h]) * delta[b, h]).view(1, -1, 1)
+        dead = lse[b, h].isneginf()  # of a sink of -inf, in a row without a key
+        ds = (-torch.exp(sink - torch.where(dead, torch.inf, lse[b, h])) * delta[b, h]).view(1, -1, 1)
         position = torch.arange(len(sink)).view(-1, 1) + work.offsets[b]
         scope = {**work.env, "b": b, "h": h, "i": position}
         for name, pairs in work.facts.sink_grads.items():

@@ -17,7 +17,7 @@ from attngen.backends.cpu.kernels import kernels
 from attngen.backends.cpu.parallel import run_jobs
 from attngen.backends.cpu.work import Work
 
-ROUNDING = 2.0**-18  # of P by lse, up to which P is taken from it: that of a logit of 32 in float32
+ROUNDING = 2.0**-16  # of P by lse, up to which P is taken from it: that of an lse of 128 in float32
 
 
 class Normalisers(NamedTuple):
@@ -28,14 +28,17 @@ class Normalisers(NamedTuple):
     sink: torch.Tensor | None
 
 
+def shows_in_weights(lse: torch.Tensor) -> bool:
+    """Whether some finite lse is so large that its rounding would show."""
+    return lse.numel() > 0 and float(lse.abs().amax()) > ROUNDING / torch.finfo(lse.dtype).eps
+
+
 def normalisers(work: Work, lse: torch.Tensor) -> Normalisers:
     """From lse, [B, Hq, Nq] in natural base, where its rounding does not show; else exactly."""
     size = lse.abs().masked_fill_(lse == -math.inf, 0.0)
-    limits = torch.finfo(work.real)
-    largest = float(size.amax()) if size.numel() else 0.0
-    if largest > limits.max / 2:  # base 2 would lose it
-        work.finite = False
-    if largest > ROUNDING / limits.eps:
+    if shows_in_weights(size):
+        limits = torch.finfo(work.real)
+        work.finite &= float(size.amax()) < limits.max / 2  # base 2 would lose it
         return _measured(work, lse, size > ROUNDING / limits.eps)
     lse = lse.masked_fill(lse == -math.inf, math.inf)  # exp(-inf - inf) is 0
     sink = None if work.sink is None else torch.exp(work.sink - lse)
