@@ -10,9 +10,9 @@ import torch
 from attngen.backends.cpu.kernels import kernels
 from attngen.backends.cpu.loads import scatter
 from attngen.backends.cpu.logits import dropout_of, keep, logits_of, reaching, times
-from attngen.backends.cpu.masks import positions
 from attngen.backends.cpu.parallel import run_jobs
 from attngen.backends.cpu.products import add_products, exponential, product, rows_of
+from attngen.backends.cpu.scopes import positions
 from attngen.backends.cpu.weights import Normalisers
 from attngen.backends.cpu.work import Unit, Work
 from attngen.backends.memory import empty

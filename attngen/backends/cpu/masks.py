@@ -10,6 +10,7 @@ from typing import Any
 import sympy
 import torch
 
+from attngen.backends.cpu.scopes import axis_scopes, offsets_of, positions
 from attngen.backends.cpu.tiles import Chunks
 from attngen.language.call import Call
 from attngen.language.expression import B, H, I, J, evaluate, is_int, linear_terms
@@ -43,7 +44,7 @@ class Masks:
         self.apart: Allowed | None = (
             like.apart if like is not None else None if self.by_distance else apart(call, env, real)
         )
-        self.offsets: list[int] = torch.as_tensor(call.q_offset).expand(call.q.shape[0]).tolist()
+        self.offsets = offsets_of(call)
         self._known: dict[Any, Blocked] = {}
         self._tile: Any = None
         self._bytes = 0
@@ -129,14 +130,6 @@ _COMPARISONS: dict[Any, Any] = {
 }
 
 
-def axis_scopes(call: Call, env: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What expressions read along all queries, and along all keys: they broadcast to [B, H, N]."""
-    offset = call.q_offset.view(-1, 1, 1) if isinstance(call.q_offset, torch.Tensor) else call.q_offset
-    place = {"b": torch.arange(call.q.shape[0]).view(-1, 1, 1), "h": torch.arange(call.q.shape[1]).view(1, -1, 1)}
-    rows = torch.arange(call.q.shape[2]).view(1, 1, -1) + offset
-    return {**env, **place, "i": rows}, {**env, **place, "j": torch.arange(call.n_k).view(1, 1, -1)}
-
-
 def _by_place(value: Any) -> torch.Tensor:
     """[B or 1, H or 1, N or 1]: what is the same at all places stays one number, which costs a comparison nothing."""
     value = torch.as_tensor(value)
@@ -150,16 +143,6 @@ def _part(values: torch.Tensor, b: int, heads: range, places: slice) -> torch.Te
     if own.shape[0] == 1:
         return own[0]
     return own[heads.start] if len(heads) == 1 else own[heads.start : heads.stop]
-
-
-def positions(b: int, heads: range, first: int, rows: int, start: int, stop: int) -> dict[str, Any]:
-    """b, h, i and j of a tile: they broadcast to [heads, rows, keys], or [rows, keys] for a single head."""
-    return {
-        "b": b,
-        "h": heads[0] if len(heads) == 1 else torch.arange(heads.start, heads.stop).view(-1, 1, 1),
-        "i": torch.arange(first, first + rows).view(-1, 1),
-        "j": torch.arange(start, stop),
-    }
 
 
 @lru_cache(maxsize=256)

@@ -6,8 +6,8 @@ are merged (`attngen.state.softmax`); ranges that the analysis calls full never 
 The backward goes over the same chunks once: P = exp(S - lse), dS = P (dP - delta), and the chunks' gradients add up
 (Dao 2023). Memory is O(N) in both directions.
 
-A plain score runs in `kernels`, a call per tile. Scores, dropout and inputs with inf or nan take the same steps in Python, a
-chunk at a time.
+A plain score runs in `kernels`, a call per tile; calls of few query rows run in `few`. Scores, dropout and inputs with inf or
+nan take the same steps in Python, a chunk at a time.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 
 from attngen.analysis import Facts
 from attngen.backends.cpu import backward as tiled_backward
+from attngen.backends.cpu import few, rows
 from attngen.backends.cpu import forward as tiled_forward
-from attngen.backends.cpu import rows
 from attngen.backends.cpu.tiles import CHUNK
 from attngen.backends.cpu.weights import measured, normalisers
 from attngen.backends.cpu.work import Work
@@ -51,6 +51,10 @@ def forward(call: Call, facts: Facts, schedule: Schedule) -> tuple[torch.Tensor,
     """out and lse, see `attngen.backends`. InputError if an attended pair loads outside a captured tensor."""
     if isinstance(call.spec.lists, RowLists):
         return rows.forward(call, facts)
+    if few.suits(call, facts, schedule):
+        found = few.attend(call, facts)
+        if found is not None:
+            return found
     return tiled_forward.attend(_for_forward(call, facts, schedule), schedule)
 
 

@@ -9,11 +9,13 @@ import torch
 
 from attngen.analysis import Axis, Facts, run
 from attngen.analysis.tiles import Segments
+from attngen.backends.cpu.scalars import scalar_program
 from attngen.language.call import Call
 from attngen.language.lists import TileLists
 
 CHUNK = 1024  # keys of a chunk by default: with 128 rows, its logits stay in a core's second-level cache
 GRAIN = 32  # keys: the walk's bounds are rounded to this, not to the chunk
+FEW_TILES = 16  # walked one by one
 SHORT, LONG = 256, 1024  # keys of a chunk that is worth bundling, and of a bundle
 
 
@@ -41,9 +43,37 @@ class Chunks(NamedTuple):
 
 
 class Keys:
-    """The key chunks of every query tile of a call: the walk program, run for all tiles at once."""
+    """The key chunks of every query tile of a call, by the walk program: for few tiles on plain integers, for many with one
+    tensor operation for all.
+    """
 
     def __init__(self, call: Call, facts: Facts, block_m: int, chunk: int):
+        self.length, self.chunk, self.block_m, self.rows = call.n_k, max(GRAIN, chunk), block_m, call.q.shape[2]
+        # Bounds that are rounded to less than the tile's rows leave no less to the mask.
+        self.grain = min(GRAIN, 1 << (min(block_m, self.rows) - 1).bit_length()) if self.rows else GRAIN
+        self.scalar = scalar_program(facts.program_keys)
+        batch, heads, tiles = call.q.shape[0], call.q.shape[1], -(-self.rows // block_m)
+        if self.scalar is not None:
+            offsets: list[int] = call.q_offset.tolist() if isinstance(call.q_offset, torch.Tensor) else []
+            self.by_head, self.by_batch = self.scalar.by_head, self.scalar.by_batch or bool(offsets)
+            each = batch if self.by_batch else 1, heads if self.by_head else 1
+            if each[0] * each[1] * tiles <= FEW_TILES:
+                env = {**call.captures, **call.params}
+                self._runs: dict[tuple[int, int, int], list[tuple[int, int, bool]]] = {}
+                for b in range(each[0]):
+                    start = offsets[b] if offsets else int(call.q_offset)
+                    for tile in range(tiles):
+                        first, last = start + tile * block_m, start + min((tile + 1) * block_m, self.rows) - 1
+                        for h in range(each[1]):
+                            found = self.scalar.runs(env, first, last, self.length, self.grain, b, h)
+                            self._runs[b, h, tile] = found
+                keys = sum(stop - start for runs in self._runs.values() for start, stop, _ in runs)
+                self.visited = keys * (batch // each[0]) if each[0] else 0
+                return
+        self.scalar = None
+        self._run_all(call, facts)
+
+    def _run_all(self, call: Call, facts: Facts) -> None:
         offset: Any = call.q_offset.view(-1, 1, 1).long() if isinstance(call.q_offset, torch.Tensor) else call.q_offset
         env: dict[str, Any] = {
             **call.captures,
@@ -51,22 +81,28 @@ class Keys:
             "b": torch.arange(call.q.shape[0]).view(-1, 1, 1),
             "h": torch.arange(call.q.shape[1]).view(1, -1, 1),
         }
-        self.length, self.chunk = call.n_k, max(GRAIN, chunk)
-        queries, keys = Axis("i", offset, call.q.shape[2]), Axis("j", 0, self.length)
-        full, partial = run(facts.walk_keys, facts.program_keys, env, queries, keys, block_m, GRAIN)
+        queries, keys = Axis("i", offset, self.rows), Axis("j", 0, self.length)
+        full, partial = run(facts.walk_keys, facts.program_keys, env, queries, keys, self.block_m, self.grain)
         self.by_head = any(x.shape[1] > 1 for segment in (*full, *partial) for x in segment)
-        every = (call.q.shape[0], call.q.shape[1] if self.by_head else 1, -(-call.q.shape[2] // block_m))
-        self.visited = sum(int(count.expand(every).sum()) for _, count in (*full, *partial)) * GRAIN
+        self.by_batch = any(x.shape[0] > 1 for segment in (*full, *partial) for x in segment)
+        every = (call.q.shape[0], call.q.shape[1] if self.by_head else 1, -(-self.rows // self.block_m))
+        self.visited = sum(int(count.expand(every).sum()) for _, count in (*full, *partial)) * self.grain
         self._segments = [*_lists(full, False), *_lists(partial, True)]
 
-    def chunks(self, b: int, h: int, tile: int) -> Chunks:
-        """Chunks of a tile. A chunk has at most `chunk` keys and crosses no gap."""
+    def runs(self, b: int, h: int, tile: int) -> list[tuple[int, int, bool]]:
+        """Disjoint runs of keys of a tile: (start, stop, whether the mask is needed)."""
+        if self.scalar is not None:
+            return self._runs[b if self.by_batch else 0, h if self.by_head else 0, tile]
         runs = []
         for firsts, counts, partial in self._segments:
             first, count = _at(firsts, b, h, tile), _at(counts, b, h, tile)
             if count > 0:
-                runs.append((first * GRAIN, min((first + count) * GRAIN, self.length), partial))
-        return cut(runs, self.chunk)
+                runs.append((first * self.grain, min((first + count) * self.grain, self.length), partial))
+        return runs
+
+    def chunks(self, b: int, h: int, tile: int) -> Chunks:
+        """Chunks of a tile. A chunk has at most `chunk` keys and crosses no gap."""
+        return cut(self.runs(b, h, tile), self.chunk)
 
 
 class ListedKeys:

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 
 from attngen.analysis import Facts
-from attngen.backends.cpu.loads import check_loads, checked_loads
-from attngen.backends.cpu.masks import Blocked, Masks, positions
+from attngen.backends.cpu.loads import checked_loads
+from attngen.backends.cpu.masks import Blocked, Masks
 from attngen.backends.cpu.parallel import split_jobs
+from attngen.backends.cpu.scopes import environment, offsets_of, positions, real_of, sinks_of
 from attngen.backends.cpu.tiles import Chunks, Keys, ListedKeys
 from attngen.language.call import Call
 from attngen.language.expression import S, evaluate
@@ -59,13 +60,12 @@ class Work:
 
     def __init__(self, call: Call, facts: Facts, block_m: int, chunk: int):
         self.call, self.facts, self.spec = call, facts, call.spec
-        self.real = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+        self.real = real_of(call)
         self.q = call.q.detach()
         # Pages are copied chunk by chunk, as they are visited.
         whole = (lambda t: t) if call.spec.page_size is not None else (lambda t: t.to(self.real).contiguous())
         self.k, self.v = (whole(t.detach()) for t in (call.k, call.v))
-        captures = {n: t.detach().to(self.real) if t.is_floating_point() else t for n, t in call.captures.items()}
-        self.env: dict[str, Any] = {**captures, **call.params}
+        self.env = environment(call, self.real)
         self.like = torch.empty(0, dtype=self.real)
         self.identity = bool(self.spec.score == S)
         self.scale = self.spec.scale_for(call.q.shape[3])
@@ -79,7 +79,7 @@ class Work:
             else Keys(call, facts, block_m, chunk)
         )
         self.by_offset = isinstance(call.q_offset, torch.Tensor)
-        self.offsets: list[int] = torch.as_tensor(call.q_offset).expand(call.q.shape[0]).tolist()
+        self.offsets = offsets_of(call)
         self.masks = Masks(call, self.env, self.real)
         self.checks = checked_loads(self.spec.score, self.by_offset)
         self.kept = 1.0  # probability that dropout keeps a weight
@@ -103,15 +103,7 @@ class Work:
         """The sink's logits [B, Hq, Nq], in natural base."""
         if self.spec.sink is None:
             return None
-        rows, heads = self.q.shape[2], self.q.shape[1]
-        sinks = torch.empty(self.q.shape[:3], dtype=self.real)
-        checks = checked_loads(self.spec.sink, self.by_offset)
-        for b in range(self.q.shape[0]):
-            scope = {**self.env, **positions(b, range(heads), self.offsets[b], rows, 0, 1)}
-            check_loads(checks, scope, None, self.real)
-            value = torch.as_tensor(evaluate(self.spec.sink, scope, real=self.real))
-            sinks[b] = value.expand(heads, rows, 1).squeeze(-1)
-        return sinks
+        return sinks_of(self.call, self.env, self.offsets, self.real)
 
     @property
     def plain(self) -> bool:

@@ -1,0 +1,149 @@
+"""Calls of few query rows, such as a decoding step: torch's fused attention over the live keys of all heads at once.
+
+At so few rows an operator's price is more than its arithmetic: here a call takes one for all heads, where `forward` takes ten
+for each kv head. Query heads that share keys are rows of one product.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache, lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from attngen.analysis import Facts
+from attngen.backends.cpu.loads import check_loads, checked_loads
+from attngen.backends.cpu.parallel import SMALL
+from attngen.backends.cpu.scopes import environment, offsets_of, real_of, sinks_of
+from attngen.backends.cpu.tiles import Keys
+from attngen.backends.cpu.weights import shows_in_weights
+from attngen.language.call import Call
+from attngen.language.expression import B, S, evaluate
+from attngen.schedule import Schedule
+
+ROWS = 64  # query rows that share keys, up to which this is faster
+
+Result = tuple[torch.Tensor, torch.Tensor]
+
+
+def suits(call: Call, facts: Facts, schedule: Schedule) -> bool:
+    """Whether `attend` may be asked."""
+    batch, _, n_q, head_dim = call.q.shape
+    rows = n_q * call.group
+    if not 0 < rows <= ROWS or batch == 0 or call.v.shape[3] != head_dim or schedule.split not in (None, 1):
+        return False
+    if not _adds_to_logits(facts) or not _has_fused():
+        return False
+    cores, pairs = torch.get_num_threads(), batch * call.k.shape[1]
+    return pairs >= cores or 2 * pairs * rows * call.n_k * head_dim < SMALL  # else keys are shared out among the cores
+
+
+@lru_cache(maxsize=256)
+def _adds_to_logits(facts: Facts) -> bool:
+    """Whether logits are q.k and what does not depend on it."""
+    spec = facts.spec
+    plain = spec.lists is None and spec.page_size is None and spec.dropout is None
+    return plain and bool(spec.score == S or facts.score_ds == 1)
+
+
+@lru_cache(maxsize=256)
+def _differs_by_batch(facts: Facts) -> bool:
+    return B in facts.spec.mask.free_symbols | facts.spec.score.free_symbols
+
+
+def attend(call: Call, facts: Facts) -> Result | None:
+    """out and lse, see `attngen.backends`; None where values are not finite, rows see no key or heads see different ones."""
+    keys = Keys(call, facts, call.q.shape[2], call.n_k)
+    if keys.by_head:
+        return None
+    real, batch, heads_kv = real_of(call), call.q.shape[0], call.k.shape[1]
+    env, offsets = environment(call, real), offsets_of(call)
+    q = call.q.to(real).reshape(batch, heads_kv, -1, call.q.shape[3])
+    scale = call.spec.scale_for(call.q.shape[3])
+    apart = keys.by_batch or isinstance(call.q_offset, torch.Tensor) or _differs_by_batch(facts)
+    found = []
+    for b in range(batch) if apart else (0,):
+        runs = sorted(keys.runs(b, 0, 0))
+        if not runs:
+            return None
+        at = slice(b, b + 1) if apart else slice(None)
+        k, v = (_rows(t[at] if apart else t, runs, real) for t in (call.k, call.v))
+        added = _added(call, facts, env, b, offsets[b], runs, real)
+        found.append(_FUSED(q[at] if apart else q, k, v, attn_mask=added, scale=scale))
+    out, lse = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
+    # The fused operator gives lse 0 to rows without a key.
+    if not math.isfinite(float(out.sum())) or not lse.all():
+        return None
+    out, lse = out.reshape(call.q.shape), lse.reshape(call.q.shape[:3])
+    if call.spec.sink is not None:
+        if shows_in_weights(lse):
+            return None
+        total = torch.logaddexp(lse, sinks_of(call, env, offsets, real))
+        out, lse = out * torch.exp(lse - total).unsqueeze(-1), total
+    return out.to(call.q.dtype).contiguous(), lse.contiguous()
+
+
+def _rows(x: torch.Tensor, runs: list[tuple[int, int, bool]], real: torch.dtype) -> torch.Tensor:
+    """x [B, H, N, D] of the runs of keys, in the computing dtype."""
+    edges = [runs[0][0]]
+    for (_, stop, _), (start, _, _) in pairwise(runs):
+        if stop != start:
+            edges += [stop, start]
+    edges.append(runs[-1][1])
+    parts = [x[:, :, start:stop] for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+    rows = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    rows = rows.to(real)
+    return rows if rows.stride(3) == 1 else rows.contiguous()
+
+
+def _added(
+    call: Call,
+    facts: Facts,
+    env: dict[str, Any],
+    b: int,
+    offset: int,
+    runs: list[tuple[int, int, bool]],
+    real: torch.dtype,
+) -> torch.Tensor | None:
+    """What the score adds to the logits of the live keys, and -inf where the mask says so: [1, Hkv or 1, rows, keys]; None for
+    nothing. InputError if an attended pair loads outside a captured tensor.
+    """
+    spec, rows = call.spec, call.q.shape[2]
+    scored = spec.score != S
+    if not scored and not any(partial for _, _, partial in runs):
+        return None
+    heads = torch.arange(call.q.shape[1]).view(-1, 1, 1)
+    scope = {**env, "b": b, "h": heads, "i": torch.arange(offset, offset + rows).view(-1, 1)}
+    columns = []
+    for start, stop, partial in runs:
+        scope["j"] = torch.arange(start, stop)
+        allowed = torch.as_tensor(evaluate(spec.mask, scope, real=real)) if partial else torch.tensor(True)
+        value: Any = 0.0
+        if scored:
+            check_loads(checked_loads(spec.score, isinstance(call.q_offset, torch.Tensor)), scope, allowed, real)
+            value = evaluate(spec.score, {**scope, "s": torch.zeros((), dtype=real)}, real=real)
+        value = torch.where(allowed, torch.as_tensor(value, dtype=real), -math.inf)
+        columns.append(value.expand(value.shape[0] if value.dim() == 3 else 1, rows, stop - start))
+    most = max(x.shape[0] for x in columns)
+    added = torch.cat([x.expand(most, -1, -1) for x in columns], -1) if len(columns) > 1 else columns[0]
+    if most == 1:
+        return added.expand(call.group, -1, -1).reshape(1, 1, rows * call.group, -1)
+    return added.reshape(1, call.k.shape[1], rows * call.group, -1)
+
+
+_FUSED: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+@cache
+def _has_fused() -> bool:
+    """Whether this torch has the operator, and it does what is wanted of it here."""
+    try:
+        q, k = torch.zeros(1, 1, 2, 8), torch.ones(1, 1, 3, 8)
+        added = torch.tensor([[0.0, 0.0, -math.inf], [-math.inf] * 3])
+        out, lse = _FUSED(q, k, k, attn_mask=added.view(1, 1, 2, 3), scale=1.0)
+        seen = torch.allclose(out[0, 0, 0], k[0, 0, 0]) and torch.allclose(lse[0, 0, 0], torch.tensor(2.0).log())
+        return bool(seen and not lse[0, 0, 1])
+    except (AttributeError, RuntimeError, TypeError):
+        return False
