@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from functools import cache, lru_cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from attngen.analysis import Facts
 from attngen.backends.cpu.loads import check_loads, checked_loads
 from attngen.backends.cpu.parallel import SMALL
 from attngen.backends.cpu.scopes import environment, offsets_of, real_of, sinks_of
-from attngen.backends.cpu.tiles import Keys
+from attngen.backends.cpu.tiles import Keys, joined
 from attngen.backends.cpu.weights import shows_in_weights
 from attngen.language.call import Call
 from attngen.language.expression import B, S, evaluate
@@ -55,46 +54,46 @@ def _differs_by_batch(facts: Facts) -> bool:
 
 def attend(call: Call, facts: Facts) -> Result | None:
     """out and lse, see `attngen.backends`; None where values are not finite, rows see no key or heads see different ones."""
-    keys = Keys(call, facts, call.q.shape[2], call.n_k)
+    n_q, head_dim = call.q.shape[2:]
+    keys = Keys(call, facts, n_q, call.n_k)
     if keys.by_head:
         return None
-    real, batch, heads_kv = real_of(call), call.q.shape[0], call.k.shape[1]
-    env, offsets = environment(call, real), offsets_of(call)
-    q = call.q.to(real).reshape(batch, heads_kv, -1, call.q.shape[3])
-    scale = call.spec.scale_for(call.q.shape[3])
-    apart = keys.by_batch or isinstance(call.q_offset, torch.Tensor) or _differs_by_batch(facts)
-    found = []
+    real, batch, group, env = real_of(call), call.q.shape[0], call.group, environment(call, real_of(call))
+    # Every view costs as much as the arithmetic on a few keys: only what changes something is done.
+    q = call.q if call.q.dtype == real else call.q.to(real)
+    q = q if group == 1 else q.reshape(batch, call.k.shape[1], group * n_q, head_dim)
+    scale, offsets, found = call.spec.scale_for(head_dim), offsets_of(call), []
+    apart = keys.by_batch or _differs_by_batch(facts)
     for b in range(batch) if apart else (0,):
         runs = sorted(keys.runs(b, 0, 0))
         if not runs:
             return None
-        at = slice(b, b + 1) if apart else slice(None)
-        k, v = (_rows(t[at] if apart else t, runs, real) for t in (call.k, call.v))
+        own = (x.narrow(0, b, 1) if apart else x for x in (q, call.k, call.v))
+        q_rows, k, v = next(own), _rows(next(own), runs, real), _rows(next(own), runs, real)
         added = _added(call, facts, env, b, offsets[b], runs, real)
-        found.append(_FUSED(q[at] if apart else q, k, v, attn_mask=added, scale=scale))
+        found.append(_FUSED(q_rows, k, v, attn_mask=added, scale=scale))
     out, lse = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
     # The fused operator gives lse 0 to rows without a key.
-    if not math.isfinite(float(out.sum())) or not lse.all():
+    if not math.isfinite(out.sum().item()) or not lse.all().item():
         return None
-    out, lse = out.reshape(call.q.shape), lse.reshape(call.q.shape[:3])
+    if group * n_q > 1:
+        out, lse = out.reshape(call.q.shape).contiguous(), lse.reshape(call.q.shape[:3]).contiguous()
     if call.spec.sink is not None:
         if shows_in_weights(lse):
             return None
         total = torch.logaddexp(lse, sinks_of(call, env, offsets, real))
         out, lse = out * torch.exp(lse - total).unsqueeze(-1), total
-    return out.to(call.q.dtype).contiguous(), lse.contiguous()
+    return out if call.q.dtype == real else out.to(call.q.dtype), lse
 
 
 def _rows(x: torch.Tensor, runs: list[tuple[int, int, bool]], real: torch.dtype) -> torch.Tensor:
     """x [B, H, N, D] of the runs of keys, in the computing dtype."""
-    edges = [runs[0][0]]
-    for (_, stop, _), (start, _, _) in pairwise(runs):
-        if stop != start:
-            edges += [stop, start]
-    edges.append(runs[-1][1])
-    parts = [x[:, :, start:stop] for start, stop in zip(edges[::2], edges[1::2], strict=True)]
-    rows = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-    rows = rows.to(real)
+    if len(runs) == 1:
+        start, stop, _ = runs[0]
+        rows = x if stop - start == x.shape[2] else x.narrow(2, start, stop - start)
+    else:
+        rows = torch.cat([x.narrow(2, start, stop - start) for start, stop in joined(runs)], 2)
+    rows = rows if rows.dtype == real else rows.to(real)
     return rows if rows.stride(3) == 1 else rows.contiguous()
 
 
@@ -133,7 +132,7 @@ def _added(
     return added.reshape(1, call.k.shape[1], rows * call.group, -1)
 
 
-_FUSED: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_FUSED: Any = getattr(getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None), "default", None)
 
 
 @cache

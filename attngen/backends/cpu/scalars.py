@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import sympy
 import torch
 
-from attngen.analysis import BEGIN, BLOCK, END, FIRST, LAST, WalkProgram
+from attngen.analysis import BEGIN, BLOCK, END, FIRST, LAST, Facts, WalkProgram
 from attngen.language.expression import Absolute, FloorDiv, Load, Maximum, Minimum, PyMod, Where
 
 
@@ -96,12 +96,12 @@ class ScalarProgram:
 
 
 @lru_cache(maxsize=256)
-def scalar_program(program: WalkProgram) -> ScalarProgram | None:
-    """None if it needs tables of captured data, or reals."""
-    if program.tables:
+def scalar_program(facts: Facts) -> ScalarProgram | None:
+    """How a tile of queries walks the keys; None if that needs tables of captured data, or reals."""
+    if facts.program_keys.tables:
         return None
     try:
-        return ScalarProgram(program)
+        return ScalarProgram(facts.program_keys)
     except KeyError:
         return None
 

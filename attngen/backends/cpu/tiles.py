@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +12,7 @@ import torch
 from attngen.analysis import Axis, Facts, run
 from attngen.analysis.tiles import Segments
 from attngen.backends.cpu.scalars import scalar_program
+from attngen.backends.cpu.scopes import offsets_of
 from attngen.language.call import Call
 from attngen.language.lists import TileLists
 
@@ -51,27 +54,31 @@ class Keys:
         self.length, self.chunk, self.block_m, self.rows = call.n_k, max(GRAIN, chunk), block_m, call.q.shape[2]
         # Bounds that are rounded to less than the tile's rows leave no less to the mask.
         self.grain = min(GRAIN, 1 << (min(block_m, self.rows) - 1).bit_length()) if self.rows else GRAIN
-        self.scalar = scalar_program(facts.program_keys)
-        batch, heads, tiles = call.q.shape[0], call.q.shape[1], -(-self.rows // block_m)
+        self.scalar = scalar_program(facts)
+        self._places = call.q.shape[0], call.q.shape[1], -(-self.rows // block_m)
         if self.scalar is not None:
-            offsets: list[int] = call.q_offset.tolist() if isinstance(call.q_offset, torch.Tensor) else []
-            self.by_head, self.by_batch = self.scalar.by_head, self.scalar.by_batch or bool(offsets)
-            each = batch if self.by_batch else 1, heads if self.by_head else 1
-            if each[0] * each[1] * tiles <= FEW_TILES:
-                env = {**call.captures, **call.params}
-                self._runs: dict[tuple[int, int, int], list[tuple[int, int, bool]]] = {}
-                for b in range(each[0]):
-                    start = offsets[b] if offsets else int(call.q_offset)
-                    for tile in range(tiles):
-                        first, last = start + tile * block_m, start + min((tile + 1) * block_m, self.rows) - 1
-                        for h in range(each[1]):
-                            found = self.scalar.runs(env, first, last, self.length, self.grain, b, h)
-                            self._runs[b, h, tile] = found
-                keys = sum(stop - start for runs in self._runs.values() for start, stop, _ in runs)
-                self.visited = keys * (batch // each[0]) if each[0] else 0
+            by_offset = isinstance(call.q_offset, torch.Tensor)
+            self.by_batch, self.by_head = by_offset or self.scalar.by_batch, self.scalar.by_head
+            if math.prod(self._every) <= FEW_TILES:
+                self._env, self._offsets = {**call.captures, **call.params}, offsets_of(call)
                 return
         self.scalar = None
         self._run_all(call, facts)
+
+    @property
+    def _every(self) -> tuple[int, int, int]:
+        """How many batches, heads and tiles may visit different keys."""
+        batch, heads, tiles = self._places
+        return batch if self.by_batch else 1, heads if self.by_head else 1, tiles
+
+    @property
+    def visited(self) -> int:
+        """Keys that all tiles visit together, those of a tile once for all heads that share them."""
+        if self.scalar is None:
+            every = self._places[0], *self._every[1:]
+            return sum(int(count.expand(every).sum()) for _, count in self._counted) * self.grain
+        runs = [run for b, h, tile in product(*map(range, self._every)) for run in self.runs(b, h, tile)]
+        return sum(stop - start for start, stop, _ in runs) * (1 if self.by_batch else self._places[0])
 
     def _run_all(self, call: Call, facts: Facts) -> None:
         offset: Any = call.q_offset.view(-1, 1, 1).long() if isinstance(call.q_offset, torch.Tensor) else call.q_offset
@@ -85,14 +92,15 @@ class Keys:
         full, partial = run(facts.walk_keys, facts.program_keys, env, queries, keys, self.block_m, self.grain)
         self.by_head = any(x.shape[1] > 1 for segment in (*full, *partial) for x in segment)
         self.by_batch = any(x.shape[0] > 1 for segment in (*full, *partial) for x in segment)
-        every = (call.q.shape[0], call.q.shape[1] if self.by_head else 1, -(-self.rows // self.block_m))
-        self.visited = sum(int(count.expand(every).sum()) for _, count in (*full, *partial)) * self.grain
+        self._counted = (*full, *partial)
         self._segments = [*_lists(full, False), *_lists(partial, True)]
 
     def runs(self, b: int, h: int, tile: int) -> list[tuple[int, int, bool]]:
-        """Disjoint runs of keys of a tile: (start, stop, whether the mask is needed)."""
+        """Disjoint runs of keys of a tile, in no order: (start, stop, whether the mask is needed)."""
         if self.scalar is not None:
-            return self._runs[b if self.by_batch else 0, h if self.by_head else 0, tile]
+            first, last = tile * self.block_m, min((tile + 1) * self.block_m, self.rows) - 1
+            offset = self._offsets[b]
+            return self.scalar.runs(self._env, first + offset, last + offset, self.length, self.grain, b, h)
         runs = []
         for firsts, counts, partial in self._segments:
             first, count = _at(firsts, b, h, tile), _at(counts, b, h, tile)
@@ -143,6 +151,16 @@ def cut(runs: list[tuple[int, int, bool]], size: int) -> Chunks:
                 chunks.high.append(chunks.stop[-1] - begin)
             start = chunks.stop[-1]
     return chunks
+
+
+def joined(runs: list[tuple[int, int, bool]]) -> list[tuple[int, int]]:
+    """Sorted disjoint runs of keys as (start, stop) without neighbours."""
+    found: list[tuple[int, int]] = []
+    for start, stop, _ in runs:
+        if found and found[-1][1] == start:
+            start = found.pop()[0]
+        found.append((start, stop))
+    return found
 
 
 def _lists(segments: Segments, partial: bool) -> Iterator[tuple[Any, Any, bool]]:
