@@ -22,7 +22,8 @@ from attngen.language.call import Call
 from attngen.language.expression import B, S, evaluate
 from attngen.schedule import Schedule
 
-ROWS = 64  # query rows that share keys, up to which this is faster
+# Query rows that share keys, and multiply-adds of their product, up to which this is faster than tiles.
+ROWS, WORK = 64, 2**23
 
 Result = tuple[torch.Tensor, torch.Tensor]
 
@@ -31,9 +32,11 @@ def suits(call: Call, facts: Facts, schedule: Schedule) -> bool:
     """Whether `attend` may be asked."""
     batch, _, n_q, head_dim = call.q.shape
     rows = n_q * call.group
-    if not 0 < rows <= ROWS or batch == 0 or call.v.shape[3] != head_dim or schedule.split not in (None, 1):
+    if not 0 < rows <= ROWS or rows * call.n_k * head_dim > WORK or batch == 0:
         return False
-    if not _adds_to_logits(facts) or not _has_fused():
+    if call.v.shape[3] != head_dim or schedule.split not in (None, 1) or not _adds_to_logits(facts):
+        return False
+    if not _has_fused():
         return False
     cores, pairs = torch.get_num_threads(), batch * call.k.shape[1]
     return pairs >= cores or 2 * pairs * rows * call.n_k * head_dim < SMALL  # else keys are shared out among the cores

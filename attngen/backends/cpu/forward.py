@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import torch
 
-from attngen.backends.cpu.kernels import kernels, state_of, with_sink, write
+from attngen.backends.cpu.kernels import kernels, state_of, write
 from attngen.backends.cpu.loads import check_loads
 from attngen.backends.cpu.logits import dropout_of, logits_of, reaching
 from attngen.backends.cpu.parallel import run_jobs
@@ -112,7 +112,7 @@ def _attend_units(
 def _write(work: Work, unit: Unit, total: state.State, lse: torch.Tensor, out: torch.Tensor) -> float:
     """Writes a unit's rows from the state of all its keys; returns a sum that is finite if they are."""
     sink = None if work.sink is None else work.sink[unit.at]
-    return write(with_sink(total, work.log_base, sink), lse[unit.at], out[unit.at])
+    return write(total, work.log_base, sink, lse[unit.at], out[unit.at])
 
 
 def state_of_unit(work: Work, unit: Unit, chunks: range, values: bool = True) -> state.State:

@@ -45,20 +45,21 @@ def state_of(logits: torch.Tensor, v: torch.Tensor, log_base: float) -> State:
     return State(m, p.sum([-1], keepdim=True), product(p, v.t()))
 
 
-def with_sink(state: State, log_base: float, sink: torch.Tensor | None) -> State:
+def with_sink(state: State, log_base: float, sink: torch.Tensor) -> State:
     """The state in natural base, and one more key in it: its value is 0, its logits are `sink` [heads, rows]."""
-    state = State(state.m * log_base, state.l, state.o)
-    if sink is None:
-        return state
     logit = sink.reshape(-1, 1)
-    return merge(state, State(logit, torch.ones_like(logit), torch.zeros_like(state.o)), False)
+    one = State(logit, torch.ones_like(logit), torch.zeros_like(state.o))
+    return merge(State(state.m * log_base, state.l, state.o), one, False)
 
 
-def write(state: State, lse: torch.Tensor, out: torch.Tensor) -> float:
-    """The finished rows of a state in natural base: lse [heads, rows], out [heads, rows, Dv]. Returns a sum that is finite if
+def write(state: State, log_base: float, sink: torch.Tensor | None, lse: torch.Tensor, out: torch.Tensor) -> float:
+    """The finished rows of a state: lse [heads, rows] in natural base, out [heads, rows, Dv]. Returns a sum that is finite if
     out is.
     """
-    torch.add(state.l.log().view(lse.shape), state.m.view(lse.shape), out=lse)
+    if sink is not None:
+        state = with_sink(state, log_base, sink)
+        log_base = 1.0
+    torch.add(state.l.log().view(lse.shape), state.m.view(lse.shape), alpha=log_base, out=lse)
     # The largest logit adds 1 to l: it is 0 for a row without a key and at least 1 for any other.
     torch.div(state.o.view(out.shape), state.l.clamp_(min=1).view(out.size(0), out.size(1), 1), out=out)
     return float(state.o.sum())
@@ -121,8 +122,7 @@ def attend(
     total = 0.0
     for place in places:
         state = _state_of_unit(q, k, v, place, factor, log_base, start, stop, bundle, cap, owner, low, high)
-        state = with_sink(state, log_base, _rows_of_sink(sink, place))
-        total += write(state, tile_of(lse, place), tile_of(out, place))
+        total += write(state, log_base, _rows_of_sink(sink, place), tile_of(lse, place), tile_of(out, place))
     return total
 
 
@@ -287,13 +287,14 @@ def attend_storing(
         state = states[0]
         for m in range(1, len(states)):
             state = merge(state, states[m], log_base != 1.0)
-        state = with_sink(state, log_base, _rows_of_sink(sink, place))
-        top = state.m.clamp(min=lowest(state.m))
+        own = _rows_of_sink(sink, place)
+        whole = State(state.m * log_base, state.l, state.o) if own is None else with_sink(state, log_base, own)
+        top = whole.m.clamp(min=lowest(whole.m))
         for m in range(len(states)):
-            weight = torch.exp(states[m].m * log_base - top).div_(state.l.clamp(min=1)).view(place[3], place[5], 1)
+            weight = torch.exp(states[m].m * log_base - top).div_(whole.l.clamp(min=1)).view(place[3], place[5], 1)
             for n in range(bundle[m], bundle[m + 1]):
                 kept[:, :, start[n] : stop[n]].mul_(weight)
-        total += write(state, tile_of(lse, place), tile_of(out, place))
+        total += write(whole, 1.0, None, tile_of(lse, place), tile_of(out, place))
     return total
 
 
