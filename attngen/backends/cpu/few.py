@@ -1,7 +1,7 @@
 """Calls of few query rows, such as a decoding step: torch's fused attention over the live keys of all heads at once.
 
 At so few rows an operator's price is more than its arithmetic: here a call takes one for all heads, where `forward` takes ten
-for each kv head. Query heads that share keys are rows of one product.
+for each kv head; the backward takes five products. Query heads that share keys are rows of one product.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def attend(call: Call, facts: Facts) -> Result | None:
     # Every view costs as much as the arithmetic on a few keys: only what changes something is done.
     q = call.q if call.q.dtype == real else call.q.to(real)
     q = q if group == 1 else q.reshape(batch, call.k.shape[1], group * n_q, head_dim)
-    scale, offsets, found = call.spec.scale_for(head_dim), offsets_of(call), []
+    scale, offsets, found = _scale(call), offsets_of(call), []
     apart = keys.by_batch or _differs_by_batch(facts)
     for b in range(batch) if apart else (0,):
         runs = sorted(keys.runs(b, 0, 0))
@@ -89,6 +89,42 @@ def attend(call: Call, facts: Facts) -> Result | None:
     return out if call.q.dtype == real else out.to(call.q.dtype), lse
 
 
+def differentiate(
+    call: Call, facts: Facts, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """dq, dk, dv; None where `attend` would give None, or where P needs more than lse (see `weights`)."""
+    keys = Keys(call, facts, call.q.shape[2], call.n_k)
+    if keys.by_head or not lse.isfinite().all().item() or shows_in_weights(lse):
+        return None
+    real, batch, env, scale = real_of(call), call.q.shape[0], environment(call, real_of(call)), _scale(call)
+    folded = batch, call.k.shape[1], call.group * call.q.shape[2]
+    q, do, out = (x.to(real).reshape(*folded, -1) for x in (call.q, grad_out, out))
+    delta = (do * out).sum(-1, keepdim=True).sub_(grad_lse.to(real).reshape(*folded, 1))
+    lse, q = lse.reshape(*folded, 1), q * scale
+    found, offsets, apart = [], offsets_of(call), keys.by_batch or _differs_by_batch(facts)
+    for b in range(batch) if apart else (0,):
+        runs = sorted(keys.runs(b, 0, 0))
+        if not runs:
+            return None
+        at = slice(b, b + 1) if apart else slice(None)
+        k, v = _rows(call.k[at], runs, real), _rows(call.v[at], runs, real)
+        logits = q[at] @ k.mT
+        added = _added(call, facts, env, b, offsets[b], runs, real)
+        logits = logits if added is None else logits.add_(added)
+        p = logits.sub_(lse[at]).exp_()
+        ds = (do[at] @ v.mT).sub_(delta[at]).mul_(p)
+        dk, dv = (_spread(rows, runs, call.n_k) for rows in (ds.mT @ q[at], p.mT @ do[at]))
+        found.append(((ds @ k).mul_(scale), dk, dv))
+    dq, dk, dv = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
+    if not math.isfinite((dq.sum() + dk.sum() + dv.sum()).item()):
+        return None
+    return dq.reshape(call.q.shape).to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype)
+
+
+def _scale(call: Call) -> float:
+    return call.spec.scale_for(call.q.shape[3])
+
+
 def _rows(x: torch.Tensor, runs: list[tuple[int, int, bool]], real: torch.dtype) -> torch.Tensor:
     """x [B, H, N, D] of the runs of keys, in the computing dtype."""
     if len(runs) == 1:
@@ -98,6 +134,17 @@ def _rows(x: torch.Tensor, runs: list[tuple[int, int, bool]], real: torch.dtype)
         rows = torch.cat([x.narrow(2, start, stop - start) for start, stop in joined(runs)], 2)
     rows = rows if rows.dtype == real else rows.to(real)
     return rows if rows.stride(3) == 1 else rows.contiguous()
+
+
+def _spread(rows: torch.Tensor, runs: list[tuple[int, int, bool]], length: int) -> torch.Tensor:
+    """The reverse: [B, H, N, D], 0 outside the runs."""
+    if rows.shape[2] == length:
+        return rows
+    edges = joined(runs)
+    total = rows.new_zeros((*rows.shape[:2], length, rows.shape[3]))
+    for (start, stop), part in zip(edges, rows.split([stop - start for start, stop in edges], 2), strict=True):
+        total[:, :, start:stop] = part
+    return total
 
 
 def _added(

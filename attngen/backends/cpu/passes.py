@@ -85,6 +85,10 @@ def backward(
         )
     if isinstance(call.spec.lists, RowLists):
         return rows.backward(call, facts, out, lse, grad_out, grad_lse, wanted)
+    if not wanted and few.suits(call, facts, schedule):
+        short = few.differentiate(call, facts, out, lse, grad_out, grad_lse)
+        if short is not None:
+            return *short, {}
     work = _for_backward(call, facts, schedule, grad_out)
     return tiled_backward.differentiate(
         work, out, normalisers(work, lse.to(work.real)), None, grad_out, grad_lse, wanted
