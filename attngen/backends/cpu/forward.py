@@ -7,7 +7,8 @@ from itertools import pairwise
 
 import torch
 
-from attngen.backends.cpu.kernels import kernels, state_of, write
+from attngen.backends.cpu.forward_kernels import state_of, write
+from attngen.backends.cpu.kernels import kernels
 from attngen.backends.cpu.loads import check_loads
 from attngen.backends.cpu.logits import dropout_of, logits_of, reaching
 from attngen.backends.cpu.parallel import run_jobs
