@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 import attngen as ag
 from attngen.analysis import facts
 from attngen.backends.cpu import backward as cpu_backward
-from attngen.backends.cpu import few
+from attngen.backends.cpu import few, passes
 from attngen.backends.cpu import forward as cpu_forward
 from attngen.backends.cpu import tiles as cpu_tiles
 from attngen.language.call import bind
@@ -113,6 +114,20 @@ def test_few_rows_are_float32s_rounded_once():
     leaves = inputs(1, 50, torch.bfloat16)
     attn = ag.compile(ag.Spec(), backend="cpu")
     assert torch.equal(attn(*leaves), attn(*(t.float() for t in leaves)).to(torch.bfloat16))
+
+
+def test_autocast_and_grad_mode_do_not_reach_inside():
+    """The backend called as an executor calls it, with both switched on around it."""
+    spec, leaves = ag.Spec(mask=ag.causal()), [t.requires_grad_() for t in inputs(3, 50)]
+    call, known = bind(spec, *leaves, q_offset=47, captures={}), facts(spec)
+    schedule, results = passes.default_schedule(call, known), []
+    for inside in (nullcontext, lambda: torch.autocast("cpu", torch.bfloat16)):
+        with inside():
+            out, lse = passes.forward(call, known, schedule)
+            dq, dk, dv, _ = passes.backward(call, known, schedule, out, lse, torch.ones_like(out), lse * 0, [])
+        results.append([out, lse, dq, dk, dv])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b) and not a.requires_grad
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")], ids=str)

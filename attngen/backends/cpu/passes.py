@@ -20,6 +20,7 @@ from attngen.analysis import Facts
 from attngen.backends.cpu import backward as tiled_backward
 from attngen.backends.cpu import few, rows
 from attngen.backends.cpu import forward as tiled_forward
+from attngen.backends.cpu.parallel import undisturbed
 from attngen.backends.cpu.tiles import CHUNK
 from attngen.backends.cpu.weights import measured, normalisers
 from attngen.backends.cpu.work import Work
@@ -52,7 +53,8 @@ def forward(call: Call, facts: Facts, schedule: Schedule) -> tuple[torch.Tensor,
     if isinstance(call.spec.lists, RowLists):
         return rows.forward(call, facts)
     if few.suits(call, facts, schedule):
-        found = few.attend(call, facts)
+        with undisturbed():
+            found = few.attend(call, facts)
         if found is not None:
             return found
     return tiled_forward.attend(_for_forward(call, facts, schedule), schedule)
@@ -86,7 +88,8 @@ def backward(
     if isinstance(call.spec.lists, RowLists):
         return rows.backward(call, facts, out, lse, grad_out, grad_lse, wanted)
     if not wanted and few.suits(call, facts, schedule):
-        short = few.differentiate(call, facts, out, lse, grad_out, grad_lse)
+        with undisturbed():
+            short = few.differentiate(call, facts, out, lse, grad_out, grad_lse)
         if short is not None:
             return *short, {}
     work = _for_backward(call, facts, schedule, grad_out)
