@@ -69,7 +69,7 @@ class Keys:
     def _every(self) -> tuple[int, int, int]:
         """How many batches, heads and tiles may visit different keys."""
         batch, heads, tiles = self._places
-        return batch if self.by_batch else 1, heads if self.by_head else 1, tiles
+        return batch if self.by_batch else min(batch, 1), heads if self.by_head else min(heads, 1), tiles
 
     @property
     def visited(self) -> int:
