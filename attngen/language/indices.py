@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
@@ -46,10 +46,9 @@ from attngen.language.expression import (
     tensor_of,
     to_text,
 )
-from attngen.language.lists import as_log_weight
+from attngen.language.listed_pairs import as_log_weight
 
-if TYPE_CHECKING:
-    from attngen.language.call import Call
+Call = Any  # `attngen.language.call.Call`, which calls this module
 
 LARGEST_TABLE = 2**20  # pairs that a GPU looks at
 CHUNK = 2**22  # pairs that the CPU looks at together

@@ -9,8 +9,8 @@ import torch
 
 from attngen.language.call import Call, bind
 from attngen.language.expression import Load, S, evaluate, tensor_of, uniform
+from attngen.language.listed_pairs import as_log_weight, without_pages
 from attngen.language.spec import Spec
-from attngen.reference.lists import as_log_weight, without_pages
 
 
 def plain(
