@@ -218,7 +218,8 @@ def check_offset(q_offset: Any, q: torch.Tensor) -> Any:
                 f"an int, or an int tensor [{q.shape[0]}] or [] on {q.device}",
                 f"{q_offset.dtype} {list(q_offset.shape)} on {q_offset.device}",
             )
-        return q_offset.to(_WIDER.get(q_offset.dtype, q_offset.dtype)).expand(q.shape[:1])
+        # Kernels read it by its address, one element after the other.
+        return q_offset.to(_WIDER.get(q_offset.dtype, q_offset.dtype)).expand(q.shape[:1]).contiguous()
     if isinstance(q_offset, torch.SymInt):
         return q_offset
     if isinstance(q_offset, bool) or not isinstance(q_offset, numbers.Integral):

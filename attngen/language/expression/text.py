@@ -114,19 +114,27 @@ def _render_sum(expr: Any) -> str:
 
 
 def _render_product(expr: Any) -> tuple[str, int]:
+    """A number in front of a sum would be multiplied into it when the text is read: the other factors stand in between, or
+    parentheses.
+    """
     coefficient, rest = expr.as_coeff_Mul()
     if coefficient < 0:
-        divided = isinstance(-expr, (FloorDiv, PyMod))  # -x // 2 is (-x) // 2
-        return "-" + to_text(-expr, ATOM if divided else PRODUCT), SUM
+        text = to_text(-expr, PRODUCT)
+        whole = (rest.is_Mul and text.startswith("(")) or isinstance(rest, (FloorDiv, PyMod))  # -x // 2 is (-x) // 2
+        return f"-({text})" if whole else f"-{text}", SUM
     above = [factor for factor in rest.as_ordered_factors() if not _is_reciprocal(factor)]
     below = [sympy.Pow(f.base, -f.exp) for f in rest.as_ordered_factors() if _is_reciprocal(f)]
+    of_sum = bool(above) and above[0].is_Add and len(above) + len(below) > 1
     p, q = sympy.Integer(coefficient.p), sympy.Integer(coefficient.q)
-    decimal = number(coefficient)
-    if q != 1 and "/" in decimal:
-        below.insert(0, q)
+    if q != 1 and "/" in number(coefficient):
+        below.insert(len(below) if of_sum else 0, q)
         coefficient = p
-    parts = ([number(coefficient)] if coefficient != 1 or not above else []) + [to_text(f, ATOM) for f in above]
-    return " * ".join(parts) + "".join(f" / {to_text(f, ATOM)}" for f in below), PRODUCT
+    text = " * ".join(to_text(f, ATOM) for f in above) + "".join(f" / {to_text(f, ATOM)}" for f in below)
+    if coefficient == 1:
+        return (text if above else f"1{text}"), PRODUCT
+    if of_sum:
+        return f"{number(coefficient)} * ({text})", PRODUCT
+    return number(coefficient) + (" * " if above else "") + text, PRODUCT
 
 
 def _is_reciprocal(factor: Any) -> bool:
