@@ -343,7 +343,9 @@ def _size(expr: Any) -> int:
     if expr.is_Integer:
         return abs(int(expr))
     if not expr.args or isinstance(expr, (Load, *_WHOLE)):
-        return 2**28 if expr in (B, H, I, J, Q_OFFSET) else 2**31
+        # No param's name has a dot: such symbols are positions of a tile, which the analysis puts in the place of i and j.
+        position = expr in (B, H, I, J, Q_OFFSET) or (expr.is_Symbol and "." in expr.name)
+        return 2**28 if position else 2**31
     sizes = [_size(arg) for arg in (expr.args[1:] if isinstance(expr, Where) else expr.args)]
     if expr.is_Add:
         return sum(sizes)
