@@ -23,7 +23,7 @@ from attngen.language.expression import B, S, evaluate
 from attngen.schedule import Schedule
 
 # Query rows that share keys, and multiply-adds of their product, up to which this is faster than tiles.
-ROWS, WORK = 64, 2**23
+ROWS, WORK = 64, 2**21
 
 Result = tuple[torch.Tensor, torch.Tensor]
 
