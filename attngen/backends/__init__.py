@@ -1,7 +1,10 @@
-"""Where a plan runs. A backend is a module with
+"""Where attention runs. A backend is a module with
 
 forward(call, facts, schedule) -> (out, lse)
-backward(call, facts, schedule, out, lse, grad_out, grad_lse, wanted) -> (dq, dk, dv, {capture name: gradient})
+delta(call, out, do, dlse) -> rowsum(dO * O) - dlse of the whole attention
+backward(call, facts, schedule, lse, delta, do, wanted) -> (dq, dk, dv, {capture name: gradient}), from the lse and delta of
+    the whole attention that the call is a part of
+tables(call, facts, schedule, kernel), table_tiles(call, schedule, kernel): summaries of captured data for a kernel's walk
 """
 
 from __future__ import annotations

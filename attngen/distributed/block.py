@@ -16,7 +16,7 @@ from attngen.analysis import Axis, facts, run
 from attngen.analysis.tiles import check_positive
 from attngen.errors import SpecError
 from attngen.language.expression import Expr, J, Load, Param, Tensor, loads
-from attngen.plan.keysets.base import j, moved
+from attngen.language.moved import j, moved
 
 if TYPE_CHECKING:
     from attngen.language.spec import Spec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,11 +18,12 @@ LARGEST_POSITION = 2**28
 LARGEST_PARAM = 2**30 - 2**16  # below these, sums of a few positions and twice a param fit 32 bits
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Call:
     """A checked call: q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] (with pages: [pages, Hkv, page size, *]);
     captures by name, broadcast dims expanded; params by name; q_offset an int or an int tensor [B]. wants_grad: False if
-    nobody can ask for gradients of it, so that what only a backward reads need not be prepared.
+    nobody can ask for gradients of it, so that what only a backward reads need not be prepared. tables: of the walk of each
+    kernel, if somebody made them already.
     """
 
     spec: Spec
@@ -33,11 +34,26 @@ class Call:
     params: dict[str, int | float]
     q_offset: int | torch.Tensor
     wants_grad: bool = True
+    tables: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    def of(self, spec: Spec) -> Call:
+        """The same call of another spec, such as a piece of a union."""
+        return self if spec is self.spec else replace(self, spec=spec)
 
     @property
     def group(self) -> int:
         """Query heads per key/value head."""
         return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def offset_column(self) -> Any:
+        """q_offset so that it adds to [B, H, N]."""
+        return self.q_offset.view(-1, 1, 1) if isinstance(self.q_offset, torch.Tensor) else self.q_offset
+
+    @property
+    def waits(self) -> bool:
+        """Whether sizes may depend on values: where looking at one is free, and nobody traces the call."""
+        return self.q.device.type == "cpu" and type(self.q) is torch.Tensor and not torch.compiler.is_compiling()
 
     @property
     def n_k(self) -> int:
@@ -80,7 +96,7 @@ def bind(
     tensors = {
         name: _check_capture(spec, d, captures[name], shape, q_offset, q.device) for name, d in spec.tensors.items()
     }
-    params = {name: _check_param(name, p.number_kind, captures[name]) for name, p in spec.params.items()}
+    params = {name: check_param(name, p.number_kind, captures[name]) for name, p in spec.params.items()}
     if spec.dropout is not None and spec.dropout.is_Symbol and not 0 <= params[spec.dropout.name] < 1:
         raise InputError(spec.dropout.name, "a probability in [0, 1)", params[spec.dropout.name])
     return Call(spec, q, k, v, tensors, params, q_offset)
@@ -154,7 +170,8 @@ def _check_capture(
     return value if sizes == list(value.shape) else value.expand(sizes)
 
 
-def _check_param(name: str, kind: str, value: Any) -> Any:
+def check_param(name: str, kind: str, value: Any) -> Any:
+    """A param's value, as the kind of number that it is. InputError."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise InputError(name, f"a Python {kind}", f"{type(value).__name__} {value!r}"[:120])
     if kind == "float":

@@ -21,11 +21,11 @@ from attngen.errors import SpecError
 from attngen.language.expression import B, H, I, J, Load, S, loads, to_text
 from attngen.language.expression.builder import Declaration, Expr, Param, Tensor, wrap
 from attngen.language.expression.parse import parse
+from attngen.language.keysets import base as keysets
 from attngen.language.lists import Lists
 from attngen.language.lists import read as read_lists
 
 if TYPE_CHECKING:
-    from attngen.plan.keysets import KeySet
     from attngen.schedule import Schedule
 
 LANGUAGE = 1  # goes into every key: raise it when the meaning of an expression changes
@@ -65,7 +65,7 @@ class Spec:
         scale: float | None = None,
         sink: Expr | str | Callable[..., Any] | None = None,
         dropout: float | Expr | str | None = None,
-        keys: KeySet | str | None = None,
+        keys: keysets.KeySet | str | None = None,
         lists: Lists | str | None = None,
         page_size: int | str | None = None,
         schedule: Schedule | None = None,
@@ -259,14 +259,12 @@ def _read(place: str, value: Any, symbols: str, declared: dict[str, Declaration]
         raise SpecError(f"{place}: {error.problem}", fix=error.fix) from None
 
 
-def _read_keys(keys: KeySet | str | None) -> KeySet | None:
+def _read_keys(keys: keysets.KeySet | str | None) -> keysets.KeySet | None:
     if keys is None:
         return None
-    from attngen.plan.keysets import KeySet, parse
-
     if isinstance(keys, str):
-        return parse(keys)
-    if not isinstance(keys, KeySet):
+        return keysets.parse(keys)
+    if not isinstance(keys, keysets.KeySet):
         raise SpecError(f"keys: expected a key set such as ag.qk_sparse(), got {type(keys).__name__}")
     return keys
 

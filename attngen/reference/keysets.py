@@ -11,7 +11,7 @@ import torch
 
 from attngen.errors import InputError
 from attngen.language.call import Call
-from attngen.plan.keysets.base import offset_column
+from attngen.plan.forward import split
 from attngen.reference.dense import dense, dense_env
 from attngen.reference.edges import COPIED
 from attngen.reference.edges import DEFINITIONS as OF_EDGES
@@ -27,8 +27,6 @@ def oracle_of_keys(
     spec: Spec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_offset: Any, captures: Mapping[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`ag.oracle` for a spec with a key set."""
-    from attngen.plan.keysets.call import split
-
     call, given = split(spec, q, k, v, q_offset, captures)
     assert spec.keys is not None
     if spec.keys.name == "union":
@@ -46,7 +44,6 @@ def attended(
     """Which pairs a spec attends: bool [B, Hq, Nq, Nk]."""
     from attngen.language.call import bind
     from attngen.language.expression import evaluate, tensor_of
-    from attngen.plan.keysets.call import split
 
     if spec.keys is None:
         call, given = bind(spec, q, k, v, q_offset=q_offset, captures=captures), dict[str, Any]()
@@ -110,11 +107,11 @@ def _gather(keys: Any, call: Call, given: Mapping[str, Any]) -> Weights:
 
 def _hyper(keys: Any, call: Call, given: Mapping[str, Any]) -> Weights:
     """1 inside a block, (times drawn) * (keys outside) / (draws outside) elsewhere; the random numbers are the call's."""
-    from attngen.plan.keysets.hyper import Draws
+    from attngen.plan.keysets.hyper import Draws, layout_of
 
     n_q, n_k = call.q.shape[2], call.k.shape[2]
     weights = torch.zeros((*call.q.shape[:2], n_q, n_k), dtype=torch.float64)
-    layout = keys.layout(call.spec, n_q, n_k)
+    layout = layout_of(keys, call.spec, n_q, n_k)
     if layout is None or 0 in weights.shape:
         return torch.zeros(weights.shape, dtype=torch.float64), None
     draws = Draws(call, _need(given, "seed"))
@@ -180,7 +177,7 @@ def _sparse_k(keys: Any, call: Call, given: Mapping[str, Any]) -> Weights:
     """
     u = _heads(_need(given, "u"), call).double()
     n_q, n_k = call.q.shape[2], call.k.shape[2]
-    position = torch.arange(n_q).view(1, 1, -1) + offset_column(call)
+    position = torch.arange(n_q).view(1, 1, -1) + call.offset_column
     distance = position.unsqueeze(-1) - torch.arange(n_k)
     seen = distance >= 0 if keys.incremental else torch.ones_like(distance, dtype=torch.bool)
     seen = seen.expand(*u.shape[:2], -1, -1)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from attngen.errors import InputError
-from attngen.plan.keysets.base import KeySet
+from attngen.language.keysets.base import KeySet
 
 
 def made_up(keys: KeySet, q: torch.Tensor, k: torch.Tensor, q_offset: int = 0) -> tuple[dict[str, Any], list[str]]:

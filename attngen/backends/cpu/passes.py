@@ -20,16 +20,26 @@ from typing import Any, NamedTuple
 
 import torch
 
-from attngen.analysis import Facts
+from attngen.analysis import Axis, Facts
 from attngen.backends.cpu import rows as cpu_rows
 from attngen.backends.cpu.kernels import add_products, kernels, product, rows_of, state_of, write
 from attngen.backends.cpu.parallel import run_jobs, split_jobs
-from attngen.backends.cpu.tiles import Blocked, Chunks, Keys, ListedKeys, Masks, check_loads, checked_loads, positions
-from attngen.backends.memory import empty
+from attngen.backends.cpu.tiles import (
+    Blocked,
+    Chunks,
+    Keys,
+    ListedKeys,
+    Masks,
+    check_loads,
+    checked_loads,
+    positions,
+    walk_env,
+)
 from attngen.errors import InputError
 from attngen.language.call import Call
 from attngen.language.expression import Load, S, evaluate, uniform
 from attngen.language.lists import RowLists, TileLists
+from attngen.plan.memory import empty
 from attngen.plan.stream_k import stream_k
 from attngen.schedule import Schedule, fit
 from attngen.state import softmax as state
@@ -76,14 +86,25 @@ def forward_storing(call: Call, facts: Facts, schedule: Schedule) -> tuple[torch
     return *_forward(work, Schedule(split=1)), weights.new_empty(0)
 
 
+def delta(call: Call, out: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor) -> torch.Tensor:
+    """rowsum(dO * O) - dlse [B, Hq, Nq], in the computing dtype."""
+    real = torch.float64 if out.dtype == torch.float64 else torch.float32
+    found = torch.empty(out.shape[:3], dtype=real)
+    # In parts that stay in the cache: the pages of a large temporary cost more than the sums.
+    for b in range(out.shape[0]):
+        for h in range(out.shape[1]):
+            for rows in zip(*(t.split(1024) for t in (do[b, h], out[b, h], found[b, h])), strict=True):
+                torch.sum(rows[0].to(real) * rows[1].to(real), -1, out=rows[2])
+    return found.sub_(dlse.to(real))
+
+
 def backward(
     call: Call,
     facts: Facts,
     schedule: Schedule,
-    out: torch.Tensor,
     lse: torch.Tensor,
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor,
+    delta: torch.Tensor,
+    do: torch.Tensor,
     wanted: list[str],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """dq, dk, dv and the gradients of the wanted captures, see `attngen.backends`; sums are made in a fixed order."""
@@ -92,47 +113,54 @@ def backward(
             "q", "no gradient: a paged cache is for inference", "a backward through it", "use torch.no_grad()"
         )
     if isinstance(call.spec.lists, RowLists):
-        return cpu_rows.backward(call, facts, out, lse, grad_out, grad_lse, wanted)
-    return _backward(call, facts, schedule, out, lse, None, grad_out, grad_lse, wanted)
+        return cpu_rows.backward(call, facts, lse, delta, do, wanted)
+    return _backward(call, facts, schedule, lse, None, delta, do, wanted)
 
 
 def backward_stored(
     call: Call,
     facts: Facts,
     schedule: Schedule,
-    out: torch.Tensor,
     weights: torch.Tensor,
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    do: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """`backward` from the weights that `forward_storing` left; nothing is captured by the specs that have them."""
-    lse = torch.zeros_like(grad_lse)
-    return _backward(call, facts, schedule, out, lse, weights, grad_out, grad_lse, [])
+    return _backward(call, facts, schedule, lse, weights, delta, do, [])
+
+
+def tables(call: Call, facts: Facts, schedule: Schedule, kernel: str) -> dict[str, torch.Tensor]:
+    """Summaries of captured data for the walk of the forward or, "dq", of the backward."""
+    queries, keys = Axis("i", call.offset_column, call.q.shape[2]), Axis("j", 0, call.n_k)
+    return facts.walk_keys.prepare(walk_env(call), queries, keys, _block(schedule, kernel))
+
+
+def table_tiles(call: Call, schedule: Schedule, kernel: str) -> int:
+    """How many tiles those tables are of."""
+    return -(-call.q.shape[2] // _block(schedule, kernel))
+
+
+def _block(schedule: Schedule, kernel: str) -> int:
+    return (schedule.dq_block_m if kernel == "dq" else schedule.block_m) or ROWS
 
 
 def _backward(
     call: Call,
     facts: Facts,
     schedule: Schedule,
-    out: torch.Tensor,
     lse: torch.Tensor,
     weights: torch.Tensor | None,
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor,
+    delta: torch.Tensor,
+    do: torch.Tensor,
     wanted: list[str],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    work = Work(call, facts, schedule.dq_block_m or ROWS, schedule.dq_block_n or CHUNK)
-    work.finite = all(bool(t.sum(dtype=work.real).isfinite()) for t in (work.q, work.k, work.v, grad_out))
+    work = Work(call, facts, schedule.dq_block_m or ROWS, schedule.dq_block_n or CHUNK, "dq")
+    work.finite = all(bool(t.sum(dtype=work.real).isfinite()) for t in (work.q, work.k, work.v, do))
     real, pairs, jobs = work.real, work.k.shape[0] * work.k.shape[1], work.jobs()
-    delta = torch.empty(call.q.shape[:3], dtype=real)
-    # In parts that stay in the cache: the pages of a large temporary cost more than the sums.
-    for b in range(call.q.shape[0]):
-        for h in range(call.q.shape[1]):
-            for rows in zip(*(t.split(1024) for t in (grad_out[b, h], out[b, h], delta[b, h])), strict=True):
-                torch.sum(rows[0].to(real) * rows[1].to(real), -1, out=rows[2])
-    delta = delta.sub_(grad_lse.to(real)).unsqueeze(-1)
+    delta = delta.to(real).unsqueeze(-1)
     lse = lse.to(real).masked_fill(lse == -math.inf, math.inf)  # a row without a key: exp(-inf - inf) is 0
-    given = _Given(grad_out, delta, (lse * LOG2E).unsqueeze(-1), weights)
+    given = _Given(do, delta, (lse * LOG2E).unsqueeze(-1), weights)
     dq, dk, dv = (empty(t.shape, t.dtype) for t in (call.q, call.k, call.v))
     # Else jobs sum the same pairs' gradients, each its own tiles'.
     alone = all(own != jobs[0][0] for own, _ in jobs[1:])
@@ -206,7 +234,7 @@ class Unit(NamedTuple):
 class Work:
     """A call made ready: k and v as contiguous rows of the computing dtype, key chunks of every tile, jobs for the cores."""
 
-    def __init__(self, call: Call, facts: Facts, block_m: int, chunk: int):
+    def __init__(self, call: Call, facts: Facts, block_m: int, chunk: int, kernel: str = "forward"):
         self.call, self.facts, self.spec = call, facts, call.spec
         self.real = torch.float64 if call.q.dtype == torch.float64 else torch.float32
         self.q = call.q.detach()
@@ -225,7 +253,7 @@ class Work:
         self.keys: Any = (
             ListedKeys(call, self.spec.lists, block_m, chunk)
             if isinstance(self.spec.lists, TileLists)
-            else Keys(call, facts, block_m, chunk)
+            else Keys(call, facts, block_m, chunk, kernel)
         )
         self.by_offset = isinstance(call.q_offset, torch.Tensor)
         self.offsets: list[int] = torch.as_tensor(call.q_offset).expand(call.q.shape[0]).tolist()

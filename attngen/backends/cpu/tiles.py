@@ -73,17 +73,12 @@ class Blocked:
 class Keys:
     """The key chunks of every query tile of a call: the walk program, run for all tiles at once."""
 
-    def __init__(self, call: Call, facts: Facts, block_m: int, chunk: int):
+    def __init__(self, call: Call, facts: Facts, block_m: int, chunk: int, kernel: str):
         offset: Any = call.q_offset.view(-1, 1, 1).long() if isinstance(call.q_offset, torch.Tensor) else call.q_offset
-        env: dict[str, Any] = {
-            **call.captures,
-            **call.params,
-            "b": torch.arange(call.q.shape[0]).view(-1, 1, 1),
-            "h": torch.arange(call.q.shape[1]).view(1, -1, 1),
-        }
+        env, tables = walk_env(call), call.tables.get(kernel)
         self.length, self.chunk = call.n_k, max(GRAIN, chunk)
         queries, keys = Axis("i", offset, call.q.shape[2]), Axis("j", 0, self.length)
-        full, partial = run(facts.walk_keys, facts.program_keys, env, queries, keys, block_m, GRAIN)
+        full, partial = run(facts.walk_keys, facts.program_keys, env, queries, keys, block_m, GRAIN, tables=tables)
         self.by_head = any(x.shape[1] > 1 for segment in (*full, *partial) for x in segment)
         every = (call.q.shape[0], call.q.shape[1] if self.by_head else 1, -(-call.q.shape[2] // block_m))
         self.visited = sum(int(count.expand(every).sum()) for _, count in (*full, *partial)) * GRAIN
@@ -97,6 +92,16 @@ class Keys:
             if count > 0:
                 runs.append((first * GRAIN, min((first + count) * GRAIN, self.length), partial))
         return cut(runs, self.chunk)
+
+
+def walk_env(call: Call) -> dict[str, Any]:
+    """What walks and their tables read."""
+    return {
+        **call.captures,
+        **call.params,
+        "b": torch.arange(call.q.shape[0]).view(-1, 1, 1),
+        "h": torch.arange(call.q.shape[1]).view(1, -1, 1),
+    }
 
 
 class ListedKeys:

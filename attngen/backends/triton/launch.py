@@ -11,6 +11,7 @@ import torch
 
 from attngen import debug
 from attngen.analysis import Facts
+from attngen.analysis import facts as analyse
 from attngen.analysis.tables import Axis
 from attngen.errors import InputError, ScheduleError
 from attngen.language.call import Call
@@ -19,17 +20,17 @@ from attngen.language.lists import RowLists, TileLists
 from attngen.language.spec import Spec
 from attngen.lowering import Source, render
 from attngen.lowering.captures import EDGES, Site, collect, sites
-from attngen.plan.plan import Plan, Step, backward_plan, forward_plan
 from attngen.plan.stream_k import slots, stream_k
 from attngen.reference.dense import dense_env
-from attngen.schedule import Schedule
-from attngen.schedule.choice import multiprocessors
+from attngen.schedule import Schedule, Target
+from attngen.schedule.choice import complete_for, multiprocessors
 
 
 def forward(call: Call, facts: Facts, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse, see `attngen.backends`."""
+    """out and lse, see `attngen.backends`. A split forward writes partial states, which a second launch merges."""
+    _check(call)
     batch, heads, n_q, _ = call.q.shape
-    buffers = {
+    buffers: dict[str, Any] = {
         "q": call.q,
         "k": call.k,
         "v": call.v,
@@ -38,76 +39,96 @@ def forward(call: Call, facts: Facts, schedule: Schedule) -> tuple[torch.Tensor,
     }
     if call.spec.page_size is not None and min(call.k.shape[0], call.n_k) == 0:  # not even a page to load nothing from
         return buffers["out"].zero_(), buffers["lse"].fill_(-torch.inf)
-    _run(forward_plan(call.spec, facts, schedule.split), call, facts, schedule, buffers)
+    walk = walk_tables(call, facts, schedule, "forward")
+    if schedule.split in (None, 1):
+        _launch("forward", call, facts, schedule, {**buffers, **walk})
+        return buffers["out"], buffers["lse"]
+    if schedule.split == "stream":
+        buffers |= _runs(call, facts, schedule, buffers, walk)
+    buffers |= _states(call, facts, schedule, buffers)
+    _launch("forward", call, facts, schedule, {**buffers, **walk})
+    _launch("merge", call, facts, schedule, buffers)
     return buffers["out"], buffers["lse"]
+
+
+def delta(call: Call, out: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor) -> torch.Tensor:
+    """rowsum(dO * O) - dlse, float32 [B, Hq, Nq]."""
+    _check(call)
+    dims = out.shape[3], out.shape[3]
+    schedule = complete_for(_PLAIN, target_of(call.q.device), *dims, out.dtype, Schedule())
+    shape = out.shape[:3]
+    found = torch.empty(shape, dtype=torch.float32, device=out.device)
+    buffers = {"out": out, "do": do, "dlse": dlse.to(torch.float32).contiguous(), "delta": found}
+    rows = Call(_PLAIN, out, out, out, {}, {}, 0)
+    _launch("delta", rows, analyse(_PLAIN), schedule, buffers)
+    return found
 
 
 def backward(
     call: Call,
     facts: Facts,
     schedule: Schedule,
-    out: torch.Tensor,
     lse: torch.Tensor,
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor,
+    delta: torch.Tensor,
+    do: torch.Tensor,
     wanted: list[str],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Gradients, see `attngen.backends`."""
+    """Gradients, see `attngen.backends`: two passes, and for each wanted capture one of its own; no atomics between them."""
+    _check(call)
     buffers = {
         "q": call.q,
         "k": call.k,
         "v": call.v,
-        "out": out,
         "lse": lse.contiguous(),
-        "do": grad_out,
-        "dlse": grad_lse.to(torch.float32).contiguous(),
-        "delta": torch.empty_like(lse, memory_format=torch.contiguous_format),
+        "do": do,
+        "delta": delta.contiguous(),
         "dq": torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device),
         "dk": torch.empty(call.k.shape, dtype=call.k.dtype, device=call.k.device),
         "dv": torch.empty(call.v.shape, dtype=call.v.dtype, device=call.v.device),
     }
-    _run(backward_plan(call.spec, facts, wanted), call, facts, schedule, buffers)
-    return buffers["dq"], buffers["dk"], buffers["dv"], {name: buffers[f"d {name}"] for name in wanted}
+    walks = {}
+    for kernel in ("dq", "dkv"):
+        walks[kernel] = walk_tables(call, facts, schedule, kernel)
+        _launch(kernel, call, facts, schedule, {**buffers, **walks[kernel]})
+    gradients = {name: _capture_gradient(name, call, facts, schedule, buffers, walks) for name in wanted}
+    return buffers["dq"], buffers["dk"], buffers["dv"], gradients
 
 
-# -- running a plan ---------------------------------------------------------------------------------------------------
-
-
-def _run(plan: Plan, call: Call, facts: Facts, schedule: Schedule, buffers: dict[str, Any]) -> None:
-    if call.q.dtype == torch.float64:
-        raise InputError("q", "float32, float16 or bfloat16 on this backend", "torch.float64", "use the CPU backend")
-    debug.say(5, "plan", plan)
-    for step in plan.steps:
-        if step.kind == "tables":
-            buffers[step.writes[0]] = _tables(step, call, facts, schedule)
-        elif step.kind == "runs":
-            buffers |= _runs(call, facts, schedule, buffers)
-        elif step.kind == "kernel":
-            if "states" in step.writes:
-                buffers |= _states(call, facts, schedule, buffers)
-            _launch(step.name, call, facts, schedule, {**buffers, **_tables_of(step.name, buffers)})
-        else:
-            buffers[step.writes[0]] = _capture_gradient(step, call, facts, schedule, buffers)
-        for name in plan.released[step.name]:
-            del buffers[name]
-
-
-def _tables_of(kernel: str, buffers: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return buffers.get(f"tables of {kernel}", {})
-
-
-def _tables(step: Step, call: Call, facts: Facts, schedule: Schedule) -> dict[str, torch.Tensor]:
+def tables(call: Call, facts: Facts, schedule: Schedule, kernel: str) -> dict[str, torch.Tensor]:
     """Summaries of captured data for the walk of one kernel: int32 [B or 1, H or 1, tiles] each."""
-    kernel = step.name.removeprefix("tables of ")
     tile = schedule.tile(kernel)
-    offset: Any = call.q_offset
-    if isinstance(offset, torch.Tensor):
-        offset = offset.view(-1, 1, 1)
-    queries, keys = Axis("i", offset, call.q.shape[2]), Axis("j", 0, call.n_k)
+    queries, keys = Axis("i", call.offset_column, call.q.shape[2]), Axis("j", 0, call.n_k)
     device, env = call.q.device, _environment(call)
     if kernel == "dkv":
         return facts.walk_queries.prepare(env, keys, queries, tile.block_n, device)
     return facts.walk_keys.prepare(env, queries, keys, tile.block_m, device)
+
+
+def table_tiles(call: Call, schedule: Schedule, kernel: str) -> int:
+    """How many tiles those tables are of."""
+    tile = schedule.tile(kernel)
+    return -(-call.n_k // tile.block_n) if kernel == "dkv" else -(-call.q.shape[2] // tile.block_m)
+
+
+def walk_tables(call: Call, facts: Facts, schedule: Schedule, kernel: str) -> dict[str, torch.Tensor]:
+    """The given tables, or those of this call; nothing for a walk that needs none."""
+    walk = facts.walk_queries if kernel == "dkv" else facts.walk_keys
+    if call.spec.lists is not None or not walk.needs_tables:
+        return {}
+    return call.tables.get(kernel) or tables(call, facts, schedule, kernel)
+
+
+_PLAIN = Spec()
+
+
+def _check(call: Call) -> None:
+    if call.q.dtype == torch.float64:
+        raise InputError("q", "float32, float16 or bfloat16 on this backend", "torch.float64", "use the CPU backend")
+
+
+def target_of(device: torch.device) -> str:
+    """The name of a device's target; on a CPU it is the interpreter's."""
+    return Target.of_device(device).name if device.type == "cuda" else "interpreter"
 
 
 def _environment(call: Call) -> dict[str, Any]:
@@ -120,11 +141,13 @@ def _environment(call: Call) -> dict[str, Any]:
     }
 
 
-def _runs(call: Call, facts: Facts, schedule: Schedule, buffers: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def _runs(
+    call: Call, facts: Facts, schedule: Schedule, buffers: Mapping[str, Any], walk: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Equal runs of all outputs' key tiles over the programs of a stream-K launch, without waiting for the device."""
     source = _source_of("forward", call, facts, schedule, buffers)
     sizes = _sizes(call, schedule)
-    counts = tile_counts(call, facts, source, schedule, _tables_of("forward", buffers))
+    counts = tile_counts(call, facts, source, schedule, walk)
     runs = stream_k(counts, sizes["programs"])
     assert len(counts) == source.grid.outputs(sizes)
     return {"starts": runs.starts, "begins": runs.begin, "firsts": runs.first, "owners": runs.owners}
@@ -237,10 +260,9 @@ _VIEWS = {
 
 
 def _capture_gradient(
-    step: Step, call: Call, facts: Facts, schedule: Schedule, buffers: dict[str, Any]
+    name: str, call: Call, facts: Facts, schedule: Schedule, buffers: dict[str, Any], walks: Mapping[str, Any]
 ) -> torch.Tensor:
     """The gradient of one captured tensor, float32 and of its (expanded) shape: from the score's loads, and the sink's."""
-    name = step.name.removeprefix("gradient of ")
     tensor, (batch, heads, n_q, _), n_k = call.captures[name], call.q.shape, call.n_k
     total = torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
     own, of_sink = facts.load_grads.get(name, ()), facts.sink_grads.get(name, ())
@@ -262,7 +284,7 @@ def _capture_gradient(
         shape = site.buffer_shape(batch, heads, n_q, n_k, rows, tuple(tensor.shape))
         make = torch.zeros if site.zeroed or 0 in call.q.shape else torch.empty
         grad = make(shape, dtype=torch.float32, device=tensor.device)
-        _launch("capture", call, facts, schedule, {**buffers, **_tables_of(kernel, buffers), "grad": grad}, site)
+        _launch("capture", call, facts, schedule, {**buffers, **walks[kernel], "grad": grad}, site)
         total += collect(site, grad, tensor, env, shifted)
     for load, slope in of_sink:
         # The sink is a key with value 0: its dS is P * (0 - delta).

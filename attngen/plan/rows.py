@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from attngen.backends.memory import full
+from attngen.plan.memory import full
 
 
 def take(x: torch.Tensor, index: torch.Tensor, unique: bool = True) -> torch.Tensor:
