@@ -32,7 +32,7 @@ def plan_prefix(keys: SharedPrefix, planner: Planner) -> Result:
             results.append(_context(planner, level, groups, start))
         start += length
     lengths = ("k_len",) if "k_len" in given else ()
-    found = planner.prepare("suffixes", partial(_suffixes, start), lengths, ("suffix_start", *lengths))
+    found = planner.prepare("lengths of suffixes", partial(_suffixes, start), lengths, ("suffix_start", *lengths))
 
     def build() -> dict[str, Any]:
         mask = moved(planner.mask, j=j + planner.tensor("suffix_start", 1)[b])
@@ -47,7 +47,7 @@ def plan_prefix(keys: SharedPrefix, planner: Planner) -> Result:
 def _context(planner: Planner, level: int, groups: int, start: int) -> Result:
     samples = planner.sizes.batch // groups
     make = partial(_context_rows, groups, start, level)
-    found = planner.prepare(f"context {level}", make, (), tuple(f"{name}.{level}" for name in CONTEXT))
+    found = planner.prepare(f"rows of context {level}", make, (), tuple(f"{name}.{level}" for name in CONTEXT))
 
     def build() -> dict[str, Any]:
         sample, position = planner.tensor("q_sample", 2), planner.tensor("q_position", 2)

@@ -37,7 +37,7 @@ def plan_lines(keys: Slashes, planner: Planner) -> Result:
     make = partial(prepare_estimated if adaptive else prepare_lines, keys, planner.spec)
     own = tuple(f"estimate.{name}" for name in ESTIMATED) if adaptive else keys.prepared
     writes = (*TileLists.names, *LINES, *whole, *COLUMNS, "column_rows")
-    found = planner.prepare("lines", make, (*own, *planner.mask_reads), writes, planner.mask_params)
+    found = planner.prepare("find lines", make, (*own, *planner.mask_reads), writes, planner.mask_params)
 
     def lines() -> dict[str, Any]:
         column, slash = (planner.tensor(name, 3, torch.bool) for name in ("column_hit", "slash_hit"))
