@@ -250,7 +250,7 @@ class Printer:
     def _load_stem(self, load: Load) -> str:
         plain = [index.name for index in load.indices if index.is_Symbol]
         name = self.tensor_names.get(load.name, load.name)
-        return "_".join([name, *plain]) if len(plain) == len(load.indices) else f"{name}_value"
+        return "_".join([name, *plain]) if 0 < len(plain) == len(load.indices) else f"{name}_value"
 
     def _operands(self, args: Iterable[Any], axes: Axes) -> list[Text]:
         """Operands of a node with `axes`: vectors under a tile are named where they are known, then spread."""

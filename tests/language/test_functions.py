@@ -80,6 +80,10 @@ MASKS: dict[str, tuple[Any, dict[str, Any]]] = {
     "rows": (lambda b, h, i, j: keep[b, h, ag.row(), j], dict(keep=random(B, 1, N_Q, N_K) > -0.3)),
     "rows in a closed form": (lambda b, h, i, j: (ag.row() >= j - 9) & (i >= j), {}),
     "a number on the device": (lambda b, h, i, j: j < n, dict(n=torch.tensor(17, dtype=torch.int16))),
+    "a number on the device in the walk and in a tile": (
+        lambda b, h, i, j: ((j < n) | (i + j > 20)) & (ag.floor(ag.exp(i * 0) * j / 2) + n > i),
+        dict(n=torch.tensor(17)),
+    ),
     "large": (lambda b, h, i, j: i * 1e30 >= j * 1e30, {}),
 }
 
