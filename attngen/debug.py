@@ -1,6 +1,6 @@
 """ATTNGEN_DEBUG=1..5: what the stages decided, on stderr. Each level includes the lower ones.
 
-1 choices   2 timings   3 schedules and facts   4 generated source   5 the plan and the canonical spec
+1 choices   2 timings   3 schedules and facts   4 generated source   5 the plan, the canonical spec, a kernel's statements after each pass
 """
 
 from __future__ import annotations

@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves
 import attngen as ag
 from attngen.language.call import bind
 from attngen.language.expression import evaluate
+from attngen.language.listed_pairs import as_log_weight
 from attngen.language.lists import RowLists, TileLists
 from attngen.plan.keysets import base
 from attngen.reference.dense import dense_env
 from attngen.reference.keysets import attended
-from attngen.reference.lists import as_log_weight
 
 Case = tuple[Any, dict[str, Any]]  # a key set and its captures
 

@@ -171,6 +171,7 @@ def visited_pairs(
     check_positive(facts.walk_keys, env)
     env |= {"b": torch.arange(batch).view(-1, 1, 1), "h": torch.arange(heads).view(1, -1, 1)}
     offset = q_offset.cpu().view(-1, 1, 1) if isinstance(q_offset, torch.Tensor) else q_offset
+    env["q_offset"] = offset
     block_m, block_n = min(block_m, n_q), min(block_n, n_k)
     full, partial = run(
         facts.walk_keys, facts.program_keys, env, Axis("i", offset, n_q), Axis("j", 0, n_k), block_m, block_n

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,8 +13,11 @@ import sympy
 from attngen.analysis.cost import Cost, cost
 from attngen.analysis.order import ZERO, Order
 from attngen.analysis.walk import Walk, WalkProgram, walk_keys, walk_queries
-from attngen.language.expression import Load, S, is_int, loads, to_text
+from attngen.language.expression import Erf, Load, S, Sigmoid, Where, is_int, loads, to_text
 from attngen.language.spec import Spec
+
+WEIGHT = sympy.Symbol("weight", real=True)  # of a listed key, added to its logit
+LARGE = 2.0**13  # the size of a logit from which on a float32 lse is off by more than 0.0005
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +76,32 @@ class Facts:
         """For each float tensor in the sink, its loads and d sink / d load."""
         return {} if self.spec.sink is None else _load_gradients(self.spec.sink)
 
+    @cached_property
+    def score_terms(self) -> tuple[Any, ...]:
+        """The score as a sum, with the weight of a listed key."""
+        weighted = self.spec.lists is not None and "edge_weight" in self.spec.lists.names
+        return sympy.Add.make_args(self.spec.score + WEIGHT if weighted else self.spec.score)
+
+    @cached_property
+    def form(self) -> str:
+        """Of the logits: "folded" (s alone, which one multiply-add takes to units of log 2), "additive" (s and what does not
+        depend on it) or "general".
+        """
+        rest = [term for term in self.score_terms if term != S]
+        if not rest and (self.spec.scale is None or self.spec.scale > 0):
+            return "folded"
+        additive = len(rest) < len(self.score_terms) and not any(S in term.free_symbols for term in rest)
+        return "additive" if additive else "general"
+
+    @cached_property
+    def natural(self) -> bool:
+        """Whether kernels keep logits in their natural unit, since the score may be large whatever q and k are.
+
+        finfo.min times log2(e) would be -inf. And beside a large logit float32 has no room for the log of a sum: what lse
+        lacks there is found again by the first step of the backward.
+        """
+        return self.form != "folded" and sum(map(_bound, self.score_terms)) >= LARGE
+
     def cost(self, **shape: Any) -> Cost:
         """FLOPs, bytes, exps and the speed-of-light time of a call, see `attngen.analysis.cost.cost`."""
         return cost(self, **shape)
@@ -115,3 +145,16 @@ def _load_gradients(expr: Any) -> dict[str, tuple[tuple[Load, Any], ...]]:
         slope = expr.xreplace({load: site}).diff(site).xreplace({site: load})
         found.setdefault(load.name, []).append((load, slope))
     return {name: tuple(pairs) for name, pairs in found.items()}
+
+
+def _bound(expr: Any) -> float:
+    """What a real expression is at most in size, for every value of its symbols: inf where that takes more than a look."""
+    if expr.is_Number:
+        return abs(float(expr))
+    if isinstance(expr, (sympy.tanh, sympy.sin, sympy.cos, Sigmoid, Erf)):
+        return 1.0
+    if expr.is_Add:
+        return sum(map(_bound, expr.args))
+    if expr.is_Mul:
+        return math.prod(map(_bound, expr.args))
+    return max(map(_bound, expr.args[1:])) if isinstance(expr, Where) else math.inf

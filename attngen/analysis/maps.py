@@ -48,6 +48,7 @@ def tile_map(
         raise InputError("q_offset", "an int or an int tensor [B]", type(q_offset).__name__)
     env = mask_environment(spec, captures)
     env |= {name: torch.full((1, 1, 1), value, device="cpu") for name, value in (("b", b), ("h", h))}
+    env["q_offset"] = q_offset
 
     known = facts(spec)
     walk = known.walk_queries if transposed else known.walk_keys

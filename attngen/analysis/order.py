@@ -11,13 +11,13 @@ from typing import Any
 
 import sympy
 
-from attngen.language.expression import FloorDiv, Maximum, Minimum, Where, linear_terms
+from attngen.language.expression import FloorDiv, Maximum, Minimum, Position, Where, linear_terms
 
 # The names cannot be written in a spec, so they never meet a captured name.
-FIRST = sympy.Symbol("tile.first", integer=True)  # original position of the tile's first row, on the tile axis
-LAST = sympy.Symbol("tile.last", integer=True)  # original position of its last row (inclusive)
-BEGIN = sympy.Symbol("walk.begin", integer=True)  # first original position of the walked axis
-END = sympy.Symbol("walk.end", integer=True)  # one past its last
+FIRST = Position("tile.first", integer=True)  # original position of the tile's first row, on the tile axis
+LAST = Position("tile.last", integer=True)  # original position of its last row (inclusive)
+BEGIN = Position("walk.begin", integer=True)  # first original position of the walked axis
+END = Position("walk.end", integer=True)  # one past its last
 BLOCK = sympy.Symbol("walk.block", integer=True)  # rows in a tile of the walked axis
 
 INFINITY = sympy.oo

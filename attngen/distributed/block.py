@@ -155,3 +155,7 @@ def _check(spec: Spec) -> None:
     ):
         if given is not None:
             raise SpecError(f"ring: a spec with {what} cannot be cut into blocks: {why}", fix=f"leave out {what}")
+    if spec.reads_rows:
+        raise SpecError(
+            "ring: a spec with i - q_offset, the query's row, cannot be cut into blocks", fix="index by the position i"
+        )

@@ -125,4 +125,8 @@ def _compiled(spec: Any) -> CompiledAttention:
         raise SpecError(
             "Block: a spec with keys= is not for chunks of queries", fix="use a mask, or attention of its own"
         )
+    if attention.spec.reads_rows:
+        raise SpecError(
+            "Block: a spec with i - q_offset, the query's row, is not for chunks", fix="index by the position i"
+        )
     return attention

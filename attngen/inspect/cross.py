@@ -24,8 +24,6 @@ from attngen.schedule import Schedule, Target, complete, fit
 from attngen.schedule.legality import check
 
 PASSES = {"forward": ("forward",), "backward": ("delta", "dq", "dkv")}
-_POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-_CAPTURED = {"float": "*fp32", "int": "*i32", "bool": "*i1", "wide": "*i64"}
 
 # What an opcode is, for the counts; an opcode matches by its first word.
 _CLASSES = {
@@ -160,18 +158,8 @@ def compile_source(source: Source, target: Target, dtype: torch.dtype, captured:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    pointers = {"*q": _POINTERS[dtype]}
-    signature = {
-        arg.name: _CAPTURED[captured.get(arg.of, "float")]
-        if arg.type == "*capture"
-        else pointers.get(arg.type, arg.type)
-        for arg in source.args
-    }
-    attrs = {
-        (place,): [["tt.divisibility", 16]]
-        for place, arg in enumerate(source.args)
-        if arg.type.startswith("*") or (arg.role == "stride" and arg.specialize and arg.type == "i32")
-    }
+    signature = {arg.name: arg.triton_type(dtype, captured) for arg in source.args}
+    attrs = {(place,): [["tt.divisibility", 16]] for place, arg in enumerate(source.args) if arg.divisible}
     options = {"num_warps": source.num_warps, "num_stages": source.num_stages, "enable_fp_fusion": True}
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 
 from attngen.errors import InputError
-from attngen.language.expression.builder import Tensor
+from attngen.language.expression import Param, Tensor
+from attngen.language.indices import check_indices
 from attngen.language.spec import Spec
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -55,8 +57,11 @@ def bind(
     *,
     q_offset: int | torch.Tensor = 0,
     captures: Mapping[str, Any],
+    values: bool = True,
 ) -> Call:
-    """Check everything and expand broadcast captures. InputError names the argument, what was expected and what came."""
+    """Check everything and expand broadcast captures. InputError names the argument, what was expected and what came.
+    `values`: look at the values of indices too, where shapes do not tell that they are in range.
+    """
     _check_qkv(q, k, v, spec.page_size)
     known = {**spec.tensors, **spec.params}
     unknown = [name for name in captures if name not in known]
@@ -69,21 +74,24 @@ def bind(
         wanted = known[missing[0]]
         what = f"a tensor, {wanted.text()}" if isinstance(wanted, Tensor) else f"a number, {wanted.text()}"
         raise InputError(missing[0], what, "nothing", f"pass {missing[0]}=... at the call")
-    q_offset = _check_offset(q_offset, q)
+    q_offset = check_offset(q_offset, q)
     n_k = k.shape[2] if spec.page_size is None else _room(captures["page_table"], q, spec.page_size)
     for name, length in (("q", q.shape[2]), ("k", n_k)):
         if length >= LARGEST_POSITION:
             raise InputError(name, f"a length below {LARGEST_POSITION}", length)
     # Positions i reach q_offset + n_q; with an offset per batch that is on the device, and loads by i check themselves.
     positions = q.shape[2] + (q_offset if not isinstance(q_offset, torch.Tensor) else 0)
-    shape = (*q.shape[:2], positions, n_k)
+    extents = {"b": q.shape[0], "h": q.shape[1], "i": positions, "r": q.shape[2], "j": n_k}
     tensors = {
-        name: _check_capture(spec, d, captures[name], shape, q_offset, q.device) for name, d in spec.tensors.items()
+        name: _check_capture(spec, d, captures[name], extents, q_offset, q.device) for name, d in spec.tensors.items()
     }
-    params = {name: _check_param(name, p.number_kind, captures[name]) for name, p in spec.params.items()}
+    params = {name: number_of(p, captures[name]) for name, p in spec.params.items()}
     if spec.dropout is not None and spec.dropout.is_Symbol and not 0 <= params[spec.dropout.name] < 1:
         raise InputError(spec.dropout.name, "a probability in [0, 1)", params[spec.dropout.name])
-    return Call(spec, q, k, v, tensors, params, q_offset)
+    call = Call(spec, q, k, v, tensors, params, q_offset)
+    if values:
+        check_indices(call)
+    return call
 
 
 def _room(page_table: Any, q: torch.Tensor, page_size: int) -> int:
@@ -125,65 +133,100 @@ def _check_capture(
     spec: Spec,
     declared: Tensor,
     value: Any,
-    shape: tuple[int, ...],
+    extents: Mapping[str, int],
     q_offset: int | torch.Tensor,
     device: torch.device,
 ) -> torch.Tensor:
     name = declared.name
     if not isinstance(value, torch.Tensor):
-        raise InputError(name, f"a torch.Tensor, {declared.text()}", type(value).__name__)
+        fix = "a number of the host is declared as ag.Param" if isinstance(value, numbers.Real) else ""
+        raise InputError(name, f"a torch.Tensor, {declared.text()}", type(value).__name__, fix)
     if value.dim() != declared.ndim:
         raise InputError(name, f"{declared.ndim} dimensions", f"shape {list(value.shape)}")
     given = "float" if value.is_floating_point() else "bool" if value.dtype == torch.bool else "int"
-    if given != declared.kind or (given == "int" and value.dtype not in (torch.int32, torch.int64)):
-        wanted = {"float": "a floating dtype", "int": "int32 or int64", "bool": "torch.bool"}[declared.kind]
+    if given != declared.kind or value.dtype in _NO_NUMBERS:
+        wanted = {"float": "a floating dtype", "int": "an integer dtype, int32 or int64 at best", "bool": "torch.bool"}[
+            declared.kind
+        ]
         raise InputError(name, wanted, value.dtype)
+    value = value.to(_WIDER.get(value.dtype, value.dtype))
     if value.device != device:
         raise InputError(name, f"device {device} like q", value.device)
     sizes = list(value.shape)
     for dim, axis in spec.plain_dims[name]:
-        extent = shape["bhij".index(axis)]
+        extent = extents[axis]
         if axis == "i" and isinstance(q_offset, int) and q_offset < 0:
             raise InputError("q_offset", f"0 or more, since `{name}` is indexed by the position i", q_offset)
         if value.shape[dim] == 1 and extent != 1:
             sizes[dim] = extent
         elif value.shape[dim] < extent:
             raise InputError(
-                name, f"at least {extent} (or 1) along dimension {dim}, indexed by {axis}", f"shape {list(value.shape)}"
+                name,
+                f"at least {extent} (or 1) along dimension {dim}, indexed by {_AXES[axis]}",
+                f"shape {list(value.shape)}",
+            )
+        elif axis in "bh" and value.shape[dim] > extent:  # of another call, or of other ranks: the first ones are wrong
+            raise InputError(
+                name,
+                f"{extent} (or 1) along dimension {dim}, indexed by {_AXES[axis]}",
+                f"shape {list(value.shape)}",
+                f"pass the part that belongs to this call's {'batch' if axis == 'b' else 'heads'}",
             )
     return value if sizes == list(value.shape) else value.expand(sizes)
 
 
-def _check_param(name: str, kind: str, value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+_AXES = {"b": "b", "h": "h", "i": "i", "j": "j", "r": "the row i - q_offset"}
+# Kernels compute with integers of 32 or 64 bits.
+_WIDER = {
+    torch.int8: torch.int32, torch.uint8: torch.int32, torch.int16: torch.int32, torch.uint16: torch.int32,
+    torch.uint32: torch.int64,
+}  # fmt: skip
+_NO_NUMBERS = {torch.uint64, torch.complex32, torch.complex64, torch.complex128}
+
+
+def number_of(param: Param, value: Any) -> Any:
+    """The value of a Param as a Python (or symbolic) number. InputError."""
+    name, kind = param.name, param.number_kind
+    number: Any = value
+    if isinstance(value, torch.Tensor):
+        raise InputError(
+            name,
+            f"a Python {kind}",
+            f"a tensor of shape {list(value.shape)}",
+            f"for a number on the device declare ag.Tensor({name!r}, 0{', dtype=torch.int32' if kind == 'int' else ''})"
+            f" instead of the Param, and write {name}[()]{': it may be learned' if kind == 'float' else ''}",
+        )
+    symbolic = (torch.SymInt,) if kind == "int" else (torch.SymInt, torch.SymFloat)
+    if isinstance(value, symbolic):
+        return value if kind == "int" else float(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral if kind == "int" else numbers.Real):
         raise InputError(name, f"a Python {kind}", f"{type(value).__name__} {value!r}"[:120])
     if kind == "float":
-        return float(value)
-    if not isinstance(value, (int, torch.SymInt)):
-        raise InputError(name, "a Python int", f"{type(value).__name__} {value!r}")
-    if not -LARGEST_PARAM < value < LARGEST_PARAM:
+        return float(number)
+    if not -LARGEST_PARAM < number < LARGEST_PARAM:
         raise InputError(name, f"an int below {LARGEST_PARAM}, so that sums with positions fit 32 bits", value)
-    return value
+    return int(number)
 
 
-def _check_offset(q_offset: Any, q: torch.Tensor) -> Any:
+def check_offset(q_offset: Any, q: torch.Tensor) -> Any:
+    """q_offset as a number or an int tensor [B]. InputError."""
     if isinstance(q_offset, torch.Tensor):
-        if (
-            q_offset.dtype not in (torch.int32, torch.int64)
-            or q_offset.shape != q.shape[:1]
-            or q_offset.device != q.device
-        ):
+        whole = not (q_offset.is_floating_point() or q_offset.dtype in (torch.bool, *_NO_NUMBERS))
+        if not whole or q_offset.shape not in (q.shape[:1], ()) or q_offset.device != q.device:
             raise InputError(
                 "q_offset",
-                f"an int, or an int32/int64 tensor [{q.shape[0]}] on {q.device}",
+                f"an int, or an int tensor [{q.shape[0]}] or [] on {q.device}",
                 f"{q_offset.dtype} {list(q_offset.shape)} on {q_offset.device}",
             )
+        # Kernels read it by its address, one element after the other.
+        return q_offset.to(_WIDER.get(q_offset.dtype, q_offset.dtype)).expand(q.shape[:1]).contiguous()
+    if isinstance(q_offset, torch.SymInt):
         return q_offset
-    if isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.SymInt)):
+    if isinstance(q_offset, bool) or not isinstance(q_offset, numbers.Integral):
         raise InputError("q_offset", "an int or an int tensor [B]", type(q_offset).__name__)
-    if not -LARGEST_POSITION < q_offset < LARGEST_POSITION:
+    if not -LARGEST_POSITION < int(q_offset) < LARGEST_POSITION:
         raise InputError("q_offset", "an int of at most 28 bits", q_offset)
-    return q_offset
+    return int(q_offset)
 
 
 def offset_column(call: Call) -> Any:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from attngen.errors import SpecError
-from attngen.language.expression import B, Expr, H, I, J, Param, S, Tensor, absolute, maximum, tanh, where
+from attngen.language.expression import ROW, B, Expr, H, I, J, Param, S, Tensor, absolute, maximum, tanh, where
 from attngen.language.expression.builder import wrap
 
-b, h, i, j, s = Expr(B), Expr(H), Expr(I), Expr(J), Expr(S)
+b, h, i, j, s, r = Expr(B), Expr(H), Expr(I), Expr(J), Expr(S), Expr(ROW)
 
 Size = int | Param | Expr
 
@@ -128,10 +128,13 @@ def soft_cap(cap: float | Param) -> Expr:
 def bias(dims: str = "bhij", name: str = "bias") -> Expr:
     """An additive bias tensor with the named dimensions, in that order: bias("hij") is bias[h, i, j]. A dimension of size
     1 at the call broadcasts. It may be learned.
+
+    "i" is the query's position, so that a bias for the whole sequence serves every call; "r" is the call's row: bias("bhrj")
+    has size Nq there, whatever q_offset is.
     """
-    if not dims or len(set(dims)) != len(dims) or not set(dims) <= set("bhij"):
-        raise SpecError(f"bias: dims names some of b, h, i, j once each, got {dims!r}")
-    places = {"b": b, "h": h, "i": i, "j": j}
+    if len(set(dims)) != len(dims) or not set(dims) <= set("bhirj") or len(dims) > 4:
+        raise SpecError(f"bias: dims names up to four of b, h, i, r, j once each, got {dims!r}")
+    places = {"b": b, "h": h, "i": i, "r": r, "j": j}
     return s + Tensor(name, len(dims))[tuple(places[dim] for dim in dims)]
 
 
@@ -156,6 +159,11 @@ def t5_bias(buckets: int = 32, max_distance: int = 128, bidirectional: bool = Tr
     if bidirectional:
         bucket = bucket + where(j > i, half, 0)
     return s + Tensor(name, 2)[bucket, h]
+
+
+def row() -> Expr:
+    """The query's row in the call, i - q_offset: for masks and scores that are made for the rows of one call."""
+    return r
 
 
 def sink(name: str = "sink") -> Expr:

@@ -7,6 +7,7 @@ key. `str(spec)` is that form as text, and `Spec.from_text(str(spec))` reads it 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import re
 import tomllib
@@ -16,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sympy
+import torch
 
 from attngen.errors import SpecError
-from attngen.language.expression import B, H, I, J, Load, S, loads, to_text
+from attngen.language.expression import Q_OFFSET, ROW, B, H, I, J, Load, S, loads, to_text
 from attngen.language.expression.builder import Declaration, Expr, Param, Tensor, wrap
 from attngen.language.expression.parse import parse
 from attngen.language.lists import Lists
@@ -53,7 +55,8 @@ class Spec:
     schedule: a `Schedule` that pins what the tuner may not change; no part of the key.
     params, tensors: declarations for the names in textual expressions.
 
-    b batch, h query head, i the query's original position (row + q_offset), j the key's position.
+    b batch, h query head, i the query's original position (row + q_offset), j the key's position. `i - q_offset` is the
+    query's row, for what is captured for the rows of one call only.
     Raises SpecError, with a caret under the offending part for text.
     """
 
@@ -79,14 +82,20 @@ class Spec:
         sink_expr = None if sink is None else _read("sink", sink, "bhi", declared)
         dropout_expr = None if dropout is None else _read("dropout", dropout, "", declared)
         _check_kind("mask", mask_expr, "bool")
-        _check_symbols("mask", mask_expr, (B, H, I, J), "the mask decides before the score is known: it cannot use s")
+        _check_symbols(
+            "mask", mask_expr, (B, H, I, J, Q_OFFSET), "the mask decides before the score is known: it cannot use s"
+        )
         _check_kind("score", score_expr, "number")
         if sink_expr is not None:
             _check_kind("sink", sink_expr, "number")
-            _check_symbols("sink", sink_expr, (B, H, I), "a sink stands for a key of its own: it has no j and no s")
+            _check_symbols(
+                "sink", sink_expr, (B, H, I, Q_OFFSET), "a sink stands for a key of its own: it has no j and no s"
+            )
         if dropout_expr is not None:
             _check_kind("dropout", dropout_expr, "number")
             _check_symbols("dropout", dropout_expr, (), "the probability is a number or a float Param")
+            if dropout_expr.sym.has(Load):
+                raise SpecError("dropout: the probability is a number or a float Param", fix="declare it as ag.Param")
             if dropout_expr.sym.is_number and not 0 <= dropout_expr.sym < 1:
                 raise SpecError(f"dropout: a probability in [0, 1), got {to_text(dropout_expr.sym)}")
         if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
@@ -160,14 +169,19 @@ class Spec:
         """All of the spec's expressions as one sympy tuple, to search them together."""
         return sympy.Tuple(*[part for part in (self.mask, self.score, self.sink, self.dropout) if part is not None])
 
+    @property
+    def reads_rows(self) -> bool:
+        """Whether it depends on where the call's rows begin, and so on how a sequence is cut into calls."""
+        return Q_OFFSET in self.expressions.free_symbols
+
     @cached_property
     def plain_dims(self) -> dict[str, tuple[tuple[int, str], ...]]:
-        """For each captured tensor its dimensions that a plain b, h, i or j indexes, as (dimension, "b" .. "j")."""
+        """For each captured tensor its dimensions that a plain b, h, i, j or row indexes, as (dimension, "b" .. "j", "r")."""
         dims: dict[str, set[tuple[int, str]]] = {name: set() for name in self.tensors}
         for load in loads(self.expressions):
             for dim, index in enumerate(load.indices):
-                if index in (B, H, I, J):
-                    dims[load.name].add((dim, index.name))
+                if index in (B, H, I, J, ROW):
+                    dims[load.name].add((dim, "r" if index == ROW else index.name))
         return {name: tuple(sorted(found)) for name, found in dims.items()}
 
     def __str__(self) -> str:
@@ -244,17 +258,49 @@ def _read(place: str, value: Any, symbols: str, declared: dict[str, Declaration]
         return parse(value, declared)
     if isinstance(value, Expr):
         return value
-    if callable(value):
-        known = {"s": S, "b": B, "h": H, "i": I, "j": J}
-        try:
-            result = value(*[Expr(known[symbol]) for symbol in symbols])
-        except TypeError as error:
-            raise SpecError(f"{place}: the function takes ({', '.join(symbols)}): {error}") from error
-        value = result
+    if callable(value) and not isinstance(value, Tensor):
+        value = _call(place, value, symbols)
     try:
         return wrap(value)
     except SpecError as error:
         raise SpecError(f"{place}: {error.problem}", fix=error.fix) from None
+
+
+def _call(place: str, function: Callable[..., Any], symbols: str) -> Any:
+    """What a user's function makes of the symbols. SpecError if it does not take them, or wants values of them."""
+    known = {"s": S, "b": B, "h": H, "i": I, "j": J}
+    try:
+        inspect.signature(function).bind(*symbols)
+    except TypeError as error:
+        raise SpecError(f"{place}: the function takes ({', '.join(symbols)}), this one does not: {error}") from None
+    except ValueError:  # a built-in function, which has no signature to look at
+        pass
+    try:
+        return function(*[Expr(known[symbol]) for symbol in symbols])
+    except SpecError as error:
+        raise SpecError(f"{place}: {error.problem}", fix=error.fix) from error
+    except (TypeError, IndexError, AttributeError, ValueError, RuntimeError) as error:
+        raise SpecError(
+            f"{place}: the function is called once, with symbolic values, and fails with them: {type(error).__name__}: {error}",
+            fix=_hint(function),
+        ) from error
+
+
+def _hint(function: Callable[..., Any]) -> str:
+    """What to write in the place of what a function does with tensors."""
+    names: list[str] = []
+    try:
+        seen = inspect.getclosurevars(function)  # type: ignore[arg-type]
+        names = [n for n, value in {**seen.nonlocals, **seen.globals}.items() if isinstance(value, torch.Tensor)]
+    except (TypeError, ValueError):  # not a Python function
+        pass
+    functions = "its functions are ag.where, ag.minimum, ag.tanh, ..., its conditions combine with & | ~"
+    if not names:
+        return f"torch's functions and methods take no symbolic values: {functions}; tensors are captured as ag.Tensor"
+    return (
+        f"{', '.join(f'`{n}`' for n in names)}: capture torch tensors, as in {names[0]} = ag.Tensor({names[0]!r}, ndim), "
+        f"{names[0]}[...] in the function and {names[0]}=... at the call; {functions}"
+    )
 
 
 def _read_keys(keys: KeySet | str | None) -> KeySet | None:
@@ -264,6 +310,11 @@ def _read_keys(keys: KeySet | str | None) -> KeySet | None:
 
     if isinstance(keys, str):
         return parse(keys)
+    if isinstance(keys, Spec):
+        raise SpecError(
+            "keys: expected a key set such as ag.qk_sparse(), got a Spec",
+            fix="ag.union(...) already is a Spec: compile it as it is",
+        )
     if not isinstance(keys, KeySet):
         raise SpecError(f"keys: expected a key set such as ag.qk_sparse(), got {type(keys).__name__}")
     return keys
@@ -296,7 +347,7 @@ def _check_kind(place: str, expr: Expr, expected: str) -> None:
 
 
 def _check_symbols(place: str, expr: Expr, allowed: tuple[Any, ...], why: str) -> None:
-    for symbol in (S, B, H, I, J):
+    for symbol in (S, B, H, I, J, Q_OFFSET):
         if symbol in expr.sym.free_symbols and symbol not in allowed:
             text = to_text(expr.sym)
             match = re.search(rf"\b{symbol.name}\b", text)
@@ -353,9 +404,9 @@ def _declare_param(name: str, kind: Any) -> Param:
 
 
 def _declare_tensor(name: str, kind: Any) -> Tensor:
-    match = re.fullmatch(r"(float|int|bool)\[([1-4])\]", str(kind).replace(" ", ""))
+    match = re.fullmatch(r"(float|int|bool)\[([0-4])\]", str(kind).replace(" ", ""))
     if not match:
-        raise SpecError(f"tensor {str(name)[:64]}: expected float[1] to bool[4], got {str(kind)[:64]!r}")
+        raise SpecError(f"tensor {str(name)[:64]}: expected float[0] to bool[4], got {str(kind)[:64]!r}")
     return Tensor(name, int(match[2]), match[1])
 
 

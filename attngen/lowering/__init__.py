@@ -2,6 +2,7 @@
 
 from attngen.lowering.captures import Site, collect, sites
 from attngen.lowering.render import render
-from attngen.lowering.source import Arg, Grid, Source
+from attngen.lowering.signature import Arg
+from attngen.lowering.source import Grid, Source
 
 __all__ = ["Arg", "Grid", "Site", "Source", "collect", "render", "sites"]

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from attngen.language.expression import B, H, I, J, evaluate, tensor_of
+from attngen.language.expression import ROW, B, H, I, J, evaluate, tensor_of
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def sites(load_grads: Any, deterministic: bool = True) -> tuple[Site, ...]:
 def _site(load: Any, slope: Any, deterministic: bool) -> Site:
     dims = tuple(d for d, index in enumerate(load.indices) if index.free_symbols & {I, J})
     used = frozenset().union(*[load.indices[d].free_symbols & {I, J} for d in dims])
-    plain = [load.indices[d] for d in dims]
+    plain = [I if load.indices[d] == ROW else load.indices[d] for d in dims]
     if not used:
         kind = "total"
     elif used == {I}:
@@ -105,7 +105,7 @@ def collect(
     """The gradient of the captured tensor (float32, its shape) from the kernel's buffer.
 
     `env`: params and captures by name; "b" [B, 1, 1, 1], "h" [1, H, 1, 1], "i" [B or 1, 1, n_q, 1] and "j" [1, 1, 1, n_k],
-    original positions. `shifted`: whether query rows stand elsewhere than at positions 0, 1, ...
+    original positions, and "q_offset". `shifted`: whether query rows stand elsewhere than at positions 0, 1, ...
     """
     if site.kind in ("total", "bins"):
         buffer = buffer.sum(2)
@@ -116,13 +116,14 @@ def collect(
     binned = site.dims if site.kind in ("bins", "atomic") else ()
     # What each dimension of the buffer, and of the tensor, runs over: a symbol, an index expression, or a binned dimension.
     axes = [B, H, *binned] if binned else [B, H, I, J]
-    places = [d if d in binned else index for d, index in enumerate(site.load.indices)]
-    if len(set(places)) == len(places) and set(places) <= set(axes) and not (shifted and I in places):
+    indices = [d if d in binned else index for d, index in enumerate(site.load.indices)]
+    places = [I if index == ROW else index for index in indices]
+    if len(set(places)) == len(places) and set(places) <= set(axes) and not (shifted and I in indices):
         gone = [axis for axis, what in enumerate(axes) if what not in places]
         left = [what for what in axes if what in places]
         summed = buffer.sum(gone) if gone else buffer
         return _padded(summed.permute([left.index(place) for place in places]), tensor.shape)
-    index = [_lookup(place, size, axes, buffer, env) for place, size in zip(places, tensor.shape, strict=True)]
+    index = [_lookup(place, size, axes, buffer, env) for place, size in zip(indices, tensor.shape, strict=True)]
     return torch.zeros(tensor.shape, device=buffer.device).index_put_(tuple(index), buffer, accumulate=True)
 
 

@@ -1,149 +1,360 @@
-"""What goes into the holes of the kernel skeletons: for each kernel, its sides, tensors, loops and printed statements."""
+"""The varying part of one kernel: which tiles its loops visit, and what the spec says about a pair, as statements.
+
+The outlines in `templates/` hold the rest. What they read of these statements is declared here: what neither they nor another
+statement reads is left out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 
+from attngen import debug
+from attngen.analysis import WEIGHT
 from attngen.language.expression import B, H, I, J, S, Uniform
-from attngen.lowering.printer import AND, COMPARE, Axes, Place, Printer
-from attngen.lowering.sides import Sides
-from attngen.lowering.visits import Reader, Visits
+from attngen.lowering import passes
+from attngen.lowering.axes import Roles
+from attngen.lowering.captures import Site
+from attngen.lowering.printer import Printer, chain
+from attngen.lowering.statements import (
+    AND,
+    TILE,
+    XOR,
+    Assign,
+    Call,
+    Loop,
+    Name,
+    Number,
+    Statements,
+    Value,
+    arange,
+    assign,
+    call,
+    lines,
+    name,
+)
+from attngen.lowering.visits import TileWalk, Visits
 from attngen.lowering.width import needs_64_bits
 
-EVERYTHING: Axes = frozenset({"b", "h", "i", "j", "walk"})
-LOG2E, SCALE, SCALE2 = sympy.Symbol("LOG2E", real=True), sympy.Symbol("scale"), sympy.Symbol("scale2", real=True)
-WEIGHT = sympy.Symbol("weight", real=True)  # of a listed key, added to its logit
+LOG2E, SCALE = sympy.Symbol("LOG2E", real=True), sympy.Symbol("scale", real=True)
+
+# What each outline reads of the statements, apart from what a step computes.
+_READS = {
+    "forward": ("row", "row_in", "h", "b", "lo", "hi", "count", "output", "split"),
+    "merge": ("row", "row_in", "h", "b", "first_slot", "last_slot"),
+    "delta": ("row", "row_in", "h", "b"),
+    "dq": ("row", "row_in", "h", "b"),
+    "dkv": ("j", "key_in", "kv_head", "b", "h"),
+    "capture": ("row", "row_in", "h", "b", "query_tile", "first_edge"),
+    "capture by keys": ("j", "key_in", "h", "b"),
+}
+_STEP_READS = ("inside", "page", "tile", "valid", "keep")
+
+# The places of a kernel's statements, outermost first, and which each lies in. A step's pairs come behind its tile.
+DECODE, OWNER, PROGRAM, GROUP, HEAD, FULL, FULL_PAIRS, PARTIAL, PARTIAL_PAIRS, TAIL = range(10)
+NESTED = {
+    OWNER: DECODE,
+    PROGRAM: OWNER,
+    GROUP: PROGRAM,
+    HEAD: GROUP,
+    FULL: HEAD,
+    FULL_PAIRS: FULL,
+    PARTIAL: HEAD,
+    PARTIAL_PAIRS: PARTIAL,
+    TAIL: PROGRAM,
+}
+_PLACES = {"decode": DECODE, "owner": OWNER, "program": PROGRAM, "group": GROUP, "head": HEAD, "tail": TAIL}
 
 
 @dataclass(frozen=True)
 class Step:
-    """One of the two loops: its range, the statements that find the tile and its rows, and what a step computes there."""
+    """One of the two loops. tile: the statements that find a tile and its rows. pairs: what a step computes for its pairs.
+
+    Items are what the outline uses of `pairs`: "valid" (which pairs attend), "x" (the logits), "keep" (which survive dropout),
+    "keep_scale" (what their weight is multiplied by), "slope" (what dS is multiplied by), "bin" (a captured element's place).
+    """
 
     partial: bool
     comment: str
     variable: str
-    range: str
-    tile: tuple[str, ...]
-    locate: tuple[str, ...]
-    lines: tuple[str, ...]
-    logits: str
-    valid: str
-    keep: str
-    slope: str
-    bin: str
-    uses_position: bool
-    uses_safe: bool
+    range: Value
+    tile: Statements
+    pairs: Statements
+
+    def __getitem__(self, key: str) -> Value | None:
+        found = next((s for s in self.pairs if s.target.name == key), None)
+        return None if found is None else found.value if found.inline else found.target
 
 
-class Holes:
-    """Prints a spec's expressions for one kernel. After `fill`, `program` and `head` hold what stands in front of the
-    loops and `steps` the loops themselves."""
+@dataclass(frozen=True)
+class Body:
+    """The statements of a kernel, by place. owner: the loop around all outputs of a program, if it computes several. heads: the
+    loop over the query heads that share a key head. rows: the axis along the rows of a tile. form, natural: of the logits, see
+    `Facts.form` and `Facts.natural`.
+    """
 
-    def __init__(
-        self,
-        spec: Any,
-        facts: Any,
-        sides: Sides,
-        *,
-        blocks: tuple[int, int],
-        offset_tensor: bool,
-        names: Mapping[str, str],
-        one_loop: bool = False,
-        sliced: str = "",
-    ) -> None:
-        self.spec, self.facts, self.sides, self.names = spec, facts, sides, names
-        own = sides.resident.axis
-        known = frozenset({"b", own}) if sides.grouped else frozenset({"b", "h", own})
-        self.program, self.head = Place(known), Place(known | {"h", "walk"})
-        symbols = {p.sym: names[n] for n, p in spec.params.items()}
-        trusted = {B, H, J} if offset_tensor else {B, H, I, J}  # with offsets on the device nobody has checked i
-        self.printer = Printer([self.program, self.head], own, symbols, trusted, names)
-        if sides.resident.packed:
-            self.printer.placed[H] = frozenset(own)
-        self.printer.placed[WEIGHT] = frozenset(sides.walked.axis)
-        walk = facts.program_keys if sides.walked.noun == "key" else facts.program_queries
-        printed = [*spec.expressions.args, *(line for _, line in walk.lines if spec.lists is None)]
-        self.printer.wide = needs_64_bits(printed, frozenset(p.sym for p in spec.params.values()))
-        score = spec.score + WEIGHT if spec.lists is not None and "edge_weight" in spec.lists.names else spec.score
-        self.form = "general"
-        rest = sympy.Add(*[term for term in sympy.Add.make_args(score) if term != S])
-        if score == S and (spec.scale is None or spec.scale > 0):
-            self.form = "folded"
-        elif score == S + rest and S not in rest.free_symbols:
-            self.form = "additive"
-        terms = sympy.Add.make_args(rest if self.form == "additive" else score)
-        scaled = sympy.Add(*[LOG2E * term for term in terms if term != 0])
-        self.logits = S * SCALE2 + scaled if self.form == "additive" else scaled
-        self.reader = Reader(spec, facts, sides, self.printer, self.head, names, blocks, one_loop, sliced)
-        # With closed-form intervals only the edges are partial: a few tiles, for which a pipeline's prologue costs more
-        # registers than it hides.
-        self.few_partial = False
-        self.boost = ""  # what a weight that survives dropout is multiplied by
-        self.steps: tuple[Step, ...] = ()
+    places: tuple[Statements, ...]
+    owner: Loop | None
+    heads: Loop | None
+    steps: tuple[Step, ...]
+    rows: str
+    form: str
+    natural: bool
 
-    def fill(self, slope: Any = 1, site: Any = None) -> None:
-        """Print the walk and the two loops. `slope`: what dS is multiplied by. `site`: a captured load whose place in
-        the tensor a step needs."""
-        slope, self.site = sympy.sympify(slope), site
-        self.printer.share(self.spec.mask, self.logits, slope)
-        full, partial = self.reader.loops()
-        self.few_partial = full is not None and not self.reader.tables and self.spec.lists is None
-        steps = [self._step(full, False, slope), self._step(partial, True, slope)]
-        self.steps = tuple(step for step in steps if step is not None)
+    def __getitem__(self, place: str) -> list[str]:
+        """The text of a place: "decode", "owner", "program", "group", "head" or "tail"."""
+        return self.lines(self.places[_PLACES[place]])
 
-    def _step(self, visits: Visits | None, partial: bool, slope: Any) -> Step | None:
+    def lines(self, statements: Statements) -> list[str]:
+        """The text of some of its statements."""
+        return lines(statements, self.rows)
+
+    @property
+    def sink(self) -> Value | None:
+        """The logit of a key with value 0, or None."""
+        return next((s.value for s in self.places[TAIL] if s.inline), None)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Every variable that the statements and loops read."""
+        loops = [loop.range.reads for loop in (self.owner, self.heads, *self.steps) if loop is not None]
+        return frozenset().union(*loops, *(s.value.reads for place in self.places for s in place))
+
+    @property
+    def helpers(self) -> list[str]:
+        """The functions of `templates/helpers` that it calls."""
+        values = (value for place in self.places for s in place for value in s.value.walk())
+        called = {value.function for value in values if isinstance(value, Call) and value.function}
+        return sorted({"mix" if helper == "uniform" else helper for helper in called if "." not in helper})
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """Makes the body of one kernel. See `render` for what it is made from.
+
+    blocks: rows and keys of a tile. names: what the kernel calls captured tensors, params and tables. split: "split" or
+    "stream" where programs share outputs. reads: what the outline reads, apart from what every kernel of the kind does.
+    """
+
+    spec: Any
+    facts: Any
+    kernel: str
+    roles: Roles
+    names: Mapping[str, str]
+    blocks: tuple[int, int]
+    site: Site | None = None
+    offset_tensor: bool = False
+    one_loop: bool = False
+    split: str = ""
+
+    def body(self, decode: Statements, owner: Loop | None, reads: Iterable[str]) -> Body:
+        """The kernel's statements after all passes."""
+        walk = TileWalk(
+            self.spec, self.facts, self.roles, self._printer(), self.names, self.blocks, self.one_loop, self.split
+        )
+        visits = walk.loops() if self.walks else (None, None)
+        few_partial = visits[0] is not None and not walk.tables and self.spec.lists is None
+        ranges = [self._range(found, bool(partial), few_partial) for partial, found in enumerate(visits)]
+        loops = [loop for loop in (owner, self._heads, *ranges) if loop is not None]
+        wanted = {*_READS[self._row], *_STEP_READS, *reads, *self._walked_reads}
+        for loop in loops:
+            wanted |= loop.range.reads if isinstance(loop, Loop) else loop.reads
+        places = self._passed(self._places(decode, owner, walk, visits), wanted)
+        steps = [
+            Step(bool(partial), self._comment(bool(partial)), found.variable, bounds, places[at], places[at + 1])
+            for partial, (found, bounds, at) in enumerate(zip(visits, ranges, (FULL, PARTIAL), strict=True))
+            if found is not None and bounds is not None
+        ]
+        rows, facts = self.roles.resident.axis, self.facts
+        return Body(tuple(places), owner, self._heads, tuple(steps), rows, facts.form, facts.natural)
+
+    def _places(
+        self, decode: Statements, owner: Loop | None, walk: TileWalk, visits: tuple[Visits | None, Visits | None]
+    ) -> list[Statements]:
+        """What stands where before the passes."""
+        places: list[Statements] = [()] * len(range(TAIL + 1))
+        first = (assign("tiles", self.roles.resident.tiles), assign("program", call("tl.program_id", 0)))
+        places[DECODE] = (*first, *decode)
+        places[OWNER] = owner.body if owner is not None else ()
+        places[PROGRAM] = self._program()
+        places[GROUP] = self._heads.body if self._heads is not None else ()
+        places[HEAD] = tuple(walk.head)
+        for partial, found in enumerate(visits):
+            if found is not None:
+                places[PARTIAL if partial else FULL] = (*found.find, *self._tile(walk, bool(partial)))
+                places[PARTIAL_PAIRS if partial else FULL_PAIRS] = self._pairs(bool(partial))
+        if self.spec.sink is not None and self._meets_sink:
+            places[TAIL] = (_inline("sink", self._printer().value(self.spec.sink)),)
+        return places
+
+    @property
+    def _heads(self) -> Loop | None:
+        if not self.roles.grouped:
+            return None
+        h = assign("h", name("kv_head") * name("group") + name("g"))
+        return Loop("g", call("range", name("group")), (h,), "every query head that reads this key head")
+
+    @property
+    def walks(self) -> bool:
+        """Whether the kernel visits tiles."""
+        return self.kernel != "merge" and (self.kernel != "delta" or self.facts.natural)
+
+    @property
+    def _meets_sink(self) -> bool:
+        """Whether this kernel has the whole of a row's softmax."""
+        if self.kernel == "delta":
+            return bool(self.facts.natural)
+        return self.kernel == "merge" or (self.kernel == "forward" and self.split != "split")
+
+    @property
+    def _walked_reads(self) -> tuple[str, ...]:
+        """With queries walked, an outline loads lse and delta by their rows."""
+        return (self.roles.walked.index,) if self.roles.walked.shift else ()
+
+    @property
+    def _row(self) -> str:
+        return "capture by keys" if self.site is not None and self.site.by_keys else self.kernel
+
+    def _passed(self, places: list[Statements], wanted: Iterable[str]) -> list[Statements]:
+        """The passes, in order. With ATTNGEN_DEBUG=5 the statements after each."""
+        variables = passes.Variables()
+        places = self._shown(passes.repeated, [passes.repeated(statements) for statements in places])
+        places = self._shown(passes.short, [passes.short(statements) for statements in places])
+        places = self._shown(passes.unnest, [passes.unnest(statements, variables) for statements in places])
+        placed = passes.place(places, NESTED, frozenset({FULL, PARTIAL}), _LOOP_VARIABLES, PROGRAM)
+        placed = self._shown(passes.place, placed)
+        read = self._shown(passes.drop, passes.drop(placed, NESTED, wanted))
+        return self._shown(passes.rename, passes.rename(read, NESTED, self._is_taken))
+
+    def _shown(self, after: Any, places: list[Statements]) -> list[Statements]:
+        if debug.level() >= 5:
+            text = [line for statements in places for line in lines(statements, self.roles.resident.axis)]
+            debug.say(5, f"statements of {self.kernel} after {after.__name__}", "\n    ".join(["", *text]))
+        return places
+
+    def _is_taken(self, variable: str) -> bool:
+        return variable in self.names.values() or bool(re.search(r"_(stride_\w+|size_\d+|table|row)$", variable))
+
+    # -- what stands where --------------------------------------------------------------------------------------------
+
+    def _program(self) -> Statements:
+        resident, walked = self.roles.resident, self.roles.walked
+        out: list[Assign] = []
+        if self.offset_tensor:
+            offset = call("tl.load", name("q_offsets", kind="pointer") + name("b")).to("int32")
+            out.append(assign("q_offset", offset))
+        out += resident.rows
+        out += [resident.position] if resident.position is not None else []
+        out.append(resident.safe)
+        if self.walks:
+            out.append(assign(walked.lane, arange(walked.block), walked.axis))
+        if self.walks and self.spec.page_size is not None:
+            row = name("page_table", kind="pointer") + name("b").to("int64") * name("page_table_stride_b")
+            out.append(assign("page_row", row))
+        return tuple(out)
+
+    def _tile(self, walk: TileWalk, partial: bool) -> Statements:
+        walked = self.roles.walked
+        position = (walked.position,) if walked.position is not None else ()
+        return (*walk.locate(partial), *position, walked.safe)
+
+    def _pairs(self, partial: bool) -> Statements:
+        """What the spec says about a tile's pairs: which attend, their logits, and what the gradient needs."""
+        spec, walked = self.spec, self.roles.walked
+        printer = self._printer(exists=None if partial else walked.axis)
+        out: list[Assign] = []
+        if partial:
+            inside = printer.spread(name("inside", walked.axis, "bool"))
+            if spec.mask == sympy.true:
+                out.append(_inline("valid", inside))
+            else:
+                out.append(
+                    assign("valid", chain([("", printer.operand(spec.mask), AND), (" & ", inside, XOR)], AND, "bool"))
+                )
+        if self.facts.form != "folded":
+            logits = printer.operand(self._logits)
+            if S not in self._logits.free_symbols:
+                logits = logits + call("tl.zeros_like", name("s", TILE))
+            out.append(_inline("x", logits))
+        if spec.dropout is not None and self.kernel != "delta":
+            out.append(_inline("keep_scale", printer.operand(1 / (1 - spec.dropout))))
+            seed = sympy.Symbol("seed", integer=True)
+            kept = sympy.Ge(Uniform(seed, B, H, I, J) - spec.dropout, 0, evaluate=False)
+            out.append(assign("keep", printer.operand(kept)))
+        slope = self._slope
+        if slope != 1:
+            out.append(_inline("slope", printer.operand(slope)))
+        if self.site is not None and self.site.kind in ("bins", "atomic"):
+            out.append(_inline("bin", printer.flat(self.site.load, self.site.dims)))
+        return tuple(out)
+
+    def _range(self, visits: Visits | None, partial: bool, few_partial: bool) -> Value | None:
+        """With closed-form intervals only the edges are partial: a few tiles, for which a pipeline's prologue costs more
+        registers than it hides."""
         if visits is None:
             return None
-        bounds = visits.range
-        walked = self.sides.walked
-        child = self.printer.inside(EVERYTHING, exists=None if partial else walked.axis)
-        valid = ""
-        if partial:
-            inside = child.vector("inside", walked.axis)
-            valid = inside
-            if self.spec.mask != sympy.true:
-                valid = "valid"
-                child.places[-1].lines.append(f"valid = {child.operand(self.spec.mask, AND)} & {inside}")
-        logits = "" if self.form == "folded" else child.operand(self.logits, COMPARE)
-        if logits and S not in self.logits.free_symbols:
-            logits += " + tl.zeros_like(s)"
-        keep = ""
-        if self.spec.dropout is not None:
-            self.boost = child.operand(1 / (1 - self.spec.dropout))
-            seed = sympy.Symbol("seed", integer=True)
-            keep = "keep"
-            condition = child.operand(
-                sympy.Ge(Uniform(seed, B, H, I, J) - self.spec.dropout, 0, evaluate=False), COMPARE
-            )
-            child.places[-1].lines.append(f"keep = {condition}")
-        factor = "" if slope == 1 else child.operand(slope)
-        place = child.flat(self.site.load, self.site.dims) if self.site is not None and self.site.dims else ""
-        self.printer.used |= child.used
-        noun, kind_ = walked.noun, "partial" if partial else "full"
+        if self.one_loop:
+            return Call("tl.range", visits.bounds, named=(("warp_specialize", Number("True")),))
+        if partial and few_partial:
+            return Call("tl.range", visits.bounds, named=(("num_stages", Number("1")),))
+        return Call("range", visits.bounds)
+
+    def _comment(self, partial: bool) -> str:
+        noun = self.roles.walked.noun
+        if self.one_loop:
+            return f"all {noun} tiles, with the mask"
+        if not partial:
+            return f"full {noun} tiles: every pair attends, so no mask"
         says = "only some pairs attend" if self.spec.mask != sympy.true else "it reaches past the end"
-        return Step(
-            partial=partial,
-            comment=f"all {noun} tiles, with the mask"
-            if self.reader.one_loop
-            else f"{kind_} {noun} tiles: {says if partial else 'every pair attends, so no mask'}",
-            variable=visits.variable,
-            range=f"tl.range({bounds}, warp_specialize=True)"
-            if self.reader.one_loop
-            else f"tl.range({bounds}, num_stages=1)"
-            if partial and self.few_partial
-            else f"range({bounds})",
-            tile=visits.find,
-            locate=self.reader.locate(partial),
-            lines=tuple(child.places[-1].lines),
-            logits=logits,
-            valid=valid,
-            keep=keep,
-            slope=factor,
-            bin=place,
-            uses_position=walked.axis in child.used,
-            uses_safe=f"{walked.axis}_safe" in child.used,
+        return f"partial {noun} tiles: {says}"
+
+    # -- expressions --------------------------------------------------------------------------------------------------
+
+    def _printer(self, exists: str | None = None) -> Printer:
+        spec, roles = self.spec, self.roles
+        along = {WEIGHT: frozenset(roles.walked.axis)}
+        if roles.resident.packed:
+            along[H] = frozenset(roles.resident.axis)
+        params = frozenset(p.sym for p in spec.params.values())
+        walk = self.facts.program_keys if roles.walked.noun == "key" else self.facts.program_queries
+        printed = [*spec.expressions.args, *(line for _, line in walk.lines if spec.lists is None)]
+        return Printer(
+            rows=roles.resident.axis,
+            symbols={p.sym: self.names[n] for n, p in spec.params.items()},
+            names=self.names,
+            # With offsets on the device nobody has checked i.
+            trusted=frozenset({B, H, J} if self.offset_tensor else {B, H, I, J}),
+            along=along,
+            exists=exists,
+            wide=needs_64_bits(printed, params),
         )
+
+    @property
+    def _logits(self) -> Any:
+        """The logits in the kernel's unit, of s, which for the general form is scaled."""
+        unit = sympy.Integer(1) if self.facts.natural else LOG2E
+        return sympy.Add(
+            *[
+                unit * (SCALE * S if term == S and self.facts.form == "additive" else term)
+                for term in self.facts.score_terms
+            ]
+        )
+
+    @property
+    def _slope(self) -> Any:
+        """What dS is multiplied by."""
+        if self.kernel in ("forward", "delta"):
+            return sympy.Integer(1)
+        return sympy.sympify(self.facts.score_ds if self.site is None else self.site.slope)
+
+
+# Known only inside a step; the outline makes them.
+_LOOP_VARIABLES = frozenset({"s", "step", "tile"})
+
+
+def _inline(target: str, value: Value) -> Assign:
+    return Assign(Name(target, value.axes, value.kind), value, inline=True)

@@ -1,17 +1,15 @@
-"""From sympy expressions to Triton text.
+"""From sympy expressions to values.
 
-Every expression has axes: the subset of b, h, i, j that it depends on. Without i and j it is a scalar, with one of
-them a vector, with both a tile. The printer keeps a value in the smallest shape it has and names it at the outermost
-place of the kernel where its axes are known, so that a load of `slope[h]` stands in front of every loop and `doc[b, i]`
-in front of the loop over keys. Which of i and j lies along the rows of a tile is a choice of the kernel: the backward
-for keys works on transposed tiles.
+The printer keeps a value in the smallest shape it has: what varies along one axis is computed as a vector and only then
+spread over the tile. So a load of `slope[h]` may stand in front of every loop and `doc[b, i]` in front of the loop over keys;
+where things stand is decided by `passes`. Which of i and j lies along the rows of a tile is a choice of the kernel: the
+backward for keys works on transposed tiles.
 
 Integers are int32 (captured int64 tensors stay int64) and round towards minus infinity as in Python; reals are float32.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +18,15 @@ import sympy
 from sympy.core.relational import Relational
 
 from attngen.language.expression import (
+    ROW,
     Absolute,
     B,
+    BitAnd,
+    BitOr,
+    BitXor,
+    Erf,
+    Exp2,
+    Floor,
     FloorDiv,
     H,
     I,
@@ -29,8 +34,12 @@ from attngen.language.expression import (
     Load,
     Maximum,
     Minimum,
+    Power,
     PyMod,
+    Round,
     S,
+    ShiftLeft,
+    ShiftRight,
     Sigmoid,
     Uniform,
     Where,
@@ -38,229 +47,131 @@ from attngen.language.expression import (
     kind,
     linear_terms,
 )
-
-# Binding strength in Python, loosest first; an operand that binds looser than its place needs is put in parentheses.
-COMPARE, OR, AND, XOR, SUM, PRODUCT, UNARY, ATOM = range(8)
-
-WIDTH = 72  # a longer expression is cut into named steps, so that no line needs to be wrapped
-LINE = 96  # a line with its comment, without the indentation
-
-Axes = frozenset[str]
-TILE: Axes = frozenset("ij")
+from attngen.lowering.passes import stem
+from attngen.lowering.statements import (
+    AND,
+    ATOM,
+    COMPARE,
+    OR,
+    PRODUCT,
+    SCALAR,
+    SUM,
+    TILE,
+    UNARY,
+    XOR,
+    Axes,
+    Call,
+    Cast,
+    Chain,
+    Name,
+    Named,
+    Number,
+    Spread,
+    Value,
+)
 
 BLOCKS = ("BLOCK_M", "BLOCK_N")  # what a walk divides by them is never negative
 
 _SIGNS = {sympy.Ge: ">=", sympy.Gt: ">", sympy.Eq: "==", sympy.Ne: "!="}
-_FLIPPED = {">=": "<=", ">": "<", "==": "==", "!=": "!="}
-_CALLS: dict[Any, str] = {
-    sympy.exp: "tl.exp",
-    sympy.log: "tl.log",
-    sympy.tanh: "tanh",
-    Sigmoid: "tl.sigmoid",
-    Absolute: "tl.abs",
+_FLIPPED = {">=": "<=", ">": "<", "<=": ">=", "<": ">", "==": "==", "!=": "!="}
+# Functions from the inside out: `whole(tl.floor(x))`. Those without "tl." are helpers.
+_CALLS: dict[Any, tuple[str, ...]] = {
+    sympy.exp: ("tl.exp",),
+    sympy.log: ("tl.log",),
+    sympy.tanh: ("tanh",),
+    sympy.sin: ("tl.sin",),
+    sympy.cos: ("tl.cos",),
+    Sigmoid: ("tl.sigmoid",),
+    Absolute: ("tl.abs",),
+    Erf: ("tl.erf",),
+    Exp2: ("tl.exp2",),
+    Power: ("power",),
+    Floor: ("tl.floor", "whole"),
+    Round: ("nearest", "whole"),
 }
-
-
-class Mix(sympy.Function):
-    """Mix(u) or Mix(u, x): one round of the counter hash on u ^ x, as uint32. Uniform is a chain of them."""
-
-
-class Pointer(sympy.Function):
-    """Pointer(tensor, dim, index, ...): a captured tensor's address with these indices; a key for names, never printed."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """Printed expression: its text, how strongly it binds, the axes it depends on and its kind."""
-
-    text: str
-    strength: int
-    axes: Axes
-    kind: str
-
-    def at(self, strength: int) -> str:
-        return f"({self.text})" if self.strength < strength else self.text
+# Operators on integers: they bind in Python as in Triton, but are put in parentheses, since few know how strongly.
+_BITS = {BitAnd: "&", BitOr: "|", BitXor: "^"}
+_SHIFTS = {ShiftLeft: "<<", ShiftRight: ">>"}
+# What a vector is called that the other axis' positions are compared with, by the sign between it and them.
+_THRESHOLDS = {"<=": "first", "<": "before", ">=": "last", ">": "stop", "==": "same", "!=": "other"}
+SMALLEST_FLOAT, LARGEST_FLOAT = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # normal float32 numbers
 
 
 @dataclass
-class Place:
-    """A point of the kernel that statements can be put at: the axes that are known there, and the statements."""
-
-    axes: Axes
-    lines: list[str] = field(default_factory=list)
-
-
 class Printer:
-    """Prints expressions into statements at `places` (outermost first) and returns the names of the results.
+    """Prints expressions for one place of a kernel.
 
-    `rows` is the axis ("i" or "j") along the rows of a tile. `symbols` maps symbols to variables of the kernel.
-    `trusted` are the plain indices that the runtime has checked against the captured tensors' extents; `tensor_names`
-    maps captured tensors to the kernel's arguments. `used` collects the variables that expressions read. A printer made
-    by `inside` adds a place within a loop; what it names is not seen by its siblings.
+    rows: the axis ("i" or "j") along the rows of a tile. symbols: variables of the kernel by symbol. names: what it calls
+    captured tensors. trusted: the plain indices that the runtime has checked against the captured tensors' extents. along: the
+    axes of symbols that stand for vectors. exists: an axis all of whose lanes exist here. wide: whether integers are computed
+    in 64 bits, see `width.needs_64_bits`.
     """
 
-    def __init__(
-        self,
-        places: Iterable[Place],
-        rows: str = "i",
-        symbols: Mapping[Any, str] | None = None,
-        trusted: Iterable[Any] = (B, H, I, J),
-        tensor_names: Mapping[str, str] | None = None,
-    ) -> None:
-        self.places = list(places)
-        self.rows = rows
-        self.trusted = frozenset(trusted)
-        self.tensor_names = dict(tensor_names or {})
-        self.symbols = {B: "b", H: "h", I: "i", J: "j", S: "s", **(symbols or {})}
-        self.wide = False  # whether integers are computed in 64 bits, see `needs_64_bits`
-        self.helpers: set[str] = set()
-        self.used: set[str] = set()
-        self.exists: str | None = None
-        self.placed: dict[Any, Axes] = {}  # symbols that a statement defines, and where
-        self.loaded: set[str] = set()  # captured tensors that some expression reads
-        self.bounded: set[tuple[str, int]] = set()  # (tensor, dimension): extents needed for bounds checks
-        self._names: dict[Any, Text] = {}
-        self._taken: Counter[str] = Counter()
-        self._shared: Counter[Any] = Counter()
-        self._outer: Printer | None = None
+    rows: str = "i"
+    symbols: Mapping[Any, str] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    trusted: frozenset[Any] = frozenset({B, H, I, J})
+    along: Mapping[Any, Axes] = field(default_factory=dict)
+    exists: str | None = None
+    wide: bool = False
+    _known: dict[Any, Value] = field(default_factory=dict, repr=False)
 
-    def inside(self, axes: Axes, exists: str | None = None) -> Printer:
-        """A printer for the body of a loop, in which `axes` are known. `exists`: an axis all of whose lanes exist there."""
-        child = Printer([*self.places, Place(axes)], self.rows, self.symbols, self.trusted, self.tensor_names)
-        child.helpers, child.loaded, child.bounded = self.helpers, self.loaded, self.bounded
-        child.placed, child.exists, child.wide = self.placed, exists, self.wide
-        child._taken, child._shared, child._outer = self._taken, self._shared, self
-        child._names = dict(self._names)
-        return child
+    def value(self, expr: Any) -> Value:
+        """The expression in its smallest shape."""
+        if expr not in self._known:
+            value = self._print(expr)
+            self._known[expr] = Named(value, self._load_stem(expr)) if isinstance(expr, Load) else value
+        return self._known[expr]
 
-    # -- naming -------------------------------------------------------------------------------------------------------
+    def operand(self, expr: Any) -> Value:
+        """The expression as an operand that broadcasts to a tile."""
+        return self.spread(self.value(expr))
 
-    def define(self, symbol: Any, expr: Any) -> None:
-        """Put `symbol = expr` at the innermost place; what depends on it then stays behind it."""
-        self.places[-1].lines.append(f"{symbol.name} = {self._print(expr).text}")
-        self.placed[symbol] = frozenset({"walk"})
+    def spread(self, value: Value, stem_: str = "") -> Value:
+        """A vector as a row or a column of the tile; scalars and tiles as they are."""
+        if len(value.axes) != 1:
+            return value
+        if not isinstance(value, (Name, Named)):
+            value = Named(value, stem_ or stem(value))
+        return Spread(value, "[:, None]" if value.axes == {self.rows} else "[None, :]")
 
-    def share(self, *roots: Any) -> None:
-        """Count the subexpressions of `roots`, so that what occurs more than once is computed once."""
-        for root in roots:
-            for node in sympy.preorder_traversal(root):
-                if isinstance(node, (sympy.exp, sympy.log, sympy.tanh, Sigmoid, Load, Uniform)):
-                    self._shared[node] += 1
-
-    def name(self, expr: Any, stem: str = "", value: Text | None = None) -> Text:
-        """Put `stem = expr` at the outermost place where the axes of `expr` are known; once."""
-        known = self._names.get(expr)
-        if known is not None:
-            return known
-        value = self._print(expr) if value is None else value
-        return self._assign(expr, value, stem or self._stem(value))
-
-    def _assign(self, expr: Any, value: Text, stem: str) -> Text:
-        index = next((n for n, place in enumerate(self.places) if value.axes <= place.axes), None)
-        if index is None:
-            raise AssertionError(f"no place of this kernel knows all of {sorted(value.axes)}, needed by {expr}")
-        name = self._fresh(stem)
-        line, comment = f"{name} = {value.text}", self._shape_comment(value.axes)
-        self.places[index].lines.append(line + comment if len(line + comment) <= LINE else line)
-        result = Text(name, ATOM, value.axes, value.kind)
-        self._remember(expr, result, index)
-        return result
-
-    def _remember(self, expr: Any, result: Text, index: int) -> None:
-        if expr is None:
-            return
-        self._names[expr] = result
-        if self._outer is not None and index < len(self._outer.places):
-            self._outer._remember(expr, result, index)
-
-    def _fresh(self, stem: str) -> str:
-        self._taken[stem] += 1
-        return stem if self._taken[stem] == 1 else f"{stem}_{self._taken[stem]}"
-
-    def _shape_comment(self, axes: Axes) -> str:
-        blocks = {"i": "BLOCK_M", "j": "BLOCK_N"}
-        order = (self.rows, *(TILE - {self.rows}))
-        shape = ", ".join(blocks[axis] for axis in order if axis in axes)
-        return f"  # [{shape}]" if shape else ""
+    def axes(self, expr: Any) -> Axes:
+        """Which of i and j an expression varies along."""
+        axes: Axes = SCALAR
+        for symbol in expr.free_symbols:
+            if symbol in self.along:
+                axes |= self.along[symbol]
+            elif symbol == S:
+                axes |= TILE
+            elif symbol in (I, J):
+                axes |= {symbol.name}
+        return axes
 
     # -- shapes -------------------------------------------------------------------------------------------------------
 
-    def spread(self, value: Text) -> Text:
-        """A vector as a row or a column of the tile; scalars and tiles as they are."""
-        inner = value.axes & TILE
-        if len(inner) != 1:
-            return value
-        index = "[:, None]" if inner == {self.rows} else "[None, :]"
-        return Text(value.at(ATOM) + index, ATOM, value.axes, value.kind)
-
-    def vector(self, variable: str, axis: str) -> str:
-        """A kernel variable that is a vector along `axis`, spread to broadcast against a tile."""
-        return self.spread(Text(variable, ATOM, frozenset(axis), "int")).text
-
-    def operand(self, expr: Any, strength: int = ATOM) -> str:
-        """`expr` as an operand of at least that binding strength, which broadcasts to a tile."""
-        value = self.value(expr)
-        if len(value.axes & TILE) == 1 and not value.text.isidentifier():
-            value = self._assign(expr, value, self._stem(value))
-        value = self.spread(value)
-        return value.at(strength)
-
-    def value(self, expr: Any) -> Text:
-        """The printed expression, named when that saves work or keeps the line short."""
-        known = self._names.get(expr)
-        if known is not None:
-            return known
-        value = self._print(expr)
-        if isinstance(expr, Load):
-            return self._assign(expr, value, self._load_stem(expr))
-        if self._shared[expr] > 1 or len(value.text) > WIDTH:
-            return self._assign(expr, value, self._stem(value))
-        return value
-
-    def _stem(self, value: Text) -> str:
-        inner = value.axes & TILE
-        base = "at" if not inner else "tile" if inner == TILE else "row" if "i" in inner else "key"
-        return f"{base}_{'ok' if value.kind == 'bool' else 'x'}" if base != "at" else "scalar"
+    def _operands(self, args: Iterable[Any], axes: Axes) -> list[Value]:
+        """Operands of a node with these axes: under a tile vectors are spread."""
+        return [self.operand(arg) if axes == TILE else self.value(arg) for arg in args]
 
     def _load_stem(self, load: Load) -> str:
         plain = [index.name for index in load.indices if index.is_Symbol]
-        name = self.tensor_names.get(load.name, load.name)
-        return "_".join([name, *plain]) if len(plain) == len(load.indices) else f"{name}_value"
+        name = self.names.get(load.name, load.name)
+        return "_".join([name, *plain]) if 0 < len(plain) == len(load.indices) else f"{name}_value"
 
-    def _operands(self, args: Iterable[Any], axes: Axes) -> list[Text]:
-        """Operands of a node with `axes`: vectors under a tile are named where they are known, then spread."""
-        out = []
-        for arg in args:
-            value = self.value(arg)
-            if axes & TILE == TILE and len(value.axes & TILE) == 1:
-                if not value.text.isidentifier():
-                    value = self._assign(arg, value, self._stem(value))
-                value = self.spread(value)
-            out.append(value)
-        return out
+    def _cost(self, expr: Any) -> tuple[int, str]:
+        return len(self.axes(expr)), sympy.srepr(expr)
 
-    def axes(self, expr: Any) -> Axes:
-        """What `expr` depends on: of b, h, i, j, and "walk" for what is defined by the walk's program."""
-        names: set[str] = set()
-        for symbol in expr.free_symbols:
-            names |= self.placed.get(symbol, frozenset())
-            if symbol == S:
-                names |= TILE
-            elif symbol in (B, H, I, J):
-                names.add(symbol.name)
-        return frozenset(names)
+    def _reading(self, term: Any) -> tuple[bool, bool, int, str]:
+        """Order of the terms of a sum: positive before negative, what varies most first, numbers last."""
+        return term.is_Number, term.could_extract_minus_sign(), -len(self.axes(term)), sympy.srepr(term)
 
     # -- expressions --------------------------------------------------------------------------------------------------
 
-    def _print(self, expr: Any) -> Text:
+    def _print(self, expr: Any) -> Value:
         if expr.is_Symbol:
-            variable = self.symbols.get(expr, expr.name)
-            self.used.add(variable)
-            if self.wide and kind(expr) == "int" and expr not in (B, H) and not variable.startswith("BLOCK_"):
-                variable = f"{variable}.to(tl.int64)"
-            return Text(variable, ATOM, self.axes(expr), kind(expr))
-        if expr.is_Rational or expr.is_infinite:
-            return self._number(expr)
+            return self._symbol(expr)
+        if expr.is_Number or expr.is_infinite:
+            return number(expr)
         if isinstance(expr, Relational):
             return self._comparison(expr)
         if isinstance(expr, (sympy.And, sympy.Or)):
@@ -274,48 +185,31 @@ class Printer:
             return self._product(expr)
         if expr.is_Pow:
             return self._power(expr)
+        if isinstance(expr, Uniform):
+            return self._uniform(expr)
+        if isinstance(expr, (FloorDiv, PyMod)):
+            return self._division(expr)
         return self._call(expr)
 
-    def _cost(self, expr: Any) -> tuple[int, str]:
-        return len(self.axes(expr) & TILE), sympy.srepr(expr)
+    def _symbol(self, symbol: Any) -> Value:
+        variable = Name(self.symbols.get(symbol, symbol.name), self.axes(symbol), kind(symbol))
+        narrow = symbol in (B, H) or variable.name in BLOCKS
+        return variable.to("int64") if self.wide and variable.kind == "int" and not narrow else variable
 
-    def _reading(self, term: Any) -> tuple[bool, bool, int, str]:
-        """Order of the terms of a sum: positive before negative, what varies most first, numbers last."""
-        return term.is_Rational, term.could_extract_minus_sign(), -len(self.axes(term) & TILE), sympy.srepr(term)
-
-    def _number(self, value: Any) -> Text:
-        if value.is_infinite:
-            return Text('float("-inf")' if value < 0 else 'float("inf")', ATOM, frozenset(), "float")
-        text = str(value) if value.is_Integer else repr(float(value))
-        return Text(text, UNARY if value < 0 else ATOM, frozenset(), kind(value))
-
-    def _joined(self, expr: Any, args: list[Any], sign: str, strength: int) -> Text:
+    def _joined(self, expr: Any, args: list[Any], sign: str, strength: int) -> Value:
         """An associative operator; operands of a smaller shape are joined among themselves first."""
         axes = self.axes(expr)
         groups: dict[Axes, list[Any]] = {}
         for arg in args:
-            groups.setdefault(self.axes(arg) & TILE, []).append(arg)
-        scalars = groups.pop(frozenset(), []) if len(groups) > 2 else []
+            groups.setdefault(self.axes(arg), []).append(arg)
+        scalars = groups.pop(SCALAR, []) if len(groups) > 2 else []
         if len(groups) > 1:
             smallest = min(groups, key=len)
             groups[smallest] += scalars  # a scalar joins a vector rather than the tile
             args = [g[0] if len(g) == 1 else expr.func(*g, evaluate=False) for g in groups.values()]
-        return self._chain([(sign, t, strength + 1) for t in self._operands(args, axes)], strength, kind(expr))
+        return chain([(sign, value, strength + 1) for value in self._operands(args, axes)], strength, kind(expr))
 
-    def _chain(self, operands: list[tuple[str, Text, int]], strength: int, kind_: str) -> Text:
-        """`a + b - c`: (sign, operand, strength it needs) triples joined from the left, cut into names when long."""
-        _, text, needed = operands[0]
-        for sign, operand, operand_needs in operands[1:]:
-            if len(text.text) + len(operand.text) > WIDTH:
-                if len(operand.text) > len(text.text) and operand.strength != ATOM:
-                    operand = self._assign(None, operand, self._stem(operand))
-                elif text.strength != ATOM:
-                    text = self._assign(None, text, self._stem(text))
-            joined = text.at(needed) + sign + operand.at(operand_needs)
-            text, needed = Text(joined, strength, text.axes | operand.axes, kind_), strength
-        return text
-
-    def _comparison(self, expr: Relational) -> Text:
+    def _comparison(self, expr: Relational) -> Value:
         """`e >= 0` with the terms on two sides: rows against columns where the sum separates, so a tile needs one
         comparison per element and no arithmetic; else positive against negative terms."""
         sign = next(sign for relation, sign in _SIGNS.items() if isinstance(expr, relation))
@@ -324,8 +218,8 @@ class Printer:
         parts = [c * t for t, c in terms.items()]
         axes = self.axes(expr)
         exact = kind(left) == "int" or len(parts) + (constant != 0) == 2  # else the order of the sum would matter
-        if exact and axes & TILE == TILE and all(self.axes(p) & TILE != TILE for p in parts):
-            columns = [p for p in parts if (self.axes(p) & TILE) - {self.rows}]
+        if exact and axes == TILE and all(self.axes(p) != TILE for p in parts):
+            columns = [p for p in parts if self.axes(p) - {self.rows}]
             left = sympy.Add(*[p for p in parts if p not in columns], constant)
             right = -sympy.Add(*columns)
             if right.could_extract_minus_sign():
@@ -333,35 +227,37 @@ class Printer:
         elif exact:
             left = sympy.Add(*[p for p in parts if not p.could_extract_minus_sign()], max(constant, 0))
             right = -sympy.Add(*[p for p in parts if p.could_extract_minus_sign()], min(constant, 0))
-            if left.is_Rational:  # j <= 3, not 3 >= j
+            if left.is_Number:  # j <= 3, not 3 >= j
                 left, right, sign = right, left, _FLIPPED[sign]
-        a, b = self._operands([left, right], axes)
-        return Text(f"{a.at(OR)} {sign} {b.at(OR)}", COMPARE, axes, "bool")
+        a, b = self.value(left), self.value(right)
+        if axes == TILE:
+            a, b = self.spread(a, _threshold(sign, right)), self.spread(b, _threshold(_FLIPPED[sign], left))
+        return chain([("", a, OR), (f" {sign} ", b, OR)], COMPARE, "bool")
 
-    def _sum(self, expr: Any) -> Text:
+    def _sum(self, expr: Any) -> Value:
         axes = self.axes(expr)
         terms = sorted(expr.args, key=self._reading)
-        if axes & TILE == TILE:
+        if axes == TILE:
             terms = self._grouped(terms)
         to_float = kind(expr) == "float"
-        chain: list[tuple[str, Text, int]] = []
+        operands: list[tuple[str, Value, int]] = []
         for term in terms:
-            negative = bool(chain) and term.could_extract_minus_sign()
+            negative = bool(operands) and term.could_extract_minus_sign()
             (value,) = self._operands([-term if negative else term], axes)
-            chain.append((" - ", self._as(value, to_float), PRODUCT) if negative
-                         else (" + ", self._as(value, to_float), SUM))  # fmt: skip
-        return self._chain(chain, SUM, kind(expr))
+            sign, needed = (" - ", PRODUCT) if negative else (" + ", SUM)
+            operands.append((sign, as_float(value) if to_float else value, needed))
+        return chain(operands, SUM, kind(expr))
 
     def _grouped(self, terms: list[Any]) -> list[Any]:
         """Terms of a tile-shaped sum with those of one vector shape, and the scalars with one of them, added first."""
         groups: dict[tuple[Axes, bool], list[Any]] = {}
         for term in terms:
-            groups.setdefault((self.axes(term) & TILE, kind(term) == "int"), []).append(term)
+            groups.setdefault((self.axes(term), kind(term) == "int"), []).append(term)
         for integer in (True, False):
-            scalars = groups.get((frozenset(), integer))
+            scalars = groups.get((SCALAR, integer))
             home = next((key for key in groups if len(key[0]) == 1 and key[1] == integer), None)
             if scalars and home is not None:
-                groups[home] = [*groups[home], *groups.pop((frozenset(), integer))]
+                groups[home] = [*groups[home], *groups.pop((SCALAR, integer))]
         # Integer parts are added as integers (exact), and converted once.
         tiles = [t for (axes, _), group in groups.items() if axes == TILE for t in group]
         rest = [sympy.Add(*group) for (axes, _), group in groups.items() if axes != TILE]
@@ -371,164 +267,183 @@ class Printer:
                 return [t for t in tiles + rest if kind(t) != "int"] + [sympy.Add(*whole)]
         return sorted(rest + tiles, key=lambda t: (t.could_extract_minus_sign(), self._cost(t)))
 
-    def _as(self, value: Text, to_float: bool) -> Text:
-        if not to_float or value.kind == "float":
-            return value
-        if value.text.lstrip("-").isdigit():
-            return Text(f"{value.text}.0", value.strength, value.axes, "float")
-        return Text(f"{value.at(ATOM)}.to(tl.float32)", ATOM, value.axes, "float")
-
-    def _product(self, expr: Any) -> Text:
+    def _product(self, expr: Any) -> Value:
         coefficient, rest = expr.as_coeff_Mul()
         axes, to_float = self.axes(expr), kind(expr) == "float"
         if coefficient == -1:
-            inner = self._operands([-expr], axes)[0]
-            return Text(f"-{inner.at(UNARY)}", UNARY, axes, inner.kind)
+            (inner,) = self._operands([-expr], axes)
+            return Chain((("-", inner, UNARY),), UNARY, inner.kind)
         factors = sorted(sympy.Mul.make_args(rest), key=self._cost)
         above = [f for f in factors if not _is_reciprocal(f)]
         below = [sympy.Pow(f.base, -f.exp) for f in factors if _is_reciprocal(f)]
         if coefficient != 1 or not above:
             above.insert(0, coefficient)
-        chain = [(" * ", self._as(t, to_float), UNARY) for t in self._operands(above, axes)]
-        chain += [(" / ", self._as(t, True), UNARY) for t in self._operands(below, axes)]
-        return self._chain(chain, PRODUCT, kind(expr))
+        operands = [(" * ", as_float(v) if to_float else v, UNARY) for v in self._operands(above, axes)]
+        operands += [(" / ", as_float(v), UNARY) for v in self._operands(below, axes)]
+        return chain(operands, PRODUCT, kind(expr))
 
-    def _power(self, expr: Any) -> Text:
+    def _power(self, expr: Any) -> Value:
         base, exponent = expr.args
         axes = self.axes(expr)
         if exponent.is_Rational and exponent < 0:
             (below,) = self._operands([sympy.Pow(base, -exponent)], axes)
-            return Text(f"1.0 / {self._as(below, True).at(UNARY)}", PRODUCT, axes, "float")
+            return chain([("", Number("1.0", "float"), UNARY), (" / ", as_float(below), UNARY)], PRODUCT, "float")
         (value,) = self._operands([base], axes)
         if exponent.is_Rational and exponent.q == 2:
-            root = f"tl.sqrt({self._as(value, True).text})"
-            return Text(" * ".join([root] * int(exponent.p)), ATOM if exponent.p == 1 else PRODUCT, axes, "float")
+            root = Call("tl.sqrt", (as_float(value),), "float")
+            return chain([(" * ", root, UNARY)] * int(exponent.p), PRODUCT, "float")
         if not exponent.is_Integer:
             raise AssertionError(f"no Triton text for {expr}")
         if value.strength != ATOM:
-            value = self._assign(base, self._print(base), self._stem(value))
-        return Text(" * ".join([value.text] * int(exponent)), PRODUCT, axes, value.kind)
+            value = Named(value, stem(value))
+        return chain([(" * ", value, UNARY)] * int(exponent), PRODUCT, value.kind)
 
-    def _call(self, expr: Any) -> Text:
-        axes = self.axes(expr)
-        if isinstance(expr, Uniform):
-            return self._uniform(expr)
-        if isinstance(expr, Mix):
-            words = [
-                t.at(ATOM) if isinstance(arg, Mix) else f"{t.at(ATOM)}.to(tl.uint32)"
-                for arg, t in zip(expr.args, self._operands(expr.args, axes), strict=True)
-            ]
-            return Text(f"mix({' ^ '.join(words)})", ATOM, axes, "int")
-        if isinstance(expr, (FloorDiv, PyMod)):
-            return self._division(expr, axes)
+    def _call(self, expr: Any) -> Value:
         to_float = kind(expr) == "float"
-        texts = self._operands(expr.args, axes)
-        if sum(len(t.text) for t in texts) > WIDTH:
-            texts = [t if len(t.text) < WIDTH // 4 else self._assign(None, t, self._stem(t)) for t in texts]
-        if isinstance(expr, (Minimum, Maximum)):
-            call = "tl.minimum" if isinstance(expr, Minimum) else "tl.maximum"
-            text = self._as(texts[0], to_float).text
-            for operand in texts[1:]:
-                text = f"{call}({text}, {self._as(operand, to_float).text})"
-            return Text(text, ATOM, axes, kind(expr))
+        operands = self._operands(expr.args, self.axes(expr))
         if isinstance(expr, Where):
-            yes, no = (self._as(t, to_float).text for t in texts[1:])
-            return Text(f"tl.where({texts[0].text}, {yes}, {no})", ATOM, axes, kind(expr))
-        function = next((text for known, text in _CALLS.items() if isinstance(expr, known)), None)
-        if function is None:
+            yes, no = (as_float(value) if to_float else value for value in operands[1:])
+            return Call("tl.where", (operands[0], yes, no), kind(expr))
+        operands = [as_float(value) if to_float else value for value in operands]
+        if isinstance(expr, (Minimum, Maximum)):
+            function = "tl.minimum" if isinstance(expr, Minimum) else "tl.maximum"
+            value = operands[0]
+            for other in operands[1:]:
+                value = Call(function, (value, other), kind(expr))
+            return value
+        if type(expr) in _BITS:
+            sign = f" {_BITS[type(expr)]} "
+            return Call("", (chain([(sign, operand, ATOM) for operand in operands], OR, "int"),))
+        if type(expr) in _SHIFTS:
+            left: Value = operands[0]
+            if isinstance(expr, ShiftLeft):
+                number_ = isinstance(left, Number)
+                left = Call("tl.full", (Name("[]"), left, Name("tl.int64"))) if number_ else left.to("int64")
+            shifted = [("", left, ATOM), (f" {_SHIFTS[type(expr)]} ", Call("steps", (operands[1],)), ATOM)]
+            return Call("", (chain(shifted, OR, "int"),))
+        if type(expr) not in _CALLS:
             raise AssertionError(f"no Triton text for {type(expr).__name__}")
-        if function == "tanh":
-            self.helpers.add("tanh")
-        return Text(f"{function}({self._as(texts[0], to_float).text})", ATOM, axes, kind(expr))
+        if not isinstance(expr, Absolute):
+            operands = [as_float(value) for value in operands]
+        first, *outer = ("tanh_exact",) if _is_near_0(expr) else _CALLS[type(expr)]
+        value = Call(first, tuple(operands), kind(expr) if not outer else "float")
+        for function in outer:
+            value = Call(function, (value,), kind(expr))
+        return value
 
-    def _division(self, expr: Any, axes: Axes) -> Text:
-        a, b = (self._as(t, kind(expr) == "float") for t in self._operands(expr.args, axes))
-        call = "floor_div" if isinstance(expr, FloorDiv) else "floor_mod"
-        if kind(expr) == "float" or kind(expr.args[0]) == "float":
-            call += "_real"
-        elif str(expr.args[1]) in BLOCKS or (
-            _nonnegative(expr.args[0]) and expr.args[1].is_Integer and expr.args[1] > 0
-        ):
-            sign = "//" if isinstance(expr, FloorDiv) else "%"  # Triton's truncates, which is the same here
-            return Text(f"{a.at(PRODUCT)} {sign} {b.at(UNARY)}", PRODUCT, axes, "int")
-        self.helpers.add(call)
-        return Text(f"{call}({a.text}, {b.text})", ATOM, axes, kind(expr))
+    def _division(self, expr: Any) -> Value:
+        a, b = expr.args
+        function, sign = ("floor_div", "//") if isinstance(expr, FloorDiv) else ("floor_mod", "%")
+        if sign == "//" and str(b) in BLOCKS and b in a.free_symbols:  # the analysis rounds up with a + block - 1
+            return Call("tl.cdiv", (self.value(a - b + 1), self.value(b)))
+        left, right = self._operands(expr.args, self.axes(expr))
+        if kind(expr) == "float" or kind(a) == "float":
+            operands = (as_float(left), as_float(right)) if kind(expr) == "float" else (left, right)
+            return Call(f"{function}_real", operands, kind(expr))
+        if str(b) in BLOCKS or (_nonnegative(a) and b.is_Integer and b > 0):
+            # Triton's // and % truncate, which is the same here.
+            return chain([("", left, PRODUCT), (f" {sign} ", right, UNARY)], PRODUCT, "int")
+        return Call(function, (left, right))
 
-    def _uniform(self, expr: Uniform) -> Text:
+    def _uniform(self, expr: Uniform) -> Value:
         """Uniform as its chain of rounds, each in the smallest shape it has: only the last is as large as a tile."""
-        self.helpers.add("mix")
         seed, *counters = expr.args
-        chain = Mix(seed)
+        rounds = Call("mix", (self.value(seed).to("uint32"),))
         for counter in counters:
-            self.name(chain, "hash")
-            chain = Mix(chain, counter)
-        text = self._print(chain).text.replace("mix(", "uniform(", 1)
-        return Text(text, ATOM, self.axes(chain), "float")
+            state, word = Named(rounds, "hash"), self.value(counter)
+            both = [self.spread(v) if state.axes | word.axes == TILE else v for v in (state, word)]
+            mixed = chain([(" ^ ", both[0], XOR + 1), (" ^ ", both[1].to("uint32"), XOR + 1)], XOR, "int")
+            last = counter == counters[-1]
+            rounds = Call("uniform", (mixed,), "float") if last else Call("mix", (mixed,))
+        return rounds
 
     # -- loads --------------------------------------------------------------------------------------------------------
 
-    def _load(self, expr: Load) -> Text:
+    def _load(self, expr: Load) -> Value:
         """A gather from a captured tensor. No lane reads out of range: a plain index of `trusted` is in range by the
         runtime's check of the shapes, any other is clamped (as in `expression.evaluate`).
         """
-        axes, tensor = self.axes(expr), self.tensor_names.get(expr.name, expr.name)
-        self.loaded.add(expr.name)
+        tensor = self.names.get(expr.name, expr.name)
         by_shape: dict[Axes, list[tuple[int, Any]]] = {}
         for dim, index in enumerate(expr.indices):
-            by_shape.setdefault(self.axes(index) & TILE, []).append((dim, index))
-        pointer, path = Text(tensor, ATOM, frozenset(), "pointer"), Pointer(expr.args[0])
+            by_shape.setdefault(self.axes(index), []).append((dim, index))
+        pointer: Value = Name(tensor, kind="pointer")
         for shape in sorted(by_shape, key=lambda shape: (len(shape), self.rows not in shape)):
-            if pointer.strength != ATOM:  # what is known earlier, or has a smaller shape, is added up on its own
-                pointer = self.name(path, f"{tensor}_at" if pointer.axes & TILE else f"{tensor}_base", pointer)
-            path = Pointer(*path.args, *[part for item in by_shape[shape] for part in item])
-            if path in self._names:
-                pointer = self._names[path]
-                continue
+            if isinstance(pointer, Chain):  # what is known earlier, or has a smaller shape, is added up on its own
+                pointer = Named(pointer, f"{tensor}_at" if pointer.axes else f"{tensor}_base")
             for dim, index in by_shape[shape]:
-                value = self._inside(expr.name, tensor, dim, index)
-                text = f" + {value.at(ATOM)}.to(tl.int64) * {tensor}_stride_{dim}"
-                if value.axes & TILE != pointer.axes & TILE and (pointer.axes | value.axes) & TILE == TILE:
+                value = self._inside(tensor, dim, index)
+                if value.axes != pointer.axes and pointer.axes | value.axes == TILE:
                     pointer, value = self.spread(pointer), self.spread(value)
-                    text = f" + {value.at(ATOM)}.to(tl.int64) * {tensor}_stride_{dim}"
-                if len(pointer.text) + len(text) > WIDTH and pointer.strength != ATOM:
-                    pointer = self._assign(None, pointer, f"{tensor}_base")
-                pointer = Text(pointer.text + text, SUM, pointer.axes | value.axes, "pointer")
-        if len(pointer.text) > WIDTH - 2 * len(tensor) - 8:
-            pointer = self.name(path, f"{tensor}_at", pointer)
-        text = pointer.text
+                offset = value.to("int64") * Name(f"{tensor}_stride_{dim}")
+                pointer = chain([*_terms(pointer), (" + ", offset, PRODUCT)], SUM, "pointer")
         # Integers keep their width: an id of 64 bits must not be cut to 32.
-        to = ".to(tl.float32)" if kind(expr) == "float" else ".to(tl.int32)" if is_flag(expr) else ""
-        return Text(f"tl.load({text}){to}", ATOM, axes, kind(expr))
+        loaded: Value = Call("tl.load", (pointer,), kind(expr))
+        if kind(expr) == "float":
+            return loaded.to("float32")
+        return loaded.to("int32") if is_flag(expr) else loaded.to("int64") if self.wide else loaded
 
-    def flat(self, load: Load, dims: Iterable[int]) -> str:
+    def flat(self, load: Load, dims: Iterable[int]) -> Value:
         """The place of a load within these dimensions of its tensor, counted row by row."""
-        text = Text("0", ATOM, frozenset(), "int")
-        tensor = self.tensor_names.get(load.name, load.name)
-        for number, dim in enumerate(dims):
-            self.bounded.add((load.name, dim))
-            value = self._inside(load.name, tensor, dim, load.indices[dim])
-            if number == 0:
-                text = value
-                continue
-            joined = f"{self.spread(text).at(PRODUCT)} * {tensor}_size_{dim} + {self.spread(value).at(SUM)}"
-            text = Text(joined, SUM, text.axes | value.axes, "int")
-        return text.text
+        tensor = self.names.get(load.name, load.name)
+        first, *rest = dims
+        place = self._inside(tensor, first, load.indices[first])
+        for dim in rest:
+            index = self.spread(self._inside(tensor, dim, load.indices[dim]))
+            place = self.spread(place) * Name(f"{tensor}_size_{dim}") + index
+        return place
 
-    def _inside(self, name: str, tensor: str, dim: int, index: Any) -> Text:
+    def _inside(self, tensor: str, dim: int, index: Any) -> Value:
         """An index that is in range, also on the lanes past the end of a tile that reaches beyond it."""
         value = self.value(index)
+        if index == ROW:  # as long as the call has rows: the runtime's check
+            return value if self.exists == "i" else Name("i_safe", value.axes) - Name("q_offset")
         if index in self.trusted:
-            if index not in (I, J) or index.name == self.exists:
-                return value
-            variable = f"{index.name}_safe"
-            self.used.add(variable)
-            return Text(variable, ATOM, value.axes, "int")
-        key = Pointer(sympy.Symbol(name), dim, index)
-        self.bounded.add((name, dim))
-        inside = f"tl.minimum({value.text}, {tensor}_size_{dim} - 1)"
+            plain = index not in (I, J) or index.name == self.exists
+            return value if plain else Name(f"{index.name}_safe", value.axes)
+        inside = Call("tl.minimum", (value, Name(f"{tensor}_size_{dim}") - Number("1")))
         if not _nonnegative(index):
-            inside = f"tl.maximum({inside}, 0)"
-        return self.name(key, f"{tensor}_index", Text(inside, ATOM, value.axes, "int"))
+            inside = Call("tl.maximum", (inside, Number("0")))
+        return Named(inside, f"{tensor}_index")
+
+
+def number(value: Any) -> Number:
+    """A constant: an integer, or a float that float32 can hold; with others Triton would compute in float64."""
+    if not value.is_infinite and kind(value) == "int":
+        return Number(str(value), "int")
+    real = float(value)
+    if abs(real) > LARGEST_FLOAT:
+        return Number('float("-inf")' if real < 0 else 'float("inf")', "float")
+    return Number(repr(real if abs(real) >= SMALLEST_FLOAT else 0.0), "float")
+
+
+def as_float(value: Value) -> Value:
+    """A value as float32."""
+    if value.kind == "float":
+        return value
+    return Number(f"{value}.0", "float") if isinstance(value, Number) else Cast(value, "tl.float32", "float")
+
+
+def chain(operands: list[tuple[str, Value, int]], strength: int, kind_: str) -> Value:
+    """`a + b - c` from (sign, operand, strength it needs) triples; what stands alone stays as it is."""
+    return Chain(tuple(operands), strength, kind_) if len(operands) > 1 else operands[0][1]
+
+
+def _terms(pointer: Value) -> tuple[tuple[str, Value, int], ...]:
+    return pointer.operands if isinstance(pointer, Chain) else (("", pointer, SUM),)
+
+
+def _threshold(sign: str, other: Any) -> str:
+    """The name of what is compared with `other`, the positions of an axis: `first_key <= j`."""
+    nouns = {I: "query", J: "key"}
+    return f"{_THRESHOLDS[sign]}_{nouns[other]}" if other in nouns else ""
+
+
+def _is_near_0(expr: Any) -> bool:
+    """Whether this is a tanh whose relative error may matter near 0. Of a soft cap by a moderate number it does not: what is
+    capped is off by at most the cap times float32's step."""
+    factor, rest = expr.args[0].as_coeff_Mul()
+    return isinstance(expr, sympy.tanh) and not (rest == S and abs(factor) >= 2.0**-10)
 
 
 def _is_reciprocal(factor: Any) -> bool:

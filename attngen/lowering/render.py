@@ -2,83 +2,66 @@
 
 from __future__ import annotations
 
-import keyword
-import re
 from collections.abc import Iterable
-from dataclasses import replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from typing import Any
 
+from attngen.analysis import LARGE
 from attngen.language.expression import B, H
 from attngen.language.lists import RowLists
-from attngen.lowering.captures import Site
-from attngen.lowering.kernels import Holes
-from attngen.lowering.printer import PRODUCT
-from attngen.lowering.sides import (
-    HEADS,
+from attngen.lowering import signature
+from attngen.lowering.axes import (
     KEY,
-    KV_HEAD,
-    ONE_KEY,
-    PACKED,
+    PROGRAM,
     QUERY,
-    Loop,
-    Sides,
+    Chunk,
+    Roles,
     View,
     chunks,
     decode,
     decode_longest_first,
-    sides_of,
+    decode_shared,
+    roles_of,
 )
-from attngen.lowering.source import Arg, Grid, Source, environment, tidy
+from attngen.lowering.captures import Site
+from attngen.lowering.kernels import Body, Lowering
+from attngen.lowering.signature import Arg
+from attngen.lowering.source import Grid, Source, environment, tidy
+from attngen.lowering.statements import Loop, Statements, assign, call, name
 from attngen.schedule import KERNELS, Tile
 
-TENSORS = {
-    "forward": ("q", "k", "v", "out"),
-    "delta": ("out", "do"),
-    "dq": ("q", "do", "k", "v", "dq"),
-    "dkv": ("k", "v", "q", "do", "dk", "dv"),
-    "capture": ("q", "do", "k", "v"),
-    "merge": ("out",),
-}
-_SHAPES = {
-    "q": ("B", "heads", "n_q", "D"),
-    "k": ("B", "heads // group", "n_k", "D"),
-    "v": ("B", "heads // group", "n_k", "Dv"),
-    "out": ("B", "heads", "n_q", "Dv"),
-}
-_LIKE = {"do": "out", "dq": "q", "dk": "k", "dv": "v"}
-_ROWS = {  # float32 [B, heads, n_q], contiguous
-    "forward": ("lse",),
-    "delta": ("dlse", "delta"),
-    "dq": ("lse", "delta"),
-    "dkv": ("lse", "delta"),
-    "capture": ("lse", "delta"),
-    "merge": ("lse",),
-}
 ROWS_OF_LISTS = 16  # rows of a tile that serves one query or key: the least a matrix product takes
-LONGEST = 10  # characters of a captured tensor's or param's name that the kernel keeps, for lines that fit
+_TILE_OF = {"delta": "dq", "capture": "dq", "merge": "forward"}
 
-_GRADS = {
-    "total": "[B, heads, tiles]",
-    "rows": "[B, heads, n_q]",
-    "keys": "[B, heads, n_k]",
-    "pairs": "[B or 1, heads or 1, n_q, n_k]",
-    "bins": "[B, heads, tiles, bins]",
-    "atomic": "[B, heads, bins]",
-    "edges": "[B, list heads, listed keys]",
-}
-_STATES = (
-    Arg("states", "tensor", "states", "*fp32", comment="[slots, BLOCK_M, Dv]: unnormalised sums"),
-    Arg("maxima", "tensor", "maxima", "*fp32", comment="[slots, 2, BLOCK_M]: m and l"),
-)
-_TITLES = {
-    "forward": "forward: a query tile walks its keys with the online softmax",
-    "delta": "backward, first step: delta = rowsum(dO * O) - dlse",
-    "dq": "backward: a query tile walks its keys and sums dQ",
-    "dkv": "backward: a key tile walks its queries and sums dK and dV",
-    "capture": "backward: the gradient of a captured tensor",
-    "merge": "forward, second step: merge the partial softmax states of each output",
-}
+
+@dataclass(frozen=True)
+class Outline:
+    """What an outline needs to know apart from statements, axes and tensors.
+
+    about: the file's docstring. split: "split" or "stream" where several programs share an output. one_loop: full and partial
+    tiles go through one loop. by_rows: keys are listed row by row, `list_head` is whose list it is. precision: of float32
+    products, else nothing. d, dv: the slices of the head dims. large: the size of an lse from which on it is exact
+    no more; guarded: whether the loops run for such rows only. bins: how many elements of a captured tensor a pair may reach.
+    """
+
+    name: str
+    about: tuple[str, ...]
+    args: tuple[Arg, ...]
+    tile: Tile
+    split: str
+    one_loop: bool
+    by_rows: bool
+    list_head: str
+    page_size: int | None
+    precision: str
+    head_dim_v: int
+    d: tuple[Chunk, ...]
+    dv: tuple[Chunk, ...]
+    walks: bool
+    large: float
+    guarded: bool
+    site: Site | None
+    bins: str
 
 
 def render(
@@ -102,261 +85,198 @@ def render(
     an int32 tensor [B]. The text does not depend on lengths, batch, head counts, params or the scale.
     """
     by_keys = kernel == "dkv" or (site is not None and site.by_keys)
-    tile = schedule.tile("dkv" if by_keys else {"delta": "dq", "capture": "dq", "merge": "forward"}.get(kernel, kernel))
-    by_rows = isinstance(spec.lists, RowLists) and kernel != "delta"
+    by_rows = isinstance(spec.lists, RowLists) and (kernel != "delta" or facts.natural)
+    tile = schedule.tile("dkv" if by_keys else _TILE_OF.get(kernel, kernel))
     if by_rows:  # one query, or key, a tile: its rows are the heads
         tile = replace(tile, **{"block_n" if by_keys else "block_m": ROWS_OF_LISTS})
     forward = kernel in ("forward", "merge")
-    sides = sides_of(
+    split = "" if not forward or schedule.split in (None, 1) else "stream" if schedule.split == "stream" else "split"
+    roles = roles_of(
         by_keys,
         kernel == "dkv",
         packed=(forward and bool(schedule.pack)) or (by_rows and (site is None or site.kind == "edges")),
         listed=by_rows,
         by_query_head=by_rows and spec.lists.by_query_head,
     )
-    sliced = "" if not forward or schedule.split in (None, 1) else "stream" if schedule.split == "stream" else "split"
-    tensors = TENSORS[kernel] if kernel != "capture" or not by_keys else ("k", "v", "q", "do")
-    owned = (
-        [not site.uses(symbol) for symbol in (B, H)]
-        if site is not None and site.kind == "pairs" and not by_rows
-        else [False, False]
-    )
-    lines, owner = _programs(kernel, sides, sliced, owned, tile)
-    described = tile.tma and aligned and not by_rows and spec.page_size is None and kernel in ("forward", "dq", "dkv")
-    reads_keys = "k" in tensors
-    walk = facts.walk_keys if sides.walked is KEY else facts.walk_queries
+    # Pairs of all heads, or batches, that no index of a captured tensor uses add to the same elements.
+    shares = site is not None and site.kind == "pairs" and not by_rows
+    all_batches, all_heads = (site is not None and shares and not site.uses(symbol) for symbol in (B, H))
+    described = tile.tma and aligned and not by_rows and spec.page_size is None and kernel in KERNELS
+    one_loop = described and tile.warp_specialize
+
+    views = _views(spec, kernel, facts.natural, site, roles, head_dim, head_dim_v, aligned, described, one_loop)
+    walk = facts.walk_keys if roles.walked is KEY else facts.walk_queries
     tables = [symbol.name for table in walk.tables for symbol in table.symbols]
-    own_names = () if spec.lists is None else spec.lists.names
-    names = _safe_names([*spec.params, *(n for n in spec.tensors if n not in (*own_names, "page_table")), *tables])
-    holes = Holes(
+    lists = () if spec.lists is None else spec.lists.names
+    names = signature.kernel_names(
+        [*spec.params, *(n for n in spec.tensors if n not in (*lists, "page_table"))], tables
+    )
+    lowering = Lowering(
         spec,
         facts,
-        sides,
+        kernel,
+        roles,
+        names,
         blocks=(tile.block_m, tile.block_n),
+        site=site,
         offset_tensor=offset_tensor,
-        names=names,
-        one_loop=described and tile.warp_specialize,
-        sliced=sliced if kernel == "forward" else "",
+        one_loop=one_loop,
+        split=split if kernel == "forward" else "",
     )
-    if kernel not in ("delta", "merge"):
-        slope = 1 if kernel == "forward" else facts.score_ds if site is None else site.slope
-        holes.fill(slope, site if site is not None and site.kind in ("bins", "atomic") else None)
-    d, dv = chunks(head_dim), chunks(head_dim_v)
-    columns = "d" if d == dv else "e"
-    views = {
-        t: View(
-            t,
-            dv if _shape(t)[3] == "Dv" else d,
-            columns if _shape(t)[3] == "Dv" else "d",
-            _head(t),
-            not aligned,
-            packed=sides.resident.packed and _head(t) == "h",
-            paged=spec.page_size is not None and _head(t) == "kv_head",
-            described=described
-            and t in ("q", "do", "k", "v")
-            and not (sides.resident.packed and _head(t) == "h")
-            and (tile.warp_specialize or (_shape(t)[2] == "n_q") != (sides.resident is QUERY)),
-            side=QUERY if _shape(t)[2] == "n_q" else KEY,
-        )
-        for t in tensors
-    }
-    sink = ""
-    if spec.sink is not None and (kernel == "merge" or (kernel == "forward" and sliced != "split")):
-        sink = holes.printer.value(spec.sink).at(PRODUCT)
-    args = _arguments(spec, holes, kernel, tensors, names, aligned, offset_tensor, site, lines, owner, sliced)
-    text = (
-        environment()
-        .get_template(f"{kernel}.jinja")
-        .render(
-            **views,
-            about=_about(spec, kernel, head_dim, head_dim_v, dtype, tile),
-            name=kernel,
-            args=args,
-            block_m=tile.block_m,
-            block_n=tile.block_n,
-            precision=schedule.precision if str(dtype) == "torch.float32" else "",
-            helpers=sorted(holes.printer.helpers),
-            R=sides.resident,
-            W=sides.walked,
-            grouped=sides.grouped,
-            load_offset=offset_tensor and any(arg.role == "offset" for arg in args),
-            uses_resident_position=sides.resident.axis in holes.printer.used,
-            uses_resident_safe=f"{sides.resident.axis}_safe" in holes.printer.used,
-            dims={"d": head_dim, columns: head_dim_v},
-            d_chunks=d,
-            dv_chunks=dv,
-            columns={view.columns: view.chunks for view in views.values()},
-            score=holes.form,
-            program=holes.program.lines,
-            head=holes.head.lines,
-            steps=holes.steps,
-            sink=sink,
-            resident_tensors=[views[t] for t in tensors[:2]],
-            walked_tensors=[views[t] for t in tensors[2:4]],
-            decode=[line for line in lines if reads_keys or line != KV_HEAD],
-            walks=reads_keys,
-            sliced=sliced,
-            one_loop=holes.reader.one_loop,
-            head_dim_v=head_dim_v,
-            page_size=spec.page_size if reads_keys else None,
-            listed=by_rows,
-            list_head="h" if by_rows and spec.lists.by_query_head else "kv_head",
-            owner=owner,
-            site=site,
-            site_bins=" * ".join(f"{names[site.tensor]}_size_{d}" for d in site.dims) if site is not None else "",
-            boost=holes.boost,
-        )
+    programs, owner = _programs(kernel, roles, split, all_batches, all_heads, tile)
+    reads = _outline_reads(kernel, views, site, by_rows, split)
+    body = lowering.body(programs, owner, reads)
+    args = signature.arguments(
+        kernel,
+        spec,
+        {*body.reads, *reads},
+        names,
+        aligned=aligned,
+        offset_tensor=offset_tensor,
+        natural=facts.natural,
+        split=split,
+        tables=tables,
+        site=site,
     )
-    block = tile.block_n if by_keys else tile.block_m
-    heads = "kv" if sides.grouped or sides.resident.packed else "one" if owned[1] else "q"
-    kind = "single" if by_rows else "packed" if sides.resident.packed else "rows"
-    kind = "heads" if by_rows and sides.resident.packed else kind
-    grid = Grid(sides.resident.length, block, heads, not owned[0], kind, sliced if kernel == "forward" else "")
-    if kernel in KERNELS and not sliced:
-        grid = replace(grid, persistent=tile.persistent)
+    outline = Outline(
+        name=kernel,
+        about=_about(spec, kernel, head_dim, head_dim_v, dtype, tile),
+        args=args,
+        tile=tile,
+        split=split,
+        one_loop=one_loop,
+        by_rows=by_rows,
+        list_head="h" if by_rows and spec.lists.by_query_head else "kv_head",
+        page_size=spec.page_size if lowering.walks else None,
+        precision=schedule.precision if lowering.walks and str(dtype) == "torch.float32" else "",
+        head_dim_v=head_dim_v,
+        d=chunks(head_dim),
+        dv=chunks(head_dim_v),
+        walks=lowering.walks,
+        large=LARGE,
+        guarded=kernel == "delta" and facts.natural,
+        site=site,
+        bins="" if site is None else " * ".join(f"{names[site.tensor]}_size_{dim}" for dim in site.dims),
+    )
+    text = _text(outline, roles, views, body)
+    grid = _grid(kernel, roles, tile, split, by_rows, all_batches, all_heads)
     # A merge holds two states of a tile at once, and reads each once: as many warps as keep them in registers.
-    warps = max(4, min(16, block * head_dim_v // 1024)) if kernel == "merge" else tile.num_warps
-    return Source(kernel, tidy(text), args, grid, _power_of_two(warps), tile.num_stages)
+    warps = max(4, min(16, grid.block * head_dim_v // 1024)) if kernel == "merge" else tile.num_warps
+    return Source(kernel, text, args, grid, _power_of_two(warps), tile.num_stages)
+
+
+def _text(outline: Outline, roles: Roles, views: dict[str, View], body: Body) -> str:
+    """The last step: an outline filled with statements."""
+    template = environment().get_template(f"{outline.name}.jinja")
+    return tidy(template.render(kernel=outline, R=roles.resident, W=roles.walked, tensors=views, body=body))
 
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def _grid(kernel: str, roles: Roles, tile: Tile, split: str, by_rows: bool, all_batches: bool, all_heads: bool) -> Grid:
+    resident = roles.resident
+    block = tile.block_m if resident.axis == "i" else tile.block_n
+    heads = "kv" if roles.by_kv_head else "one" if all_heads else "q"
+    rows = "packed" if resident.packed else "single" if by_rows else "rows"
+    rows = "heads" if by_rows and resident.packed else rows
+    grid = Grid(resident.length, block, heads, not all_batches, rows, split if kernel == "forward" else "")
+    return replace(grid, persistent=tile.persistent) if kernel in KERNELS and not split else grid
+
+
 def _programs(
-    kernel: str, sides: Sides, sliced: str, owned: list[bool], tile: Tile
-) -> tuple[tuple[str, ...], Loop | None]:
+    kernel: str, roles: Roles, split: str, all_batches: bool, all_heads: bool, tile: Tile
+) -> tuple[Statements, Loop | None]:
     """How a program finds what it computes, and the loop around all of it if it computes several outputs."""
-    if kernel == "merge" and sliced == "stream":
-        owners = ("first_slot = tl.load(owners + 2 * program)", "last_slot = tl.load(owners + 2 * program + 1)")
-        return (*decode(sides, "program")[0], *owners), None
-    if kernel in KERNELS and not sliced:
-        number = "output" if tile.persistent else "program"
-        lines = decode(sides, number)[0] if tile.order == "by_head" else decode_longest_first(sides, number)
+    output = name("output")
+
+    def load(list_: str, place: Any) -> Any:
+        return call("tl.load", name(list_, kind="pointer") + place)
+
+    if kernel == "merge" and split == "stream":
+        first, last = load("owners", 2 * PROGRAM), load("owners", 2 * PROGRAM + 1)
+        return (*decode(roles, PROGRAM), assign("first_slot", first), assign("last_slot", last)), None
+    if kernel in KERNELS and not split:
+        number = output if tile.persistent else PROGRAM
+        found = decode(roles, number) if tile.order == "by_head" else decode_longest_first(roles, number)
         if not tile.persistent:
-            return lines, None
-        number = f"tiles * {'(heads // group)' if sides.grouped or sides.resident.packed else 'heads'} * batch"
-        every = f"program, {number}, tl.num_programs(0)"
-        return (), Loop("every so many outputs", "output", every, lines)
-    if kernel == "merge" or not sliced:
-        return decode(sides, "program", *owned)
-    lines, _ = decode(sides, "output")
-    if sliced == "split":
-        return ("output = program // splits", "split = program % splits", *lines), None
+            return found, None
+        heads = name("heads") // name("group") if roles.by_kv_head else name("heads")
+        every = call("range", PROGRAM, name("tiles") * heads * name("batch"), call("tl.num_programs", 0))
+        return (), Loop("output", every, found, "every so many outputs")
+    if kernel == "merge" or not split:
+        return decode_shared(roles, all_batches, all_heads)
+    if split == "split":
+        own = (assign("output", PROGRAM // name("splits")), assign("split", PROGRAM % name("splits")))
+        return (*own, *decode(roles, output)), None
     run = (
-        "begin = tl.load(begins + program)",
-        "end = tl.load(begins + program + 1)",
-        "first_output = tl.load(firsts + program)",
-        "last_output = tl.load(firsts + program + 1)",
+        assign("begin", load("begins", PROGRAM)),
+        assign("end", load("begins", PROGRAM + 1)),
+        assign("first_output", load("firsts", PROGRAM)),
+        assign("last_output", load("firsts", PROGRAM + 1)),
     )
-    outputs = Loop(
-        "the outputs that this program has tiles of",
-        "output",
-        "first_output, last_output + 1",
-        (*lines, "start = tl.load(starts + output)"),
-    )
-    return run, outputs
+    every = call("range", name("first_output"), name("last_output") + 1)
+    body = (*decode(roles, output), assign("start", load("starts", output)))
+    return run, Loop("output", every, body, "the outputs that this program has tiles of")
 
 
-def _shape(tensor: str) -> tuple[str, ...]:
-    return _SHAPES[_LIKE.get(tensor, tensor)]
-
-
-def _dims(tensor: str, paged: bool) -> tuple[str, ...]:
-    return ("pages", "heads // group", "PAGE_SIZE", _shape(tensor)[3]) if paged else _shape(tensor)
-
-
-def _head(tensor: str) -> str:
-    return "h" if _shape(tensor)[1] == "heads" else "kv_head"
-
-
-def _arguments(
-    spec: Any,
-    holes: Holes,
-    kernel: str,
-    tensors: tuple[str, ...],
-    names: dict[str, str],
-    aligned: bool,
-    offset_tensor: bool,
-    site: Site | None,
-    lines: tuple[str, ...],
-    owner: Loop | None,
-    sliced: str,
-) -> tuple[Arg, ...]:
-    out: list[Arg] = []
-    if kernel == "forward" and sliced == "split":
-        tensors = tensors[:-1]  # out is written by merge
-    paged = {"k", "v"} if spec.page_size is not None else set()
-    out += [Arg(t, "tensor", t, "*q", comment=f"[{', '.join(_dims(t, t in paged))}]") for t in tensors]
-    rows = () if kernel == "forward" and sliced == "split" else _ROWS[kernel]
-    out += [Arg(t, "tensor", t, "*fp32", comment="[B, heads, n_q]") for t in rows]
-    if sliced:
-        out += _STATES
-        runs = {"forward": ("starts", "begins", "firsts"), "merge": ("owners",)}[kernel]
-        out += [Arg(name, "tensor", name, "*i32") for name in (runs if sliced == "stream" else ())]
+def _outline_reads(kernel: str, views: dict[str, View], site: Site | None, by_rows: bool, split: str) -> frozenset[str]:
+    """Variables and arguments that the outline reads for these tensors, apart from `kernels._READS`."""
+    reads = {"heads", "n_q", *(view.head for view in views.values())}
+    reads |= {"n_k"} if "k" in views else set()
+    reads |= {"splits"} if split == "split" else set()
+    reads |= {view.axis.tile for view in views.values() if view.described}
+    if "k" in views and not all(view.described for view in views.values()):
+        reads.add("rows")
     if site is not None:
-        out.append(Arg("grad", "tensor", "grad", "*fp32", comment=_GRADS[site.kind]))
-    for t in tensors:
-        for dim, axis in enumerate("bhn" if aligned else "bhnd"):
-            out.append(Arg(f"{t}_stride_{axis}", "stride", t, "i32", dim, specialize=aligned))
-    if site is not None and site.kind in ("pairs", "edges"):
-        out += [Arg(f"grad_stride_{axis}", "stride", "grad", "i64", dim, False) for dim, axis in enumerate("bh")]
-    lengths = ["heads", "n_q"]
-    lengths += ["group"] if kernel != "delta" else []
-    lengths += ["n_k"] if "k" in tensors else []
-    decoded = (*lines, *((owner.range, *owner.lines) if owner is not None else ()))
-    lengths += [name for name in ("batch", "together") if any(name in line for line in decoded)]
-    lengths += ["splits"] if sliced == "split" else []
-    lengths += ["pages"] if spec.page_size is not None and kernel != "merge" else []
-    out += [Arg(length, "length", length, "i32", specialize=False) for length in lengths]
-    if kernel == "delta":
-        return tuple(out)
-    if kernel != "merge":
-        out.append(Arg("scale", "scale", "scale", "fp32", specialize=False))
-    used = holes.printer.used | {"q_offset"}
-    if used & {"i", "i_safe"} or any("q_offset" in line for line in (*holes.program.lines, *holes.head.lines)):
-        if offset_tensor:
-            out.append(Arg("q_offsets", "offset", "q_offset", "*i32", comment="[B]"))
-        else:
-            out.append(Arg("q_offset", "offset", "q_offset", "i32", specialize=False))
-    for name, param in spec.params.items():
-        if names[name] in used:
-            kind = "i32" if param.sym.is_integer else "fp32"
-            out.append(Arg(names[name], "param", name, kind, specialize=False))
-    listed = isinstance(spec.lists, RowLists)
-    for name in holes.reader.lists:
-        what = f"{name.removesuffix('_runs')} {'rows, 2' if listed else 'tiles, 3'}" if "runs" in name else "listed"
-        out.append(Arg(name, "tensor", name, "*capture", comment=f"[B or 1, heads or 1, {what}]"))
-        out += [Arg(f"{name}_stride_{axis}", "stride", name, "i64", dim, False) for dim, axis in enumerate("bh")]
-    if spec.page_size is not None and kernel != "merge":
-        out.append(Arg("page_table", "tensor", "page_table", "*capture", comment="[B, pages of a row]"))
-        out.append(Arg("page_table_stride_b", "stride", "page_table", "i32", 0, False))
-    for name in holes.reader.tables:
-        out.append(Arg(f"{names[name]}_table", "table", name, "*i32", comment="[B or 1, heads or 1, tiles]"))
-        out += [Arg(f"{names[name]}_stride_{axis}", "stride", name, "i32", dim, False) for dim, axis in enumerate("bh")]
-    for name, tensor in spec.tensors.items():
-        if name not in holes.printer.loaded:
-            continue
-        own = names[name]
-        last = tensor.ndim - 1
-        out.append(Arg(own, "tensor", name, "*capture"))
-        out += [
-            Arg(f"{own}_stride_{dim}", "stride", name, "i32", dim, specialize=dim == last) for dim in range(last + 1)
-        ]
-        for _, dim in sorted(b for b in holes.printer.bounded if b[0] == name):
-            out.append(Arg(f"{own}_size_{dim}", "size", name, "i32", dim, specialize=False))
-    return tuple(out)
+        reads |= {"edges": {"edge", "kv_head"}, "total": {"query_tile"}, "bins": {"query_tile"}}.get(site.kind, set())
+    return frozenset(reads)
 
 
-def _about(spec: Any, kernel: str, head_dim: int, head_dim_v: int, dtype: Any, tile: Any) -> list[str]:
-    return [
-        f"attngen {_TITLES[kernel]}.",
+def _views(
+    spec: Any,
+    kernel: str,
+    natural: bool,
+    site: Site | None,
+    roles: Roles,
+    head_dim: int,
+    head_dim_v: int,
+    aligned: bool,
+    described: bool,
+    one_loop: bool,
+) -> dict[str, View]:
+    """The tensors of a kernel, in the order of its signature."""
+    views = {}
+    for tensor in signature.takes(kernel, natural, site).tensors:
+        _, heads, length, dim = signature.shape(tensor)
+        head = "h" if heads == "heads" else "kv_head"
+        axis = QUERY if length == "n_q" else KEY
+        packed = roles.resident.packed and head == "h"
+        walked = axis.axis != roles.resident.axis
+        views[tensor] = View(
+            tensor,
+            dim=head_dim_v if dim == "Dv" else head_dim,
+            columns="e" if dim == "Dv" and head_dim != head_dim_v else "d",
+            head=head,
+            axis=axis,
+            strided=not aligned,
+            packed=packed,
+            paged=spec.page_size is not None and head == "kv_head",
+            described=described and tensor in ("q", "do", "k", "v") and not packed and (one_loop or walked),
+        )
+    return views
+
+
+def _about(spec: Any, kernel: str, head_dim: int, head_dim_v: int, dtype: Any, tile: Any) -> tuple[str, ...]:
+    return (
+        f"attngen {signature.TABLE[kernel].title}.",
         "",
         f"spec {spec.key[:16]}",
         *(f"    {line}" for line in _wrapped(str(spec).splitlines())),
         f"head dims {head_dim} and {head_dim_v}, {str(dtype).removeprefix('torch.')}",
         f"schedule block_m={tile.block_m}, block_n={tile.block_n}, num_warps={tile.num_warps}, num_stages={tile.num_stages}",
-    ]
+    )
 
 
 def _wrapped(lines: Iterable[str], width: int = 100) -> Iterable[str]:
@@ -367,56 +287,3 @@ def _wrapped(lines: Iterable[str], width: int = 100) -> Iterable[str]:
             yield line[:cut]
             line = "    " + line[cut:].lstrip()
         yield line
-
-
-@lru_cache(maxsize=1)
-def _reserved() -> frozenset[str]:
-    """Every name that a template gives to something: a captured tensor or a param of that name is renamed."""
-    loader = environment().loader
-    assert loader is not None
-    words: set[str] = set()
-    for template in environment().list_templates():
-        text = loader.get_source(environment(), template)[0]
-        text = re.sub(r"\{#.*?#\}|\{%.*?%\}", " ", text, flags=re.S)
-        text = re.sub(r"\{\{(.*?)\}\}", lambda hole: " ".join(re.findall(r'"([^"]*)"', hole[1])), text, flags=re.S)
-        words |= set(re.findall(r"[A-Za-z_]\w*", text))
-    for side in (QUERY, KEY):
-        words |= {side.tile, side.block, side.length, side.index, side.lane, side.stored}
-    for side in (QUERY, KEY, PACKED, HEADS, ONE_KEY):
-        words |= {word for line in side.rows for word in re.findall(r"[A-Za-z_]\w*", line)}
-    words |= {
-        "grad",
-        "first",
-        "last",
-        "step",
-        "tile",
-        "valid",
-        "inside",
-        "scalar",
-        "row",
-        "key",
-        "hash",
-        "boost",
-        "do",
-        "e",
-        "d",
-    }
-    return frozenset(words)
-
-
-def _safe_names(names: Iterable[str]) -> dict[str, str]:
-    """Kernel names of captured tensors and params: their own, unless the kernel uses that for something else."""
-    out: dict[str, str] = {}
-    for name in names:
-        stem = re.sub(r"(_(\d+|ok|x|at|index|head|rows|step|lanes|stride|size|tile)|_[bhijnd])+$", "", name)
-        taken = (
-            keyword.iskeyword(name)
-            or name in _reserved()
-            or stem in _reserved()
-            or re.match(r"user_|(live|hole|full|partial)\d*_", name)
-        )
-        own = f"user_{name}" if taken else name
-        if len(own) > LONGEST:
-            own = f"{own[: LONGEST - 3]}_{len(out)}"
-        out[name] = own
-    return out

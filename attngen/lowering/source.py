@@ -1,7 +1,6 @@
 """Source: the generated file of one kernel, and everything a launch needs to know about it.
 
-`render` fills a skeleton of `templates/` with printed expressions. What the kernel takes is described once, as typed
-arguments in order: the runtime builds launches from it and cross-compilation its signature.
+`render` fills an outline of `templates/` with statements; what the kernel takes stands in `signature`.
 """
 
 from __future__ import annotations
@@ -20,27 +19,8 @@ from typing import Any
 
 import jinja2
 
+from attngen.lowering.signature import Arg
 from attngen.store import cache_folder
-
-
-@dataclass(frozen=True)
-class Arg:
-    """One kernel argument.
-
-    role: "tensor" (a pointer to the tensor `of`), "stride" and "size" (of dimension `dim` of the tensor `of`), "length"
-    (the int `of`: n_q, n_k, heads, group, batch, splits, pages, together), "scale" (the float factor on q.k), "offset"
-    (q_offset, an int, or a pointer to int32 [B]), "param" (the spec's Param `of`), "table" (a pointer to the table `of`).
-    type: "*q" pointer in the dtype of q, "*fp32", "*i32", "*capture" pointer in the captured tensor's dtype; "i32", "fp32".
-    specialize: whether Triton may compile for a value's divisibility by 16 (or 1); no other value ever recompiles.
-    """
-
-    name: str
-    role: str
-    of: str
-    type: str
-    dim: int = 0
-    specialize: bool = True
-    comment: str = ""
 
 
 @dataclass(frozen=True)

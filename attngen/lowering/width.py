@@ -9,7 +9,23 @@ from typing import Any
 from sympy.core.relational import Relational
 
 from attngen.language.call import LARGEST_PARAM, LARGEST_POSITION
-from attngen.language.expression import FloorDiv, J, Load, PyMod, is_int, linear_terms
+from attngen.language.expression import (
+    LARGEST_ROUNDED,
+    LARGEST_SHIFT,
+    BitAnd,
+    BitOr,
+    BitXor,
+    Floor,
+    FloorDiv,
+    J,
+    Load,
+    PyMod,
+    Round,
+    ShiftLeft,
+    ShiftRight,
+    is_int,
+    linear_terms,
+)
 
 LIMIT = 2**31 - 1
 
@@ -32,7 +48,8 @@ def _largest(expr: Any, params: frozenset[Any]) -> tuple[int, int]:
         return LIMIT, max([LIMIT, *inside])  # as wide as the tensor is: no arithmetic yet
     if isinstance(expr, Relational):
         return 0, _comparison(expr, params)
-    bounds = [_largest(arg, params) for arg in expr.args]
+    # A number among reals is printed as one.
+    bounds = [_largest(arg, params) for arg in expr.args if not (arg.is_Integer and not is_int(expr))]
     inside_ = max((b for _, b in bounds), default=0)
     sizes = [a for a, _ in bounds]
     if not is_int(expr):
@@ -49,6 +66,14 @@ def _largest(expr: Any, params: frozenset[Any]) -> tuple[int, int]:
         own = sizes[0]
     elif isinstance(expr, PyMod):
         own = sizes[1]
+    elif isinstance(expr, (Floor, Round)):
+        own = LARGEST_ROUNDED
+    elif isinstance(expr, (BitAnd, BitOr, BitXor)):
+        own = 2 ** max(size.bit_length() for size in sizes)
+    elif isinstance(expr, ShiftLeft):
+        own = sizes[0] << LARGEST_SHIFT
+    elif isinstance(expr, ShiftRight):
+        own = sizes[0]
     else:  # min, max, abs, where
         own = max(sizes, default=0)
     return own, max(own, inside_)

@@ -94,6 +94,10 @@ def backward_plan(spec: Spec, facts: Facts, wanted: Iterable[str]) -> Plan:
     captures = (*spec.tensors,)
     shared = ("q", "k", "v", "do", "lse", "delta", *captures)
     steps = [Step("delta", "kernel", ("out", "do", "dlse"), ("delta",))]
+    if facts.natural:  # it may have to sum P again
+        read = ("tables of dq",) if spec.lists is None and facts.walk_keys.needs_tables else ()
+        shared = ("excess", *shared)
+        steps = [Step("delta", "kernel", ("out", "do", "dlse", "q", "k", "lse", *captures, *read), ("delta", "excess"))]
     for kernel, walk, results in (
         ("dq", facts.walk_keys, ("dq",)),
         ("dkv", facts.walk_queries, ("dk", "dv")),

@@ -9,8 +9,8 @@ import torch
 
 from attngen.language.call import Call, bind
 from attngen.language.expression import Load, S, evaluate, tensor_of, uniform
+from attngen.language.listed_pairs import as_log_weight, without_pages
 from attngen.language.spec import Spec
-from attngen.reference.lists import as_log_weight, without_pages
 
 
 def plain(
@@ -55,7 +55,8 @@ def dense(
     if spec.score != S:
         # Of attended pairs only: elsewhere a score may be undefined, and nan would come back through its derivative.
         pairs = mask.nonzero(as_tuple=True)
-        places = {axis: torch.broadcast_to(env[axis], logits.shape)[pairs] for axis in "bhij"}
+        axes = ("b", "h", "i", "j", "q_offset")
+        places = {axis: torch.broadcast_to(env[axis], logits.shape)[pairs] for axis in axes}
         scores = _value(spec.score, {**env, **places, "s": logits[pairs]}, dtype, call)
         logits = torch.zeros_like(logits).index_put(pairs, scores.expand(pairs[0].shape))
     if log_weight is not None:
@@ -101,6 +102,7 @@ def dense_env(call: Call, dtype: torch.dtype, read: Iterable[Any] | None = None)
         "h": torch.arange(heads, device=device).view(1, -1, 1, 1),
         "i": torch.arange(n_q, device=device).view(1, 1, -1, 1) + offset,
         "j": torch.arange(call.k.shape[2], device=device).view(1, 1, 1, -1),
+        "q_offset": offset,
         **call.params,
     }
     names = call.captures if read is None else {load.name for expr in read for load in expr.atoms(Load)}

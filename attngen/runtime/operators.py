@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attngen.errors import InputError
-from attngen.language.call import Call, bind
+from attngen.language.call import Call, bind, check_offset, number_of
 
 if TYPE_CHECKING:
     from attngen.runtime.attention import CompiledAttention
@@ -35,13 +35,15 @@ def _call(
     floats: list[float],
     q_offset: int,
     q_offsets: torch.Tensor | None,
+    values: bool = False,
 ) -> Call:
     spec = attention.spec
     captures: dict[str, Any] = dict(zip(spec.tensors, tensors, strict=True))
     ints_left, floats_left = iter(ints), iter(floats)
     for name, param in spec.params.items():
         captures[name] = next(ints_left if param.number_kind == "int" else floats_left)
-    return bind(spec, q, k, v, q_offset=q_offset if q_offsets is None else q_offsets, captures=captures)
+    offset = q_offset if q_offsets is None else q_offsets
+    return bind(spec, q, k, v, q_offset=offset, captures=captures, values=values)
 
 
 # Defined on the library, not with custom_op: that imports all of torch._dynamo at the first call (0.6 s) and costs twice
@@ -73,7 +75,7 @@ def forward(
     store: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     attention = _registry[handle]
-    call = _call(attention, q, k, v, tensors, ints, floats, q_offset, q_offsets)
+    call = _call(attention, q, k, v, tensors, ints, floats, q_offset, q_offsets, values=True)
     if store:
         return attention.run_storing(call)
     return *attention.run_forward(call), q.new_empty(0)
@@ -201,20 +203,14 @@ def apply(
     for name, value in [("q", q), ("k", k), ("v", v), *((n, captures[n]) for n in spec.tensors)]:
         if not isinstance(value, torch.Tensor):
             raise InputError(name, "a torch.Tensor", type(value).__name__)
-    ints, floats = [], []
+    ints: list[int] = []
+    floats: list[float] = []
     for name, param in spec.params.items():
-        value = captures[name]
-        if param.number_kind == "int":
-            if isinstance(value, (bool, float)) or not isinstance(value, (int, torch.SymInt)):
-                raise InputError(name, "a Python int", f"{type(value).__name__} {value!r}")
-            ints.append(value)
-        else:
-            if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-                raise InputError(name, "a Python float", f"{type(value).__name__} {value!r}")
-            floats.append(float(value))
+        numbers: list[Any] = ints if param.number_kind == "int" else floats
+        numbers.append(number_of(param, captures[name]))
     per_batch = isinstance(q_offset, torch.Tensor)
-    if not per_batch and (isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.SymInt))):
-        raise InputError("q_offset", "an int or an int tensor [B]", type(q_offset).__name__)
+    if not per_batch:
+        q_offset = check_offset(q_offset, q)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (t.to(dtype) if t.dtype == torch.float32 else t for t in (q, k, v))

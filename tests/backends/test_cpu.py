@@ -12,10 +12,12 @@ import torch
 from hypothesis import given, settings
 
 import attngen as ag
+from attngen.backends.cpu import backward as cpu_backward
+from attngen.backends.cpu import forward as cpu_forward
 from attngen.backends.cpu import kernels as cpu_kernels
 from attngen.backends.cpu import parallel as cpu_parallel
-from attngen.backends.cpu import passes as cpu
 from attngen.backends.cpu import tiles as cpu_tiles
+from attngen.backends.cpu.work import Work
 from tests.strategies import Case, by_torch, cases
 
 
@@ -190,7 +192,8 @@ def test_kernels_run_unscripted_too(monkeypatch: pytest.MonkeyPatch):
     leaves = [t.requires_grad_() for t in inputs()]
     runs = []
     for functions in (scripted, plain):
-        monkeypatch.setattr(cpu, "kernels", lambda functions=functions: functions)
+        for module in (cpu_forward, cpu_backward):
+            monkeypatch.setattr(module, "kernels", lambda functions=functions: functions)
         out = attn(*leaves)
         runs.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     for a, b in zip(*runs, strict=True):
@@ -273,7 +276,7 @@ def test_the_masks_of_equal_distances_are_made_once():
     from attngen.analysis import facts
     from attngen.language.call import bind
 
-    work = cpu.Work(bind(spec, q, k, v, captures={}), facts(spec), 64, 256)
+    work = Work(bind(spec, q, k, v, captures={}), facts(spec), 64, 256)
     masks = [units[0].masks for units in work.units(range(1), range(32))][-1]
     assert masks.by_distance and 0 < len(masks._known) <= 4
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,6 +48,13 @@ BAD = [
     (dict(doc=torch.zeros(2, 5, dtype=torch.int32)), "doc", "at least"),
     (dict(doc=3), "doc", "torch.Tensor"),
     (dict(slope=torch.zeros(3)), "slope", "at least 4"),
+    (dict(slope=ag.alibi_slopes(8)), "slope", "4 (or 1)"),
+    (dict(doc=torch.zeros(3, 9, dtype=torch.int32)), "doc", "2 (or 1)"),
+    (dict(doc=torch.zeros(2, 9, dtype=torch.uint64)), "doc", "int32 or int64"),
+    (dict(width=torch.tensor(5)), "width", "ag.Tensor('width', 0, dtype=torch.int32)"),
+    (dict(p=torch.tensor(0.1)), "p", "ag.Tensor('p', 0)"),
+    (dict(width=True), "width", "Python int"),
+    (dict(q_offset=torch.tensor(1.0)), "q_offset", "int tensor"),
     (dict(bias=torch.zeros(4, 8, 5)), "bias", "at least 9"),
     (dict(width=...), "width", "nothing"),
     (dict(width=2.5), "width", "Python int"),
@@ -116,3 +124,53 @@ def test_bad_schedules_and_targets(make, error, says: str):
     with pytest.raises(error) as caught:
         make()
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "interpret"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dict(width=np.int64(5), p=np.float32(0.1)),
+        *(
+            dict(doc=torch.zeros(2, 9, dtype=d))
+            for d in (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int64)
+        ),
+        dict(q_offset=torch.tensor(1), bias=torch.zeros(4, 9, 9)),
+        dict(q_offset=torch.tensor(1, dtype=torch.int16), bias=torch.zeros(4, 9, 9)),
+        dict(q_offset=torch.tensor([1, 7, 1, 7], dtype=torch.int32)[::2], bias=torch.zeros(4, 9, 9)),
+        dict(q_offset=np.int32(1), bias=torch.zeros(4, 9, 9)),
+        dict(doc=torch.zeros(2, 20, dtype=torch.int32), bias=torch.zeros(4, 12, 13)),
+    ],
+    ids=range(11),
+)
+def test_numbers_of_every_kind_are_accepted(changed, backend: str):
+    attn = ag.compile(SPEC, backend=backend)
+    plain = {"bias": changed["bias"], "q_offset": 1} if "q_offset" in changed else {}
+    assert torch.equal(attn(**arguments(**changed)), attn(**arguments(**plain)))
+
+
+def test_rows_of_a_call_need_rows_that_stay():
+    spec = ag.Spec(mask=ag.causal(), score=ag.bias("bhrj"))
+    with pytest.raises(ag.SpecError, match="row"):
+        ag.nn.Block(32, 2, spec)
+    moved = ag.Spec(mask=ag.causal(), score=ag.bias("bhrj"), keys=ag.qk_sparse())
+    q, k, v = (torch.randn(1, 2, 8, 16) for _ in range(3))
+    keep = torch.ones(1, 2, 8, dtype=torch.bool)
+    with pytest.raises(ag.SpecError, match="moves rows"):
+        ag.compile(moved)(q, k, v, bias=torch.zeros(1, 2, 8, 8), keep_q=keep, keep_k=keep)
+
+
+def test_rows_of_packed_sequences():
+    """Each sequence counts its rows from 0."""
+    spec = ag.Spec(mask=ag.causal(), score=ag.bias("brj"))
+    q, k, v = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 12, 16), torch.randn(1, 2, 12, 16)
+    bias, offset = torch.randn(2, 5, 6), torch.tensor([2, 1])
+    cu_q, cu_k = torch.tensor([0, 4, 9]), torch.tensor([0, 6, 12])
+    got = ag.compile(spec)(q, k, v, cu_q=cu_q, cu_k=cu_k, q_offset=offset, bias=bias)
+    for n, (rows, keys) in enumerate([(slice(0, 4), slice(0, 6)), (slice(4, 9), slice(6, 12))]):
+        own = bias[n : n + 1, : rows.stop - rows.start]
+        parts = (q[:, :, rows], k[:, :, keys], v[:, :, keys])
+        want = ag.oracle(spec, *parts, q_offset=int(offset[n]), bias=own)[0]
+        torch.testing.assert_close(got[:, :, rows].double(), want, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ag.InputError, match="4 positions"):
+        ag.compile(spec)(q, k, v, cu_q=cu_q, cu_k=cu_k, q_offset=offset, bias=bias[:, :4])

@@ -106,7 +106,7 @@ def test_negative_numbers_divide_as_in_python():
         (lambda: ag.Tensor("doc", 1)[i / 2], "indexed by integers"),
         (lambda: ag.Tensor("x y", 1), "a name matches"),
         (lambda: ag.Tensor("seed", 1), "is taken"),
-        (lambda: ag.Tensor("t", 9), "ndim is 1 to 4"),
+        (lambda: ag.Tensor("t", 9), "ndim is 0 to 4"),
         (lambda: list(i), "cannot be iterated"),
     ],
 )

@@ -13,6 +13,14 @@ import attngen as ag
 from attngen.language import expression
 from tests.strategies import Case, cases
 
+PADDING = torch.ones(2, 8, dtype=torch.bool)
+
+
+def or_masks(b, h, i, j):
+    """As FlexAttention's or_masks begins."""
+    return b.new_zeros((), dtype=torch.bool) | (i >= j)
+
+
 MASKS = {
     "causal": ag.causal(),
     "window": ag.window(7),
@@ -100,6 +108,19 @@ def test_toml(tmp_path):
         (dict(sink="j"), "no j"),
         (dict(dropout=1.5), "[0, 1)"),
         (dict(dropout="i"), "float Param"),
+        (dict(dropout=ag.Tensor("p", 0)[()]), "float Param"),
+        (dict(mask=lambda b, h, i, j: PADDING[b, j]), "ag.Tensor"),
+        (dict(mask=lambda b, h, i, j: (i >= j) & PADDING), "ag.Tensor"),
+        (dict(mask=lambda b, h, i, j: PADDING.numpy()[b, j]), "`PADDING`"),
+        (dict(score=lambda s, b, h, i, j: torch.tanh(s)), "ag.tanh"),
+        (dict(score=lambda s, b, h, i, j: torch.where(i >= j, s, 0)), "ag.where"),
+        (dict(score=lambda s, b, h, i, j: torch.minimum(s, 0 * s)), "ag.minimum"),
+        (dict(score=lambda s, b, h, i, j: torch.softmax(s, 0)), "attngen has the functions"),
+        (dict(mask=lambda b, h, i, j: i.new_ones(()) & (i >= j)), "ag.where, ag.minimum, ag.tanh"),
+        (dict(mask=or_masks), "ag.where, ag.minimum, ag.tanh"),
+        (dict(score=lambda s, b, h, i: s), "takes (s, b, h, i, j)"),
+        (dict(score=lambda s, *, scale, **more: s), "takes (s, b, h, i, j)"),
+        (dict(keys=ag.union(ag.Spec(), ag.Spec())), "already is a Spec"),
         (dict(scale=float("nan")), "finite"),
         (dict(mask="doc[b, i] == doc[b, j]"), "not declared"),
         (dict(mask=ag.documents(), score=ag.Tensor("doc", 1)[ag.Expr(expression.H)]), "declared twice"),

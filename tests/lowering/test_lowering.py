@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,14 @@ import attngen as ag
 from attngen.analysis import facts
 from attngen.errors import ScheduleError
 from attngen.inspect.cross import cross_compile
-from attngen.language.expression import B, FloorDiv, H, I, J, Load, PyMod, Uniform
-from attngen.lowering import render, sites
-from attngen.lowering.printer import Place, Printer
-from attngen.lowering.sides import chunks
+from attngen.language.expression import B, FloorDiv, H, I, J, Load, PyMod, S, Uniform
+from attngen.language.expression.builder import RESERVED
+from attngen.lowering import passes, render, sites
+from attngen.lowering.axes import chunks
+from attngen.lowering.kernels import FULL, FULL_PAIRS, NESTED, PROGRAM
+from attngen.lowering.printer import Printer
+from attngen.lowering.signature import VOCABULARY, first_word
+from attngen.lowering.statements import Statements, assign, lines, name
 from attngen.schedule import Schedule, complete
 from attngen.schedule import Target as Gpu
 
@@ -35,10 +40,21 @@ WIDTH = sympy.Symbol("width", integer=True)
 
 def printed(expr: Any, rows: str = "i") -> tuple[list[str], list[str], str]:
     """Lines in front of the loop, lines in the loop, and the operand."""
-    outer = Printer([Place(frozenset({"b", "h", rows}))], rows)
-    inner = outer.inside(frozenset("bhij"))
-    text = inner.operand(expr)
-    return outer.places[0].lines, inner.places[-1].lines, text
+    before, inside = placed(rows, expr)
+    return before, inside[:-1], inside[-1].removeprefix("result = ").partition("  #")[0]
+
+
+def placed(rows: str, *expressions: Any) -> tuple[list[str], list[str]]:
+    """Lines in front of the loop and in it, of statements that assign the expressions to `result`."""
+    printer = Printer(rows)
+    pairs = tuple(assign("result", printer.operand(expr), "ij") for expr in expressions)
+    walked = "j" if rows == "i" else "i"
+    places: list[Statements] = [()] * (FULL_PAIRS + 1)
+    places[FULL] = (assign(walked, name("tile"), walked), assign(f"{walked}_safe", name("tile"), walked))
+    places[FULL_PAIRS] = passes.unnest(passes.short(passes.repeated(pairs)), passes.Variables())
+    places = passes.place(places, NESTED, frozenset({FULL}), frozenset("s"), PROGRAM)
+    places = passes.rename(places, NESTED, lambda variable: False)
+    return lines(places[PROGRAM], rows), lines(places[FULL_PAIRS], rows)
 
 
 # -- printer ----------------------------------------------------------------------------------------------------------
@@ -46,8 +62,8 @@ def printed(expr: Any, rows: str = "i") -> tuple[list[str], list[str], str]:
 
 def test_a_separable_comparison_is_one_compare_of_vectors() -> None:
     before, inside, text = printed(sympy.Ge(J - I + WIDTH - 1, 0, evaluate=False))
-    assert before == ["row_x = i - width + 1  # [BLOCK_M]"] and inside == []
-    assert text == "(row_x[:, None] <= j[None, :])"
+    assert before == ["first_key = i - width + 1  # [BLOCK_M]"] and inside == []
+    assert text == "first_key[:, None] <= j[None, :]"
 
 
 def test_loads_stand_where_their_indices_are_known() -> None:
@@ -59,7 +75,7 @@ def test_loads_stand_where_their_indices_are_known() -> None:
 
 
 def test_the_pass_over_keys_has_transposed_tiles() -> None:
-    assert printed(sympy.Ge(I - J, 0, evaluate=False), rows="j")[2] == "(j[:, None] <= i[None, :])"
+    assert printed(sympy.Ge(I - J, 0, evaluate=False), rows="j")[2] == "j[:, None] <= i[None, :]"
 
 
 def test_plain_indices_are_kept_inside_on_lanes_past_the_end_and_others_are_clamped() -> None:
@@ -70,7 +86,7 @@ def test_plain_indices_are_kept_inside_on_lanes_past_the_end_and_others_are_clam
 
 
 def test_division_rounds_down_unless_it_is_known_to_be_positive() -> None:
-    assert printed(FloorDiv(J, sympy.Integer(4)) + B)[1] == ["key_x = j // 4 + b  # [BLOCK_N]"]
+    assert printed(FloorDiv(J, sympy.Integer(4)) + B)[1] == ["key_term = j // 4 + b  # [BLOCK_N]"]
     assert printed(FloorDiv(I - J, sympy.Integer(4)))[2] == "floor_div(i[:, None] - j[None, :], 4)"
     assert "floor_mod(" in printed(PyMod(I - J, WIDTH))[2]
 
@@ -81,12 +97,34 @@ def test_dropout_hashes_tiles_only_in_the_last_round() -> None:
     assert len(before) == 4 and not inside and text.startswith("uniform(hash_4[:, None] ^ j[None, :]")
 
 
+@pytest.mark.parametrize(
+    ("score", "function"),
+    [(sympy.tanh(S / 30), "tanh"), (sympy.tanh(S / 10**6), "tanh_exact"), (sympy.tanh(S / T), "tanh_exact")],
+)
+def test_tanh_is_exact_near_0_where_that_may_matter(score: Any, function: str) -> None:
+    assert printed(score)[2].startswith(f"{function}(")
+
+
 def test_what_is_printed_twice_is_computed_once() -> None:
-    outer = Printer([Place(frozenset("bhi"))])
-    outer.share(sympy.tanh(T * J), 1 - sympy.tanh(T * J) ** 2)
-    inner = outer.inside(frozenset("bhij"))
-    first, second = inner.operand(sympy.tanh(T * J)), inner.operand(1 - sympy.tanh(T * J) ** 2)
-    assert len([line for line in inner.places[-1].lines if "tanh(" in line]) == 1 and first and second
+    _, inside = placed("i", sympy.tanh(T * S), 1 - sympy.tanh(T * S) ** 2)
+    assert len([line for line in inside if "tanh_exact(" in line]) == 1 and len(inside) == 3
+
+
+def test_nothing_that_nobody_reads_is_left() -> None:
+    for kernel in ("forward", "delta", "dq", "dkv"):
+        text = source(ag.Spec(mask=ag.causal(), score=ag.alibi()), kernel).text
+        body = text[text.index(f"def {kernel}(") :]
+        assigned = set(re.findall(r"^ +(\w+) = ", body, re.M))
+        assert {name for name in assigned if len(re.findall(rf"\b{name}\b", body)) < 2} == set()
+
+
+def test_every_variable_of_an_outline_is_declared() -> None:
+    """So that no captured tensor is called like one."""
+    for path in (Path(__file__).parent / "golden").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        made = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        own = r"(user_)?(doc|slope|bias|width|hash)(_|$)|(before|first|last|stop|same)_key|(before|first|last|stop|same)_query"
+        assert {name for name in made if first_word(name) not in VOCABULARY and not re.match(own, name)} == set()
 
 
 @pytest.mark.parametrize(
@@ -146,6 +184,23 @@ def test_names_of_the_user_never_meet_names_of_the_kernel(name: str) -> None:
     assert torch.allclose(attn(q, k, v, **{name: values}), want.float(), atol=1e-5)
 
 
+def test_no_statement_assigns_what_is_an_argument() -> None:
+    words = sorted(VOCABULARY - RESERVED)
+    for place in range(0, len(words), 5):
+        names = [n for word in words[place : place + 5] for n in (word, f"{word}_0", f"{word}_first")]
+        tensors = [ag.Tensor(n, 2) for n in names]
+        spec = ag.Spec(
+            mask="(i - j) % 3 == 0 or i >= j + 4",
+            score="s + " + " + ".join(f"{n}[h, j]" for n in names),
+            tensors=tensors,
+        )
+        text = source(spec, "dkv").text
+        (kernel,) = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name == "dkv"]
+        args = [arg.arg for arg in kernel.args.args]
+        made = {node.id for node in ast.walk(kernel) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        assert len(set(args)) == len(args) and not made & set(args)
+
+
 # -- values that are not finite ---------------------------------------------------------------------------------------
 
 
@@ -161,6 +216,80 @@ def test_a_bad_value_reaches_exactly_the_rows_that_attend_to_it(bad: float) -> N
     rows[21:41] = True
     assert torch.equal(out[0, 0].isfinite().all(-1), ~rows)
     assert torch.equal(out[0, 0, ~rows], clean[0, 0, ~rows])
+
+
+# -- values that are large --------------------------------------------------------------------------------------------
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+def compare(
+    spec: ag.Spec, dtype: torch.dtype, schedule: Schedule = SMALL, wrt: tuple[str, ...] = (), **captures: Any
+) -> None:
+    """Forward and gradients of q, k, v and the captures `wrt` against the oracle, on 37 rows and keys."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 2, 37, 16, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
+    weight = torch.randn(1, 2, 37, 16, generator=generator).to(dtype)
+    captures = {n: c.clone().requires_grad_() if n in wrt else c for n, c in captures.items()}
+    read = [*inputs, *(captures[n] for n in wrt)]
+    out, lse = ag.compile(spec, schedule=schedule, backend="interpret")(*inputs, return_lse=True, **captures)
+    want, want_lse = ag.oracle(spec, *inputs, **captures)
+    assert torch.equal(lse.isinf(), want_lse.isinf())
+    got = [out, *torch.autograd.grad((out * weight).float().sum(), read)]
+    wanted = [want, *torch.autograd.grad((want * weight.double()).sum(), read)]
+    bound = 1e-5 if dtype == torch.float32 else 4e-3
+    for x, y in zip(got, wanted, strict=True):
+        assert x.isfinite().all() and (x.double() - y.double()).norm() <= bound * y.double().norm() + 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("size", [LOWEST, -2.5e38, -1e38, -1e30, 1e38, 3e38])
+def test_rows_whose_bias_is_large_everywhere(size: float, dtype: torch.dtype) -> None:
+    bias = torch.zeros(1, 2, 37, 37)
+    bias[:, :, :5] = size  # left padding
+    bias[:, :, 6, 3:20] = size
+    bias[:, :, 7] = torch.where(torch.arange(37) % 2 == 0, LOWEST, -3.3e38)
+    compare(ag.Spec(score=ag.bias("bhij")), dtype, wrt=("bias",), bias=bias)
+    compare(ag.Spec(mask=ag.causal(), score=ag.bias("bhij")), dtype, bias=bias)
+
+
+@pytest.mark.parametrize("options", [dict(split=3), dict(split="stream", programs=3), dict(pack=True)], ids=str)
+def test_large_logits_through_partial_states(options: dict[str, Any]) -> None:
+    compare(ag.Spec(score=ag.bias("j")), torch.float32, Schedule(**options).over(SMALL), bias=torch.full((37,), LOWEST))
+
+
+def test_a_large_logit_leaves_no_room_for_the_log_of_a_sum() -> None:
+    """lse of 37 equal logits of 1e6 is 1e6 in float32, and exp(s - lse) sums to 37."""
+    compare(ag.Spec(score=lambda s, b, h, i, j: s * 1e-30 + 1e6), torch.float32)
+    compare(
+        ag.Spec(score=lambda s, b, h, i, j: s * 1e-30 - 1e9, mask=ag.documents()),
+        torch.float32,
+        doc=torch.arange(37)[None] // 9,
+    )
+    sink = ag.Spec(score=lambda s, b, h, i, j: s * 1e-30 + 1e6, sink=ag.sink())
+    compare(sink, torch.float32, wrt=("sink",), sink=torch.tensor([1e6, 0.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "score",
+    [
+        "where(i >= j, s, -1e30)",
+        "where(i >= j + 5, s, -3.4028234663852886e38)",
+        "where(i >= j, s, -1e19)",
+        "s + where(i >= j, 0, -1e30)",
+        "tanh(s * 1e-20) * 1e20",
+    ],
+)
+def test_constants_beyond_integers(score: str, dtype: torch.dtype) -> None:
+    compare(ag.Spec(score=score), dtype)
+
+
+@pytest.mark.parametrize("score", [None, ag.alibi()], ids=["plain", "alibi"])
+@pytest.mark.parametrize("low", [-float("inf"), LOWEST, -5.0])
+def test_a_low_sink_and_rows_without_a_key(low: float, score: Any) -> None:
+    captures = dict(sink=torch.tensor([low, 0.3]), **({} if score is None else dict(slope=torch.tensor([0.1, 0.2]))))
+    compare(ag.Spec(mask="i > j + 3", sink=ag.sink(), score=score), torch.float32, wrt=("sink",), **captures)
 
 
 # -- gradients of captured tensors ------------------------------------------------------------------------------------

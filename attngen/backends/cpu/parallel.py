@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,12 +34,25 @@ def split_jobs(pairs: int, tiles: int, work: int, finer: int = 1) -> list[tuple[
     return [(range(g, pairs, groups), share) for share in shares for g in range(groups)]
 
 
+def undisturbed() -> AbstractContextManager[Any]:
+    """Without what a caller may have switched on for its own operators. Looking costs less than switching."""
+    if not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+        return nullcontext()
+    stack = ExitStack()
+    stack.enter_context(torch.no_grad())
+    stack.enter_context(torch.autocast("cpu", enabled=False))
+    return stack
+
+
 def run_jobs(jobs: Sequence[Job], work: Callable[[int, Job], None]) -> None:
     """work(number, job) for every job. Threads take the next job when they are done with one, and share the cores among
     them. The first error is raised here, after all threads have ended.
     """
     if not jobs:
         return
+    if len(jobs) == 1:
+        with undisturbed():
+            return work(0, jobs[0])
     cores = torch.get_num_threads()
     workers = min(cores, len(jobs))
     inference = torch.is_inference_mode_enabled()
@@ -48,7 +62,7 @@ def run_jobs(jobs: Sequence[Job], work: Callable[[int, Job], None]) -> None:
 
     def run(threads: int) -> None:
         # Thread-local modes do not reach a new thread: set what the caller's operator runs under.
-        with torch.inference_mode(inference), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.inference_mode(inference), undisturbed():
             if threads != cores:
                 torch.set_num_threads(threads)
             while not errors:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from attngen.analysis import Facts
+from attngen.backends.cpu.loads import check_loads, checked_loads, scatter
 from attngen.backends.cpu.parallel import run_jobs
-from attngen.backends.cpu.tiles import check_loads, checked_loads
+from attngen.backends.cpu.weights import shows_in_weights
 from attngen.errors import InputError
 from attngen.language.call import Call
 from attngen.language.expression import S, evaluate
@@ -42,13 +43,7 @@ def forward(call: Call, facts: Facts) -> tuple[torch.Tensor, torch.Tensor]:
         b, h = part
         edges = work.edges(b, h)
         x = work.logits(b, h, edges)[0]
-        sink = work.sink(b, h)
-        m = torch.full((call.q.shape[2],), -torch.inf, dtype=work.real).scatter_reduce_(0, edges.row, x, "amax")
-        m = m if sink is None else torch.maximum(m, sink)
-        m = torch.where(m.isneginf(), 0.0, m)
-        p = torch.exp(x - m[edges.row])
-        total = torch.zeros_like(m).scatter_add_(0, edges.row, p)
-        total = total if sink is None else total + torch.exp(sink - m)
+        m, total, p = _softmax(x, edges, work.sink(b, h), call.q.shape[2])
         for piece in _pieces(len(x), call.v.shape[3]):
             _add(out[b, h], edges.row[piece], _weighted(work.v[b, h // call.group], edges.key[piece], p[piece]))
         out[b, h] /= total.clamp(min=torch.finfo(work.real).tiny).unsqueeze(-1)
@@ -68,8 +63,6 @@ def backward(
     wanted: list[str],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Gradients, see `attngen.backends`; sums are made in a fixed order."""
-    from attngen.backends.cpu.passes import _scatter
-
     work, real, group = _Work(call, facts), _real(call), call.group
     do, out, lse = (t.to(real) for t in (grad_out, out, lse))
     delta = (do * out).sum(-1) - grad_lse.to(real)
@@ -85,8 +78,7 @@ def backward(
         for h in range(kv * group, (kv + 1) * group):
             edges = work.edges(b, h)
             x, scaled = work.logits(b, h, edges)
-            dead = lse[b, h].isneginf()
-            p = torch.exp(x - torch.where(dead, torch.inf, lse[b, h])[edges.row])
+            p = work.weights(b, h, edges, x, lse[b, h])
             dp = _dots(do[b, h], edges.row, work.v[b, kv], edges.key)
             ds = torch.where(p > 0, p * (dp - delta[b, h][edges.row]), 0.0)
             if "edge_weight" in sums:
@@ -97,7 +89,7 @@ def backward(
                 for name in (name for name in sums if name in facts.load_grads):
                     for load, slope in facts.load_grads[name]:
                         share = torch.where(p > 0, ds * evaluate(slope, scope, real=real), 0.0)
-                        _scatter(sums[name], load, share.view(1, 1, -1), scope, real)
+                        scatter(sums[name], load, share.view(1, 1, -1), scope, real)
                 ds = torch.where(p > 0, ds * evaluate(facts.score_ds, scope, real=real), 0.0)
             ds = ds * work.scale
             for at in _pieces(len(x), max(call.q.shape[3], call.v.shape[3])):
@@ -151,7 +143,8 @@ class _Work:
 
     def scope(self, b: int, h: int, edges: Edges) -> dict[str, Any]:
         """What expressions read at the edges."""
-        return {**self.env, "b": b, "h": h, "i": edges.row + self.offsets[b], "j": edges.key}
+        place = {"b": b, "h": h, "i": edges.row + self.offsets[b], "j": edges.key, "q_offset": self.offsets[b]}
+        return {**self.env, **place}
 
     def logits(self, b: int, h: int, edges: Edges) -> tuple[torch.Tensor, torch.Tensor]:
         """(logits [E] after score, weight and mask; scaled logits before them), natural base."""
@@ -166,31 +159,51 @@ class _Work:
             x = x + self._of("edge_weight", b, h)[edges.place]
         return torch.where(mask, x, -torch.inf), scaled
 
+    def weights(self, b: int, h: int, edges: Edges, x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+        """P [E] from logits x [E] and lse [Nq]; by its own sums where the rounding of lse would show in it."""
+        dead = lse.isneginf()
+        if shows_in_weights(lse.masked_fill(dead, 0.0)):
+            _, total, p = _softmax(x, edges, self.sink(b, h), len(lse))
+            return p / total.clamp(min=1)[edges.row]
+        return torch.exp(x - torch.where(dead, torch.inf, lse)[edges.row])
+
     def sink(self, b: int, h: int) -> torch.Tensor | None:
         """The sink's logits [Nq]."""
         if self.spec.sink is None:
             return None
-        scope = {**self.env, "b": b, "h": h, "i": torch.arange(self.call.q.shape[2]) + self.offsets[b]}
+        rows = torch.arange(self.call.q.shape[2])
+        scope = {**self.env, "b": b, "h": h, "i": rows + self.offsets[b], "q_offset": self.offsets[b]}
         value = torch.as_tensor(evaluate(self.spec.sink, scope, real=self.real)).to(self.real)
         return value.expand(self.call.q.shape[2])
+
+
+def _softmax(
+    x: torch.Tensor, edges: Edges, sink: torch.Tensor | None, rows: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of logits x [E]: (largest [rows], 0 for a row without a key; sums of exp(x - largest) [rows]; these numbers [E])."""
+    m = x.new_full((rows,), -torch.inf).scatter_reduce_(0, edges.row, x, "amax")
+    m = m if sink is None else torch.maximum(m, sink)
+    m = torch.where(m.isneginf(), 0.0, m)
+    p = torch.exp(x - m[edges.row])
+    total = torch.zeros_like(m).scatter_add_(0, edges.row, p)
+    return m, total if sink is None else total + torch.exp(sink - m), p
 
 
 def _add_sink_gradients(
     work: _Work, lse: torch.Tensor, delta: torch.Tensor, gradients: dict[str, torch.Tensor]
 ) -> None:
     """A sink is a key with value 0: its dS is P * (0 - delta)."""
-    from attngen.backends.cpu.passes import _scatter
-
     for b, h in work.jobs:
         sink = work.sink(b, h)
         if sink is None:
             return
-        ds = (-torch.exp(sink - lse[b, h]) * delta[b, h]).view(1, -1, 1)
+        dead = lse[b, h].isneginf()  # of a sink of -inf, in a row without a key
+        ds = (-torch.exp(sink - torch.where(dead, torch.inf, lse[b, h])) * delta[b, h]).view(1, -1, 1)
         position = torch.arange(len(sink)).view(-1, 1) + work.offsets[b]
-        scope = {**work.env, "b": b, "h": h, "i": position}
+        scope = {**work.env, "b": b, "h": h, "i": position, "q_offset": work.offsets[b]}
         for name, pairs in work.facts.sink_grads.items():
             for load, slope in pairs if name in gradients else ():
-                _scatter(gradients[name], load, ds * evaluate(slope, scope, real=work.real), scope, work.real)
+                scatter(gradients[name], load, ds * evaluate(slope, scope, real=work.real), scope, work.real)
 
 
 def _real(call: Call) -> torch.dtype:

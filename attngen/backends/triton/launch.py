@@ -19,6 +19,7 @@ from attngen.language.lists import RowLists, TileLists
 from attngen.language.spec import Spec
 from attngen.lowering import Source, render
 from attngen.lowering.captures import EDGES, Site, collect, sites
+from attngen.lowering.signature import takes
 from attngen.plan.plan import Plan, Step, backward_plan, forward_plan
 from attngen.plan.stream_k import slots, stream_k
 from attngen.reference.dense import dense_env
@@ -62,6 +63,7 @@ def backward(
         "do": grad_out,
         "dlse": grad_lse.to(torch.float32).contiguous(),
         "delta": torch.empty_like(lse, memory_format=torch.contiguous_format),
+        "excess": torch.empty_like(lse, memory_format=torch.contiguous_format),
         "dq": torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device),
         "dk": torch.empty(call.k.shape, dtype=call.k.dtype, device=call.k.device),
         "dv": torch.empty(call.v.shape, dtype=call.v.dtype, device=call.v.device),
@@ -93,7 +95,7 @@ def _run(plan: Plan, call: Call, facts: Facts, schedule: Schedule, buffers: dict
 
 
 def _tables_of(kernel: str, buffers: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return buffers.get(f"tables of {kernel}", {})
+    return buffers.get(f"tables of {'dq' if kernel == 'delta' else kernel}", {})
 
 
 def _tables(step: Step, call: Call, facts: Facts, schedule: Schedule) -> dict[str, torch.Tensor]:
@@ -117,6 +119,7 @@ def _environment(call: Call) -> dict[str, Any]:
         **call.params,
         "b": torch.arange(call.q.shape[0], device=call.q.device).view(-1, 1, 1),
         "h": torch.arange(call.q.shape[1], device=call.q.device).view(1, -1, 1),
+        "q_offset": call.q_offset.view(-1, 1, 1) if isinstance(call.q_offset, torch.Tensor) else call.q_offset,
     }
 
 
@@ -220,20 +223,10 @@ def _source_of(
     tensors: Mapping[str, Any],
     site: Site | None = None,
 ) -> Source:
-    aligned = all(_aligned(tensors[name]) for name in _VIEWS[kernel])
+    aligned = all(_aligned(tensors[name]) for name in takes(kernel, facts.natural).tensors)
     by_offset = isinstance(call.q_offset, torch.Tensor)
     dims = call.q.shape[3], call.v.shape[3]
     return _source(call.spec, facts, kernel, *dims, call.q.dtype, schedule, aligned, by_offset, site)
-
-
-_VIEWS = {
-    "forward": ("q", "k", "v", "out"),
-    "delta": ("out", "do"),
-    "dq": ("q", "do", "k", "v", "dq"),
-    "dkv": ("k", "v", "q", "do", "dk", "dv"),
-    "capture": ("q", "do", "k", "v"),
-    "merge": ("out",),
-}
 
 
 def _capture_gradient(
@@ -267,8 +260,13 @@ def _capture_gradient(
     for load, slope in of_sink:
         # The sink is a key with value 0: its dS is P * (0 - delta).
         sink = tensor_of(evaluate(call.spec.sink, env), tensor.device).to(torch.float32)
-        ds = -torch.exp(sink - buffers["lse"][..., None]) * buffers["delta"][..., None]  # [B, Hq, Nq, 1]
+        lse, excess = buffers["lse"][..., None], buffers["excess"][..., None] if facts.natural else 0.0
+        p = torch.where(lse > -torch.inf, torch.exp(sink - lse) * 2.0**-excess, 0.0)  # [B, Hq, Nq, 1]
+        ds = -p * buffers["delta"][..., None]
         share = (ds * evaluate(slope, env)).expand(batch, heads, n_q, 1)
+        if not load.indices:
+            total += share.sum()
+            continue
         places = [tensor_of(evaluate(index, env), tensor.device).long() for index in load.indices]
         total.index_put_(tuple(place.expand(share.shape) for place in places), share, accumulate=True)
     return total

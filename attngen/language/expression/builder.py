@@ -9,7 +9,6 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping
-from fractions import Fraction
 from typing import Any
 
 import sympy
@@ -18,16 +17,30 @@ import torch
 from attngen.errors import SpecError
 from attngen.language.expression import canonical
 from attngen.language.expression.functions import (
+    LARGEST_INTEGER,
+    LARGEST_SHIFT,
     Absolute,
+    BitAnd,
+    BitOr,
+    BitXor,
+    Erf,
+    Exp2,
+    Floor,
     FloorDiv,
     Load,
     Maximum,
     Minimum,
+    Power,
     PyMod,
+    Round,
+    ShiftLeft,
+    ShiftRight,
     Sigmoid,
     Where,
+    exact,
     is_condition,
     kind,
+    rounded,
 )
 from attngen.language.expression.text import to_text
 
@@ -35,10 +48,12 @@ IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 RESERVED = frozenset(
     {"b", "h", "i", "j", "s", "and", "or", "not", "if", "else", "true", "false", "True", "False"}
     | {"min", "max", "abs", "where", "exp", "log", "tanh", "sqrt", "sigmoid"}
+    | {"sin", "cos", "erf", "exp2", "floor", "ceil", "round", "relu", "clamp"}
     | {"q", "k", "v", "return_lse", "q_offset", "plan", "group", "seed"}
 )
-LARGEST_INTEGER = 2**62
-LARGEST_POWER = 8
+PARENTHESES = "put comparisons in parentheses: & and | bind tighter than <"
+LARGEST_POWER = 8  # of an integer
+LARGEST_EXPONENT = 64  # that is a number
 
 
 class Expr:
@@ -59,9 +74,11 @@ class Expr:
         return f"Expr({to_text(self.sym)})"
 
     def __bool__(self) -> bool:
+        bits = f"{PARENTHESES}; " if self.sym.has(BitAnd, BitOr) else ""
         raise SpecError(
             f"`{to_text(self.sym)}` is symbolic and has no truth value while the spec is written",
-            fix="write `a & b` for `a and b`, `a | b` for `a or b`, `~a` for `not a`, `(x <= y) & (y < z)` for the chained "
+            fix=bits
+            + "write `a & b` for `a and b`, `a | b` for `a or b`, `~a` for `not a`, `(x <= y) & (y < z)` for the chained "
             "`x <= y < z`, and ag.where(condition, a, b) for `if`",
         )
 
@@ -105,13 +122,22 @@ class Expr:
         return _arithmetic("%", PyMod, other, self)
 
     def __pow__(self, exponent: Any) -> Expr:
-        if isinstance(exponent, Expr) and exponent.sym.is_Integer:
-            exponent = int(exponent.sym)
-        if not isinstance(exponent, int) or not 0 <= exponent <= LARGEST_POWER:
-            raise SpecError(
-                f"`**` takes a whole number from 0 to {LARGEST_POWER}", fix="use exp and log for other powers"
-            )
-        return _arithmetic("**", lambda a, b: a**b, self, exponent)
+        return _power(self, exponent)
+
+    def __rpow__(self, base: Any) -> Expr:
+        return _power(base, self)
+
+    def __lshift__(self, other: Any) -> Expr:
+        return _shift("<<", ShiftLeft, self, other)
+
+    def __rlshift__(self, other: Any) -> Expr:
+        return _shift("<<", ShiftLeft, other, self)
+
+    def __rshift__(self, other: Any) -> Expr:
+        return _shift(">>", ShiftRight, self, other)
+
+    def __rrshift__(self, other: Any) -> Expr:
+        return _shift(">>", ShiftRight, other, self)
 
     def __neg__(self) -> Expr:
         return _arithmetic("-", lambda a, b: a - b, 0, self)
@@ -141,19 +167,46 @@ class Expr:
         return ~_equality("!=", self, other)
 
     def __and__(self, other: Any) -> Expr:
-        return _logical("&", canonical.conjunction, self, other)
+        return _logical("&", canonical.conjunction, BitAnd, self, other)
 
     def __rand__(self, other: Any) -> Expr:
-        return _logical("&", canonical.conjunction, other, self)
+        return _logical("&", canonical.conjunction, BitAnd, other, self)
 
     def __or__(self, other: Any) -> Expr:
-        return _logical("|", canonical.disjunction, self, other)
+        return _logical("|", canonical.disjunction, BitOr, self, other)
 
     def __ror__(self, other: Any) -> Expr:
-        return _logical("|", canonical.disjunction, other, self)
+        return _logical("|", canonical.disjunction, BitOr, other, self)
+
+    def __xor__(self, other: Any) -> Expr:
+        return _logical("^", _exclusive, BitXor, self, other)
+
+    def __rxor__(self, other: Any) -> Expr:
+        return _logical("^", _exclusive, BitXor, other, self)
 
     def __invert__(self) -> Expr:
-        return _logical("~", lambda args: canonical.negate(args[0]), self)
+        if self.kind == "int":
+            return -self - 1
+        return _logical("~", lambda args: canonical.negate(args[0]), None, self)
+
+    def __floor__(self) -> Expr:
+        return floor(self)
+
+    def __ceil__(self) -> Expr:
+        return ceil(self)
+
+    def __round__(self) -> Expr:
+        return round(self)
+
+    def __index__(self) -> int:
+        raise SpecError(
+            f"`{to_text(self.sym)}` is symbolic: it cannot index a list, an array or a torch tensor",
+            fix="capture what it indexes: t = ag.Tensor(NAME, ndim), t[...] in the spec, NAME=... at the call",
+        )
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise _not_torch(func, args)
 
 
 class Declaration:
@@ -183,18 +236,19 @@ class Param(Expr, Declaration):
 
 
 class Tensor(Declaration):
-    """A captured tensor with one to four indices: `slope = Tensor("slope", 1)`, used as `slope[h]`.
+    """A captured tensor with up to four indices: `slope = Tensor("slope", 1)`, used as `slope[h]`. One without is a number on
+    the device, such as a learned temperature: `heat = Tensor("heat", 0)`, used as `heat[()]` or, in arithmetic, as `heat`.
 
     `dtype` says which kind it holds: a floating dtype or None (any floating dtype is accepted at the call), an integer
-    dtype (any of int32, int64), or torch.bool (its loads are conditions).
+    dtype (any of at most 64 bits), or torch.bool (its loads are conditions).
     """
 
     __slots__ = ("kind", "name", "ndim")
 
     def __init__(self, name: str, ndim: int, dtype: torch.dtype | str | None = None):
         self.name = check_name(name)
-        if not isinstance(ndim, int) or not 1 <= ndim <= 4:
-            raise SpecError(f"Tensor {name!r}: ndim is 1 to 4, got {ndim!r}")
+        if isinstance(ndim, bool) or not isinstance(ndim, int) or not 0 <= ndim <= 4:
+            raise SpecError(f"Tensor {name!r}: ndim is 0 to 4, got {ndim!r}")
         self.ndim = ndim
         self.kind = dtype if isinstance(dtype, str) else _dtype_kind(name, dtype)
         if self.kind not in ("float", "int", "bool"):
@@ -214,7 +268,15 @@ class Tensor(Declaration):
         wrapped = [wrap(place) for place in places]
         for place in wrapped:
             if place.kind != "int":
-                raise SpecError(f"`{self.name}` is indexed by integers, got `{to_text(place.sym)}` ({place.kind})")
+                raise SpecError(
+                    f"`{self.name}` is indexed by integers, got `{to_text(place.sym)}` ({place.kind})",
+                    fix="make it one with // or ag.floor" if place.kind == "float" else "use ag.where(condition, 1, 0)",
+                )
+            if place.sym.is_Integer and place.sym < 0:
+                raise SpecError(
+                    f"`{self.name}[{place.sym}]`: an index counts from the start, and the size is known at the call only",
+                    fix="give the position from the start",
+                )
         load = Load(self.symbol, *[place.sym for place in wrapped])
         return Expr(canonical.truth(load) if self.kind == "bool" else load, _join([*wrapped], self))
 
@@ -225,13 +287,32 @@ class Tensor(Declaration):
         return f"Tensor({self.name!r}, {self.ndim}, {self.kind!r})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Tensor) and self.text() == other.text()
+        return self.text() == other.text() if isinstance(other, Tensor) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self.text())
 
     def text(self) -> str:
         return f"tensor {self.name}: {self.kind}[{self.ndim}]"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise _not_torch(func, args)
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def apply(self: Tensor, *others: Any) -> Any:
+        return getattr(wrap(self), name)(*(wrap(other) for other in others))
+
+    return apply
+
+
+# A tensor without indices is a number: it takes part in arithmetic by name.
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"):
+    setattr(Tensor, f"__{_name}__", _operator(f"__{_name}__"))
+    setattr(Tensor, f"__r{_name}__", _operator(f"__r{_name}__"))
+for _name in ("neg", "pos", "abs", "invert", "lt", "le", "gt", "ge"):
+    setattr(Tensor, f"__{_name}__", _operator(f"__{_name}__"))
 
 
 def check_name(name: Any) -> str:
@@ -251,7 +332,10 @@ def wrap(value: Any) -> Expr:
         return Expr(sympy.true if value else sympy.false)
     if isinstance(value, numbers.Integral):
         if abs(int(value)) >= LARGEST_INTEGER:
-            raise SpecError(f"the integer has {len(str(abs(int(value))))} digits, the limit is 2**62")
+            raise SpecError(
+                f"the integer has {len(str(abs(int(value))))} digits, the limit is 2**53",
+                fix="write a float, such as 1e30, or put it into a captured int64 tensor",
+            )
         return Expr(sympy.Integer(int(value)))
     if isinstance(value, numbers.Real):
         number = float(value)
@@ -259,9 +343,10 @@ def wrap(value: Any) -> Expr:
             raise SpecError(
                 f"a constant is finite, got {number}", fix="a key is excluded by the mask, not by an infinite score"
             )
-        exact = Fraction(repr(number))
-        return Expr(sympy.Rational(exact.numerator, exact.denominator))
+        return Expr(exact(number))
     if isinstance(value, Tensor):
+        if value.ndim == 0:
+            return value[()]
         raise SpecError(f"`{value.name}` is a tensor: index it, as in {value.name}[...]")
     raise SpecError(
         f"expected a number or a symbolic expression, got {type(value).__name__}",
@@ -323,45 +408,128 @@ def sigmoid(x: Any) -> Expr:
     return _function("sigmoid", Sigmoid, (x,))
 
 
+def sin(x: Any) -> Expr:
+    """Sine of an angle in radians."""
+    return _function("sin", sympy.sin, (x,))
+
+
+def cos(x: Any) -> Expr:
+    """Cosine of an angle in radians."""
+    return _function("cos", sympy.cos, (x,))
+
+
+def erf(x: Any) -> Expr:
+    """The error function; x * (1 + erf(x / sqrt(2))) / 2 is GELU."""
+    return _function("erf", Erf, (x,))
+
+
+def exp2(x: Any) -> Expr:
+    """2 ** x."""
+    return _function("exp2", Exp2, (x,))
+
+
+def floor(x: Any) -> Expr:
+    """The largest integer that is not above x, as an integer of at most 2**30 in size; its derivative is 0."""
+    return _function("floor", Floor, (x,))
+
+
+def ceil(x: Any) -> Expr:
+    """The smallest integer that is not below x, as an integer of at most 2**30 in size; its derivative is 0."""
+    return -floor(-wrap(x))
+
+
+def round(x: Any) -> Expr:
+    """The integer nearest to x, halves to the even one, at most 2**30 in size; its derivative is 0."""
+    return _function("round", Round, (x,))
+
+
+def relu(x: Any) -> Expr:
+    """max(x, 0)."""
+    return maximum(x, 0)
+
+
+def clamp(x: Any, min: Any = None, max: Any = None) -> Expr:
+    """x, but not below min and not above max; max where min is above it."""
+    if min is None and max is None:
+        raise SpecError("clamp takes min, max or both")
+    x = wrap(x) if min is None else maximum(x, min)
+    return x if max is None else minimum(x, max)
+
+
 FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "where": where,
     "min": minimum,
     "max": maximum,
     "abs": absolute,
     "exp": exp,
+    "exp2": exp2,
     "log": log,
     "tanh": tanh,
     "sqrt": sqrt,
     "sigmoid": sigmoid,
+    "sin": sin,
+    "cos": cos,
+    "erf": erf,
+    "floor": floor,
+    "ceil": ceil,
+    "round": round,
+    "relu": relu,
+    "clamp": clamp,
 }
+
+# Those of one value, and clamp, are methods as well: s.tanh(), s.clamp(min=0).
+for _name in FUNCTIONS.keys() - {"where", "min", "max"}:
+    setattr(Expr, _name, FUNCTIONS[_name])
 
 
 # -- helpers ----------------------------------------------------------------------------------------------------------
 
 
 def _finite(sym: Any) -> Any:
-    """Fold irrational constants to doubles; refuse what is not a finite real number."""
-    if is_condition(sym) or not sym.is_number or sym.is_Rational:
+    """Fold irrational constants to doubles and round those of many digits; refuse what is not a finite real number."""
+    if is_condition(sym) or sym.is_Symbol:
         return sym
+    if sym.has(sympy.I):
+        raise SpecError("the expression is not a real number", fix="it has the root of something negative")
     try:
-        number = complex(sym)
+        if sym.is_number:
+            return rounded(sym) if sym.is_Rational else exact(float(sym))
+        # sqrt(2 * x) is sqrt(2) * sqrt(x) to sympy.
+        numbers_ = {n: exact(float(n)) for n in sym.atoms(sympy.Pow) if n.is_number}
+        numbers_ |= {n: rounded(n) for n in sym.atoms(sympy.Rational) if max(abs(n.p), n.q) >= LARGEST_INTEGER}
     except (TypeError, ValueError, OverflowError):
-        number = complex(math.nan)
-    if number.imag != 0 or not math.isfinite(number.real):
         raise SpecError(
             "a constant part of the expression is not a finite real number (division by zero, log of 0, ...)"
-        )
-    exact = Fraction(repr(number.real))
-    return sympy.Rational(exact.numerator, exact.denominator)
+        ) from None
+    numbers_ = {old: new for old, new in numbers_.items() if old != new}
+    return sym.xreplace(numbers_) if numbers_ else sym
+
+
+def _not_torch(func: Any, args: Any) -> SpecError:
+    """What to write instead of a torch function on symbolic values."""
+    name = getattr(func, "__name__", "").strip("_")
+    known = {"where": "where", "clip": "clamp", **{n: n for n in FUNCTIONS}, **_TORCH_NAMES}.get(name)
+    if any(isinstance(arg, torch.Tensor) for arg in args):
+        fix = "capture the tensor: t = ag.Tensor(NAME, ndim), t[...] in the spec, NAME=... at the call"
+    elif known is not None:
+        fix = f"write ag.{known}(...)"
+    else:
+        fix = f"attngen has the functions {', '.join(FUNCTIONS)}: ag.where, ag.minimum, ag.tanh, ..."
+    return SpecError(f"torch's {name} does not take symbolic values", fix=fix)
+
+
+_TORCH_NAMES = {"minimum": "minimum", "maximum": "maximum", "absolute": "absolute", "abs": "absolute"}
 
 
 def _require(place: str, value: Expr, kinds: tuple[str, ...]) -> None:
     if value.kind not in kinds:
         raise SpecError(
             f"{place} takes {' or '.join(kinds)}, got `{to_text(value.sym)}` ({value.kind})",
-            fix="put comparisons in parentheses: & and | bind tighter than <"
+            fix=PARENTHESES
             if "bool" in kinds
-            else "use where(condition, a, b)",
+            else "use where(condition, a, b)"
+            if value.kind == "bool"
+            else "make it an integer with // or floor",
         )
 
 
@@ -391,11 +559,53 @@ def _equality(sign: str, left: Any, right: Any) -> Expr:
     return _arithmetic(sign, canonical.equal, a, b)
 
 
-def _logical(sign: str, apply: Callable[[list[Any]], Any], *operands: Any) -> Expr:
+def _logical(sign: str, conditions: Callable[[list[Any]], Any], integers: Any, *operands: Any) -> Expr:
+    """A logical operator on conditions, or the bitwise one on integers."""
     args = [wrap(operand) for operand in operands]
+    if integers is not None and all(arg.kind == "int" for arg in args):
+        return Expr(integers(*[arg.sym for arg in args]), _join(args))
+    kinds = ("bool",) if integers is None or any(arg.kind == "bool" for arg in args) else ("int",)
     for arg in args:
-        _require(f"`{sign}`", arg, ("bool",))
-    return Expr(apply([arg.sym for arg in args]), _join(args))
+        _require(f"`{sign}`", arg, kinds)
+    return Expr(conditions([arg.sym for arg in args]), _join(args))
+
+
+def _exclusive(args: list[Any]) -> Any:
+    a, b = args
+    return canonical.disjunction(
+        [canonical.conjunction([a, canonical.negate(b)]), canonical.conjunction([canonical.negate(a), b])]
+    )
+
+
+def _shift(sign: str, apply: Any, left: Any, right: Any) -> Expr:
+    a, n = wrap(left), wrap(right)
+    for operand in (a, n):
+        _require(f"`{sign}`", operand, ("int",))
+    if n.sym.is_Integer and not 0 <= n.sym <= LARGEST_SHIFT:
+        raise SpecError(f"`{sign}` takes a number from 0 to {LARGEST_SHIFT}, got {n.sym}")
+    return Expr(apply(a.sym, n.sym), _join([a, n]))
+
+
+def _power(base: Any, exponent: Any) -> Expr:
+    """x ** y. Whole and half exponents of some size are sympy's powers, which it joins with products; others are `Power`."""
+    a, b = wrap(base), wrap(exponent)
+    for operand in (a, b):
+        _require("`**`", operand, ("int", "float"))
+    x, y = a.sym, b.sym
+    if a.kind == "int" and y.is_Integer and y > LARGEST_POWER:
+        raise SpecError(
+            f"`**` takes a whole number from 0 to {LARGEST_POWER} of an integer", fix="use exp and log for other powers"
+        )
+    if y.is_Rational and abs(y) > LARGEST_EXPONENT:
+        raise SpecError(f"`**` takes an exponent from -{LARGEST_EXPONENT} to {LARGEST_EXPONENT}, got {to_text(y)}")
+    if x.is_Rational and y.is_Rational and not (y.is_Integer and y >= 0):
+        try:
+            return wrap(float(x) ** float(y))
+        except (ZeroDivisionError, OverflowError, SpecError):
+            raise SpecError(f"`{to_text(x)} ** {to_text(y)}` is not a finite real number") from None
+    if y.is_Rational and abs(y) <= LARGEST_POWER and (2 * y).is_Integer:
+        return Expr(_without_abs(x**y), _join([a, b]))
+    return Expr(Power(x, y), _join([a, b]))
 
 
 def _function(name: str, apply: Callable[..., Any], args: tuple[Any, ...], least: int = 1, most: int = 1) -> Expr:
@@ -404,10 +614,12 @@ def _function(name: str, apply: Callable[..., Any], args: tuple[Any, ...], least
     wrapped = [wrap(arg) for arg in args]
     for arg in wrapped:
         _require(name, arg, ("int", "float"))
-    result = apply(*[arg.sym for arg in wrapped])
-    if result.has(sympy.Abs):  # sqrt(x * x)
-        result = result.replace(sympy.Abs, Absolute)
-    return Expr(result, _join(wrapped))
+    return Expr(_without_abs(apply(*[arg.sym for arg in wrapped])), _join(wrapped))
+
+
+def _without_abs(result: Any) -> Any:
+    """sympy's root of x * x is its own absolute value."""
+    return result.replace(sympy.Abs, Absolute) if result.has(sympy.Abs) else result
 
 
 def _dtype_kind(name: str, dtype: torch.dtype | None) -> str:
@@ -415,6 +627,6 @@ def _dtype_kind(name: str, dtype: torch.dtype | None) -> str:
         return "float"
     if dtype == torch.bool:
         return "bool"
-    if dtype in (torch.int32, torch.int64):
+    if isinstance(dtype, torch.dtype) and not dtype.is_complex:
         return "int"
-    raise SpecError(f"Tensor {name!r}: dtype is a floating dtype, torch.int32, torch.int64 or torch.bool, got {dtype}")
+    raise SpecError(f"Tensor {name!r}: dtype is a floating dtype, an integer dtype or torch.bool, got {dtype}")

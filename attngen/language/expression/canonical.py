@@ -14,7 +14,7 @@ from typing import Any
 import sympy
 from sympy.core.sorting import default_sort_key
 
-from attngen.language.expression.functions import Absolute, Maximum, Minimum, Where, is_int
+from attngen.language.expression.functions import Absolute, Maximum, Minimum, Where, is_int, rounded
 
 TRUE, FALSE = sympy.true, sympy.false
 
@@ -133,11 +133,18 @@ def _compare(e: Any, close: Callable[[Any], Any]) -> Any:
 
 
 def _scaled(e: Any) -> tuple[dict[Any, Any], Any, bool]:
-    """Terms and constant with coprime integer coefficients; whether the sum of terms is integer valued."""
+    """Terms and constant with coprime integer coefficients; whether the sum of terms is integer valued. Coefficients of many
+    digits are rounded, and then are coprime integers as far as that leaves them so.
+    """
     terms, constant = linear_terms(e)
-    denominator = sympy.ilcm(1, *[c.q for c in terms.values()])
-    divisor = sympy.Rational(gcd(*[int(c * denominator) for c in terms.values()]), denominator)
-    return {t: c / divisor for t, c in terms.items()}, constant / divisor, all(is_int(t) for t in terms)
+    while True:
+        denominator = sympy.ilcm(1, *[c.q for c in terms.values()])
+        divisor = sympy.Rational(gcd(*[int(c * denominator) for c in terms.values()]), denominator)
+        exact = {t: c / divisor for t, c in terms.items()}
+        terms = {t: rounded(c) for t, c in exact.items()}
+        constant = rounded(constant / divisor)
+        if terms == exact:
+            return terms, constant, all(is_int(t) for t in terms)
 
 
 def _sum(terms: dict[Any, Any], constant: Any) -> Any:

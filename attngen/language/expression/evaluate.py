@@ -11,15 +11,28 @@ import sympy
 import torch
 
 from attngen.language.expression.functions import (
+    LARGEST_ROUNDED,
+    LARGEST_SHIFT,
     Absolute,
+    BitAnd,
+    BitOr,
+    BitXor,
+    Erf,
+    Exp2,
+    Floor,
     FloorDiv,
     Load,
     Maximum,
     Minimum,
+    Power,
     PyMod,
+    Round,
+    ShiftLeft,
+    ShiftRight,
     Sigmoid,
     Uniform,
     Where,
+    is_int,
 )
 
 Value = Any  # a torch.Tensor or a Python number
@@ -82,7 +95,7 @@ def _operation(expr: Any) -> tuple[tuple[Any, ...], Apply]:
     if expr == sympy.true or expr == sympy.false:
         truth = bool(expr)
         return (), lambda args, env, real: truth
-    if expr.is_Integer:
+    if expr.is_Integer and is_int(expr):
         number = int(expr)
         return (), lambda args, env, real: number
     if expr.is_Rational:  # zero-dimensional: takes part in dtype promotion only by kind
@@ -104,6 +117,8 @@ def _operation(expr: Any) -> tuple[tuple[Any, ...], Apply]:
     if expr.is_Add:
         return expr.args, lambda args, env, real: _fold(args, operator.add)
     if expr.is_Mul:
+        if not is_int(expr) and all(is_int(arg) for arg in expr.args):  # a product that may leave 64 bits
+            return expr.args, lambda args, env, real: _fold([torch.as_tensor(a).to(real) for a in args], operator.mul)
         return expr.args, lambda args, env, real: _fold(args, operator.mul)
     if isinstance(expr, sympy.And):
         return expr.args, lambda args, env, real: _fold(args, operator.and_)
@@ -180,11 +195,33 @@ def _where(condition: Value, a: Value, b: Value) -> Value:
     return torch.where(condition, a, b)
 
 
+def _whole(x: torch.Tensor) -> torch.Tensor:
+    """A rounded number as an integer; nan is the smallest."""
+    x = x.float() if x.itemsize == 2 else x
+    return x.nan_to_num(nan=-torch.inf).clamp(-LARGEST_ROUNDED, LARGEST_ROUNDED).to(torch.int64)
+
+
+def _steps(n: Value) -> Value:
+    """How far to shift, in 0 .. 31."""
+    return n.clamp(0, LARGEST_SHIFT) if isinstance(n, torch.Tensor) else min(max(n, 0), LARGEST_SHIFT)
+
+
+def _long(a: Value) -> Value:
+    return a.long() if isinstance(a, torch.Tensor) else a
+
+
 _REAL_FUNCTIONS: dict[Any, Any] = {
     sympy.exp: torch.exp,
     sympy.log: torch.log,
     sympy.tanh: torch.tanh,
     Sigmoid: torch.sigmoid,
+    sympy.sin: torch.sin,
+    sympy.cos: torch.cos,
+    Erf: torch.erf,
+    Exp2: torch.exp2,
+    Power: torch.pow,
+    Floor: lambda x: _whole(torch.floor(x)),
+    Round: lambda x: _whole(torch.round(x)),
 }
 _FUNCTIONS: dict[Any, Any] = {
     Absolute: abs,
@@ -194,6 +231,11 @@ _FUNCTIONS: dict[Any, Any] = {
     Maximum: _lattice(torch.maximum),
     Where: _where,
     Uniform: uniform,
+    BitAnd: lambda *args: _fold(list(args), operator.and_),
+    BitOr: lambda *args: _fold(list(args), operator.or_),
+    BitXor: lambda *args: _fold(list(args), operator.xor),
+    ShiftLeft: lambda a, n: _long(a) << _steps(n),
+    ShiftRight: lambda a, n: a >> _steps(n),
     sympy.GreaterThan: lambda a, b: a >= b,
     sympy.StrictGreaterThan: lambda a, b: a > b,
     sympy.Equality: lambda a, b: a == b,

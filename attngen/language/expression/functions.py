@@ -1,13 +1,18 @@
 """The vocabulary of the symbolic language: sympy symbols and the functions that sympy has no exact twin of.
 
 All numbers are exact (Integer or Rational; 0.1 is 1/10), so an expression has one form whatever way it was
-written. Integer functions follow Python: // and % round towards minus infinity.
+written. Integer functions follow Python: // and % round towards minus infinity, bits are those of two's complement.
+A whole number of 2**53 or more is a float: only below that does a float hold every integer.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+import math
+import operator
+from collections.abc import Callable
+from fractions import Fraction
+from functools import lru_cache, reduce
+from typing import Any, ClassVar
 
 import sympy
 from sympy.core.relational import Relational
@@ -19,8 +24,25 @@ H = sympy.Symbol("h", integer=True)  # query head
 I = sympy.Symbol("i", integer=True)
 J = sympy.Symbol("j", integer=True)  # original key position
 S = sympy.Symbol("s", real=True)  # the scaled logit q.k * scale
+Q_OFFSET = sympy.Symbol("q_offset", integer=True)  # position of the call's first query row
+ROW = I - Q_OFFSET  # the query's row
+
+LARGEST_INTEGER = 2**53  # numbers of this size and more are floats
+LARGEST_ROUNDED = 2**30  # what floor and round give at most
+LARGEST_SHIFT = 31
+LARGE_FACTOR = 2**24  # from here on a product is an integer only if it can't leave 64 bits
 
 ONE, ZERO = sympy.Integer(1), sympy.Integer(0)
+_TWO_OVER_SQRT_PI = sympy.Rational(str(2 / math.sqrt(math.pi)))
+_LN_2 = sympy.Rational(str(math.log(2)))
+
+
+class Position(sympy.Symbol):
+    """A position besides i and j: what analysis and lowering put in their place. An int of 28 bits."""
+
+    @classmethod
+    def class_key(cls) -> Any:  # sorted among the other symbols
+        return sympy.Symbol.class_key()
 
 
 class Load(sympy.Function):
@@ -113,6 +135,8 @@ class Maximum(sympy.Function):
 class Where(sympy.Function):
     """Where(condition, a, b): a where the condition holds, else b."""
 
+    is_commutative = True  # to sympy a condition is not
+
     @classmethod
     def eval(cls, condition: Any, a: Any, b: Any) -> Any:
         if condition == sympy.true or a == b:
@@ -150,6 +174,129 @@ class Sigmoid(sympy.Function):
         return self * (1 - self) * self.args[0].diff(symbol)
 
 
+class Erf(sympy.Function):
+    """The error function."""
+
+    def _eval_derivative(self, symbol: sympy.Symbol) -> sympy.Expr:
+        x = self.args[0]
+        return _TWO_OVER_SQRT_PI * sympy.exp(-(x**2)) * x.diff(symbol)
+
+
+class Exp2(sympy.Function):
+    """2 ** x."""
+
+    def _eval_derivative(self, symbol: sympy.Symbol) -> sympy.Expr:
+        return _LN_2 * self * self.args[0].diff(symbol)
+
+
+class Power(sympy.Function):
+    """Power(x, y) = x ** y for the exponents that sympy's own Pow is not kept for: see `builder.power`. x ** 0 is 1."""
+
+    @classmethod
+    def eval(cls, x: Any, y: Any) -> Any:
+        return ONE if y == 0 else x if y == 1 else None
+
+    def _eval_derivative(self, symbol: sympy.Symbol) -> sympy.Expr:
+        x, y = self.args
+        by_base, by_exponent = x.diff(symbol), y.diff(symbol)
+        slope = y * Power(x, y - 1) * by_base if by_base != 0 else ZERO
+        if by_exponent == 0:
+            return slope
+        return slope + self * (exact(math.log(x)) if x.is_Rational and x > 0 else sympy.log(x)) * by_exponent
+
+
+class Floor(sympy.Function):
+    """Floor(x): an integer, at most 2**30 in size. Of a fraction of integers it is a floor division."""
+
+    @classmethod
+    def eval(cls, x: Any) -> Any:
+        if is_int(x):
+            return x
+        if x.is_Rational:
+            return _clipped(math.floor(x))
+        divided = _integer_fraction(x)
+        return None if divided is None else FloorDiv(*divided)
+
+    def _eval_derivative(self, symbol: sympy.Symbol) -> sympy.Expr:
+        return ZERO
+
+
+class Round(sympy.Function):
+    """Round(x): the nearest integer, halves to the even one, at most 2**30 in size."""
+
+    @classmethod
+    def eval(cls, x: Any) -> Any:
+        if is_int(x):
+            return x
+        return _clipped(round(Fraction(int(x.p), int(x.q)))) if x.is_Rational else None
+
+    def _eval_derivative(self, symbol: sympy.Symbol) -> sympy.Expr:
+        return ZERO
+
+
+class _Bits(sympy.Function):
+    """A bitwise operation on integers; flattened, sorted, numbers folded."""
+
+    fold: ClassVar[Callable[[int, int], int]]
+    identity: ClassVar[int]
+
+    @classmethod
+    def eval(cls, *args: Any) -> Any:
+        flat = [part for arg in args for part in (arg.args if isinstance(arg, cls) else (arg,))]
+        number = reduce(cls.fold, (int(part) for part in flat if part.is_Integer), cls.identity)
+        kept = sorted((part for part in flat if not part.is_Integer), key=default_sort_key)
+        if cls.fold is not operator.xor:  # x & x is x
+            kept = list(dict.fromkeys(kept))
+        if number != cls.identity or not kept:
+            kept.insert(0, sympy.Integer(number))
+        if len(kept) == 1:
+            return kept[0]
+        return None if tuple(kept) == args else cls(*kept)
+
+    def _eval_derivative(self, symbol: sympy.Symbol) -> sympy.Expr:
+        return ZERO
+
+
+class BitAnd(_Bits):
+    """a & b."""
+
+    fold, identity = operator.and_, -1
+
+
+class BitOr(_Bits):
+    """a | b."""
+
+    fold, identity = operator.or_, 0
+
+
+class BitXor(_Bits):
+    """a ^ b."""
+
+    fold, identity = operator.xor, 0
+
+
+class ShiftLeft(sympy.Function):
+    """a << n, n taken into 0 .. 31; by a number it is a product."""
+
+    @classmethod
+    def eval(cls, a: Any, n: Any) -> Any:
+        return a * 2 ** min(max(int(n), 0), LARGEST_SHIFT) if n.is_Integer else None
+
+    def _eval_derivative(self, symbol: sympy.Symbol) -> sympy.Expr:
+        return ZERO
+
+
+class ShiftRight(sympy.Function):
+    """a >> n, n taken into 0 .. 31; by a number it is a floor division."""
+
+    @classmethod
+    def eval(cls, a: Any, n: Any) -> Any:
+        return FloorDiv(a, 2 ** min(max(int(n), 0), LARGEST_SHIFT)) if n.is_Integer else None
+
+    def _eval_derivative(self, symbol: sympy.Symbol) -> sympy.Expr:
+        return ZERO
+
+
 class Uniform(sympy.Function):
     """Uniform(seed, b, h, i, j): a counter-based random number in [0, 1) with 24 bits; the same on every backend.
 
@@ -162,24 +309,82 @@ class Uniform(sympy.Function):
         return ZERO
 
 
+def _clipped(number: int) -> Any:
+    return sympy.Integer(min(max(number, -LARGEST_ROUNDED), LARGEST_ROUNDED))
+
+
+_WHOLE = (Floor, Round, BitAnd, BitOr, BitXor, ShiftLeft, ShiftRight)
+
+
 @lru_cache(maxsize=65536)
 def is_int(expr: Any) -> bool:
     """Whether an arithmetic expression is integer valued by construction."""
     if expr.is_Number:
-        return bool(expr.is_Integer)
+        return bool(expr.is_Integer) and abs(expr) < LARGEST_INTEGER
     if expr.is_Symbol:
         return bool(expr.is_integer)
     if isinstance(expr, Load):
         return bool(expr.args[0].is_integer)
     if isinstance(expr, Where):
         return is_int(expr.args[1]) and is_int(expr.args[2])
+    if isinstance(expr, _WHOLE):
+        return True
     if isinstance(expr, Uniform):
         return False
     if expr.is_Add or expr.is_Mul or isinstance(expr, (FloorDiv, PyMod, Minimum, Maximum, Absolute)):
-        return all(is_int(arg) for arg in expr.args)
+        return all(is_int(arg) for arg in expr.args) and not _may_overflow(expr)
     if expr.is_Pow:
         return is_int(expr.base) and bool(expr.exp.is_Integer) and bool(expr.exp >= 0)
     return False
+
+
+def _may_overflow(expr: Any) -> bool:
+    """Whether this is a product with a large number that can leave 64 bits: `1e18 * (i - j)` is meant as a float."""
+    if not expr.is_Mul:
+        return False
+    factor, rest = expr.as_coeff_Mul()
+    return abs(factor) >= LARGE_FACTOR and abs(factor) * _size(rest) >= 2**62
+
+
+def _size(expr: Any) -> int:
+    """A bound on an integer expression's size: positions have 28 bits, other values 31."""
+    if expr.is_Integer:
+        return abs(int(expr))
+    if not expr.args or isinstance(expr, (Load, *_WHOLE)):
+        return 2**28 if expr in (B, H, I, J, Q_OFFSET) or isinstance(expr, Position) else 2**31
+    sizes = [_size(arg) for arg in (expr.args[1:] if isinstance(expr, Where) else expr.args)]
+    if expr.is_Add:
+        return sum(sizes)
+    if expr.is_Mul:
+        return math.prod(sizes)
+    if expr.is_Pow:
+        return sizes[0] ** sizes[1]
+    return sizes[0] if isinstance(expr, FloorDiv) else max(sizes)
+
+
+def _integer_fraction(x: Any) -> tuple[Any, Any] | None:
+    """(a, b) for x = a / b with an integer expression a and a positive number b; None for other x."""
+    parts = [part.as_coeff_Mul() for part in sympy.Add.make_args(sympy.expand_mul(x))]
+    if not all(factor.is_Rational and is_int(term) for factor, term in parts):
+        return None
+    divisor = sympy.ilcm(1, *[factor.q for factor, _ in parts])
+    a = sympy.Add(*[divisor * factor * term for factor, term in parts])
+    return (a, sympy.Integer(divisor)) if divisor < LARGE_FACTOR and is_int(a) else None
+
+
+def rounded(number: Any) -> Any:
+    """A rational as it stands in an expression: exact if both its parts are below 2**53, else the double nearest to it in its
+    shortest decimal form.
+    """
+    if max(abs(number.p), number.q) < LARGEST_INTEGER:
+        return number
+    return exact(float(number))
+
+
+def exact(number: float) -> Any:
+    """A finite double as the rational that its shortest decimal form is: 0.1 is 1/10."""
+    fraction = Fraction(repr(number))
+    return sympy.Rational(fraction.numerator, fraction.denominator)
 
 
 def is_flag(expr: Any) -> bool:

@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from attngen.errors import SpecError
-from attngen.language.expression.builder import FUNCTIONS, Declaration, Expr, Param, Tensor, where, wrap
-from attngen.language.expression.functions import B, H, I, J, S
+from attngen.language.expression.builder import FUNCTIONS, PARENTHESES, Declaration, Expr, Param, Tensor, where, wrap
+from attngen.language.expression.functions import Q_OFFSET, B, H, I, J, S
 
 MAX_LENGTH, MAX_TOKENS, MAX_DEPTH, MAX_DIGITS = 4000, 600, 48, 24
 
-_ALLOWED = re.compile(r"[A-Za-z0-9_ \t\n()\[\],.+\-*/%<>=!&|~]*")
-_SYMBOLS = {"b": B, "h": H, "i": I, "j": J, "s": S}
+_ALLOWED = re.compile(r"[A-Za-z0-9_ \t\n()\[\],.+\-*/%<>=!&|~^]*")
+_SYMBOLS = {"b": B, "h": H, "i": I, "j": J, "s": S, "q_offset": Q_OFFSET}
 _CONSTANTS = {"true": True, "false": False}
 
 _BINARY: dict[type, Callable[[Any, Any], Any]] = {
@@ -33,6 +33,9 @@ _BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.Pow: lambda a, b: a**b,
     ast.BitAnd: lambda a, b: a & b,
     ast.BitOr: lambda a, b: a | b,
+    ast.BitXor: lambda a, b: a ^ b,
+    ast.LShift: lambda a, b: a << b,
+    ast.RShift: lambda a, b: a >> b,
 }
 _COMPARE: dict[type, Callable[[Any, Any], Any]] = {
     ast.Lt: lambda a, b: a < b,
@@ -128,6 +131,8 @@ class _Reader:
         if isinstance(declaration, Param):
             return declaration
         if isinstance(declaration, Tensor):
+            if declaration.ndim == 0:
+                return declaration[()]
             raise SpecError(f"`{node.id}` is a tensor", fix=f"index it: {node.id}[...]")
         if node.id in FUNCTIONS:
             raise SpecError(f"`{node.id}` is a function", fix=f"call it: {node.id}(...)")
@@ -177,6 +182,10 @@ class _Reader:
         return value
 
     def _read_Compare(self, node: ast.Compare) -> Any:
+        for part in (node.left, *node.comparators) if len(node.ops) > 1 else ():
+            bits = isinstance(part, ast.BinOp) and isinstance(part.op, (ast.BitAnd, ast.BitOr))
+            if bits and not self.text[: part.col_offset + self.offset].rstrip().endswith("("):
+                raise self._error(part, "an & or | between two comparisons", PARENTHESES)  # i >= j & i - j < 5
         operands = [self.read(part) for part in (node.left, *node.comparators)]
         links = []
         for left, op, right in zip(operands, node.ops, operands[1:], strict=False):

@@ -9,12 +9,23 @@ import sympy
 
 from attngen.language.expression.canonical import linear_terms
 from attngen.language.expression.functions import (
+    LARGEST_INTEGER,
     Absolute,
+    BitAnd,
+    BitOr,
+    BitXor,
+    Erf,
+    Exp2,
+    Floor,
     FloorDiv,
     Load,
     Maximum,
     Minimum,
+    Power,
     PyMod,
+    Round,
+    ShiftLeft,
+    ShiftRight,
     Sigmoid,
     Where,
     is_flag,
@@ -23,7 +34,11 @@ from attngen.language.expression.functions import (
 # Binding strength, loosest first; an operand is put in parentheses when it binds looser than its place needs.
 OR, AND, COMPARE, SUM, PRODUCT, ATOM = range(6)
 
-_NAMES = {Minimum: "min", Maximum: "max", Where: "where", Absolute: "abs", Sigmoid: "sigmoid"}
+_NAMES = {
+    Minimum: "min", Maximum: "max", Where: "where", Absolute: "abs", Sigmoid: "sigmoid", Erf: "erf", Exp2: "exp2",
+    Floor: "floor", Round: "round",
+}  # fmt: skip
+_BITS = {BitAnd: "&", BitOr: "|", BitXor: "^", ShiftLeft: "<<", ShiftRight: ">>"}
 _COMPARISONS = {sympy.Ge: ">=", sympy.Gt: ">", sympy.Eq: "==", sympy.Ne: "!="}
 
 
@@ -36,7 +51,7 @@ def to_text(expr: Any, strength: int = OR) -> str:
 def number(value: Any) -> str:
     """An exact rational, as a decimal when a float of that value prints so."""
     fraction = Fraction(int(value.p), int(value.q))
-    if fraction.denominator == 1:
+    if fraction.denominator == 1 and abs(fraction.numerator) < LARGEST_INTEGER:
         return str(fraction.numerator)
     decimal = repr(float(fraction))
     return decimal if Fraction(decimal) == fraction else f"{fraction.numerator}/{fraction.denominator}"
@@ -62,10 +77,15 @@ def _render(expr: Any) -> tuple[str, int]:
         text = number(expr)
         return text, SUM if text.startswith("-") else PRODUCT if "/" in text else ATOM
     if isinstance(expr, Load):
-        return f"{expr.name}[{', '.join(to_text(index) for index in expr.indices)}]", ATOM
+        places = ", ".join(to_text(index) for index in expr.indices)
+        return f"{expr.name}[{places}]" if places else expr.name, ATOM
     if isinstance(expr, (FloorDiv, PyMod)):
         sign = "//" if isinstance(expr, FloorDiv) else "%"
         return f"{to_text(expr.args[0], ATOM)} {sign} {to_text(expr.args[1], ATOM)}", PRODUCT
+    if type(expr) in _BITS:  # in parentheses, since few know how strongly each binds
+        return f"({f' {_BITS[type(expr)]} '.join(to_text(arg, ATOM) for arg in expr.args)})", ATOM
+    if isinstance(expr, Power):
+        return f"{to_text(expr.args[0], ATOM)} ** {to_text(expr.args[1], ATOM)}", PRODUCT
     if expr.is_Add:
         return _render_sum(expr), SUM
     if expr.is_Mul:
@@ -94,18 +114,27 @@ def _render_sum(expr: Any) -> str:
 
 
 def _render_product(expr: Any) -> tuple[str, int]:
+    """A number in front of a sum would be multiplied into it when the text is read: the other factors stand in between, or
+    parentheses.
+    """
     coefficient, rest = expr.as_coeff_Mul()
     if coefficient < 0:
-        return "-" + to_text(-expr, PRODUCT), SUM
+        text = to_text(-expr, PRODUCT)
+        whole = (rest.is_Mul and text.startswith("(")) or isinstance(rest, (FloorDiv, PyMod))  # -x // 2 is (-x) // 2
+        return f"-({text})" if whole else f"-{text}", SUM
     above = [factor for factor in rest.as_ordered_factors() if not _is_reciprocal(factor)]
     below = [sympy.Pow(f.base, -f.exp) for f in rest.as_ordered_factors() if _is_reciprocal(f)]
+    of_sum = bool(above) and above[0].is_Add and len(above) + len(below) > 1
     p, q = sympy.Integer(coefficient.p), sympy.Integer(coefficient.q)
-    decimal = number(coefficient)
-    if q != 1 and "/" in decimal:
-        below.insert(0, q)
+    if q != 1 and "/" in number(coefficient):
+        below.insert(len(below) if of_sum else 0, q)
         coefficient = p
-    parts = ([number(coefficient)] if coefficient != 1 or not above else []) + [to_text(f, ATOM) for f in above]
-    return " * ".join(parts) + "".join(f" / {to_text(f, ATOM)}" for f in below), PRODUCT
+    text = " * ".join(to_text(f, ATOM) for f in above) + "".join(f" / {to_text(f, ATOM)}" for f in below)
+    if coefficient == 1:
+        return (text if above else f"1{text}"), PRODUCT
+    if of_sum:
+        return f"{number(coefficient)} * ({text})", PRODUCT
+    return number(coefficient) + (" * " if above else "") + text, PRODUCT
 
 
 def _is_reciprocal(factor: Any) -> bool:

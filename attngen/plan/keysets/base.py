@@ -20,6 +20,7 @@ from attngen.language.call import offset_column as offset_column
 from attngen.language.checks import check_range as check_range
 from attngen.language.checks import check_tensor as check_tensor
 from attngen.language.expression import (
+    Q_OFFSET,
     B,
     Expr,
     H,
@@ -34,6 +35,7 @@ from attngen.language.expression import (
     greater_equal,
     not_equal,
 )
+from attngen.language.indices import trusted_indices
 
 if TYPE_CHECKING:
     from attngen.language.call import Call
@@ -163,10 +165,12 @@ def sizes_of(call: Call) -> tuple[Any, ...]:
 
 
 class Pieces:
-    """Compiles and runs the ordinary attentions that one call with a key set is made of."""
+    """Compiles and runs the ordinary attentions that one call with a key set is made of. `trusted`: rows may be moved or made
+    up, so that indices are not looked at.
+    """
 
-    def __init__(self, attention: CompiledAttention, call: Call):
-        self.attention, self.call, self.spec = attention, call, attention.spec
+    def __init__(self, attention: CompiledAttention, call: Call, trusted: bool = True):
+        self.attention, self.call, self.spec, self.trusted = attention, call, attention.spec, trusted
         self._taken = {*self.spec.tensors, *self.spec.params}
 
     def tensor(self, name: str, ndim: int, dtype: torch.dtype | None = torch.int32) -> Tensor:
@@ -203,7 +207,8 @@ class Pieces:
         named = {n: captures[n] for n in (*found.spec.tensors, *found.spec.params)}
         if RECORD is not None:
             RECORD.append((role, found, q, k, v, q_offset, named))
-        return found(q, k, v, return_lse=True, q_offset=q_offset, **named)
+        with trusted_indices(self.trusted):
+            return found(q, k, v, return_lse=True, q_offset=q_offset, **named)
 
     def _compile(self, mask: Any, score: Any, **more: Any) -> CompiledAttention:
         from attngen.language.spec import Spec
@@ -236,7 +241,7 @@ b, h, i, j, s = Expr(B), Expr(H), Expr(I), Expr(J), Expr(S)
 
 
 def moved(expr: Expr, **places: Expr) -> Expr:
-    """A mask or a score with other expressions in the place of b, h, i, j, in canonical form."""
+    """A mask or a score with other expressions in the place of b, h, i, j, q_offset, in canonical form."""
     return moved_by(expr, lambda _: places)
 
 
@@ -248,7 +253,13 @@ def moved_by(expr: Expr, choose: Callable[[Any], Mapping[str, Expr]]) -> Expr:
         places = choose(sym)
         for place in places.values():
             used.update(place.declared)
-        return sym.xreplace({symbol: places[symbol.name].sym for symbol in (B, H, I, J) if symbol.name in places})
+        if Q_OFFSET in sym.free_symbols and "i" in places and "q_offset" not in places:
+            raise SpecError(
+                "i - q_offset, the query's row, may not stand here: the key set or the layout of the call moves rows",
+                fix="index by the position i",
+            )
+        known = (B, H, I, J, Q_OFFSET)
+        return sym.xreplace({symbol: places[symbol.name].sym for symbol in known if symbol.name in places})
 
     def condition(sym: Any) -> Any:
         kind = type(sym).__name__

@@ -139,7 +139,8 @@ def _sink(call: Call, lse: torch.Tensor) -> torch.Tensor:
     env: dict[str, Any] = {**call.captures, **call.params}
     env |= {"b": torch.arange(batch, device=lse.device).view(-1, 1, 1)}
     env |= {"h": torch.arange(heads, device=lse.device).view(1, -1, 1)}
-    env |= {"i": torch.arange(rows, device=lse.device) + base.offset_column(call)}
+    offset = base.offset_column(call)
+    env |= {"i": torch.arange(rows, device=lse.device) + offset, "q_offset": offset}
     value = tensor_of(evaluate(call.spec.sink, env, real=lse.dtype), lse.device)
     return value.to(lse.dtype).expand(lse.shape)
 

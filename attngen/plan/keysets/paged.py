@@ -54,7 +54,7 @@ class Paged(KeySet):
         if given.get("page_table") is None:
             raise InputError("page_table", "int [B, pages per row]", "nothing", "pass page_table=... at the call")
         named = {**captures, "page_table": given["page_table"]}
-        return bind(_in_pages(spec, self.page_size), q, k, v, q_offset=q_offset, captures=named)
+        return bind(_in_pages(spec, self.page_size), q, k, v, q_offset=q_offset, captures=named, values=False)
 
     def prepare(self, spec: Spec, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
         if checked():
@@ -63,7 +63,7 @@ class Paged(KeySet):
             only = _mask_in_pages(spec, self.page_size, bool(lengths))
             known = {**call.captures, **call.params, **lengths, "page_table": table}
             named = {name: value for name, value in known.items() if name in only.tensors or name in only.params}
-            bound = bind(only, call.q, call.k, call.v, q_offset=call.q_offset, captures=named)
+            bound = bind(only, call.q, call.k, call.v, q_offset=call.q_offset, captures=named, values=False)
             right = ((table >= 0) & (table < held)) | ~reached(bound)
             wanted = f"pages in 0 .. {held - 1} where the mask lets a query see them"
             require("page_table", right, wanted, table, "at [batch row, page slot]")
@@ -79,6 +79,7 @@ class Paged(KeySet):
 
     def run(self, pieces: Pieces, plan: Mapping[str, Any], given: Mapping[str, Any]) -> Result:
         call, device, k_len = pieces.call, pieces.call.q.device, given.get("k_len")
+        pieces.trusted = False  # rows stay where they are
         learned = [call.q, call.k, call.v, *call.captures.values()]
         if torch.is_grad_enabled() and any(t.requires_grad for t in learned):
             raise InputError(
@@ -116,7 +117,9 @@ def reached(call: Call) -> torch.Tensor:
         "h": torch.arange(heads, device=device).view(1, -1, 1),
     }
     check_positive(known.walk_keys, env)
-    offset = call.q_offset.view(-1, 1, 1) if isinstance(call.q_offset, torch.Tensor) else call.q_offset
+    env["q_offset"] = offset = (
+        call.q_offset.view(-1, 1, 1) if isinstance(call.q_offset, torch.Tensor) else call.q_offset
+    )
     queries, keys = Axis("i", offset, n_q), Axis("j", 0, call.n_k)  # one tile of all queries
     segments = run(known.walk_keys, known.program_keys, env, queries, keys, n_q, page_size, device)
     found = torch.zeros((1, 1, 1), dtype=torch.bool, device=device)

@@ -58,8 +58,8 @@ def _padded(
 ) -> Result:
     from attngen.plan.keysets.call import _sink
 
-    call = bind(attention.spec, q, k, v, q_offset=q_offset, captures=captures)
-    pieces = Pieces(attention, call)
+    call = bind(attention.spec, q, k, v, q_offset=q_offset, captures=captures, values=False)  # the piece knows lengths
+    pieces = Pieces(attention, call, trusted=False)
     k_len = check_lengths("k_len", k_len, q.shape[0], k.shape[2], "rows of k", q.device)
 
     def build() -> dict[str, Any]:
@@ -99,12 +99,13 @@ def _packed(
     call = _bound(attention.spec, q, k, v, q_offset, count, captures)
     _check_room(call, captures, {"i": cu_q.diff(), "j": cu_k.diff()})
     places = _places(call, cu_q, cu_k, count)
-    pieces = Pieces(attention, call)
+    pieces = Pieces(attention, call, trusted=False)
 
     def build() -> dict[str, Any]:
         named = {name: pieces.tensor(name, 1) for name in places}
-        positions = {"b": named["q_sequence"][i], "i": named["q_position"][i], "j": named["k_position"][j]}
-        ranks = {"b": positions["b"], "i": named["q_rank"][i], "j": named["k_rank"][j]}
+        offset = {"q_offset": named["q_own_offset"][i]}
+        positions = {"b": named["q_sequence"][i], "i": named["q_position"][i], "j": named["k_position"][j], **offset}
+        ranks = {"b": positions["b"], "i": named["q_rank"][i], "j": named["k_rank"][j], **offset}
         # Ranks rise over the whole row and differ like positions inside a sequence: what depends on the distance alone
         # finds tight ranges by them.
         mask = moved_by(pieces.mask, lambda atom: ranks if by_distance(atom) else positions)
@@ -140,7 +141,7 @@ def _bound(
     device knows: `_check_room` looks at that.
     """
     behind = q_offset if isinstance(q_offset, int) else 0
-    full = {"b": count, "h": q.shape[1], "i": q.shape[2] + behind, "j": k.shape[2]}
+    full = {"b": count, "h": q.shape[1], "i": q.shape[2] + behind, "r": q.shape[2], "j": k.shape[2]}
     expanded = dict(captures)
     for name, dims in spec.plain_dims.items():
         tensor = captures.get(name)
@@ -161,9 +162,9 @@ def _check_room(call: Call, captures: Mapping[str, Any], lengths: Mapping[str, t
     for name, dims in call.spec.plain_dims.items():
         for dim, axis in dims:
             size = captures[name].shape[dim]
-            if axis not in lengths or size == 1:
+            if axis not in "ijr" or size == 1:
                 continue
-            length = lengths[axis]
+            length = lengths["i" if axis == "r" else axis]
             if axis == "i" and isinstance(call.q_offset, torch.Tensor):
                 wanted = f"0 or more, since `{name}` is indexed by the position i"
                 require("q_offset", (call.q_offset >= 0) | (length == 0), wanted, call.q_offset, "in sequence")
@@ -197,7 +198,7 @@ def _places(call: Call, cu_q: torch.Tensor, cu_k: torch.Tensor, count: int) -> d
         "start": torch.where(q_sequence < count, q_sequence, count + 2) * stride,
         "stop": torch.where(q_sequence < count, q_sequence + 1, count) * stride,
     }
-    near = {"q_sequence": inside, "q_position": q_position, "k_position": k_position}
+    near = {"q_sequence": inside, "q_position": q_position, "k_position": k_position, "q_own_offset": own}
     return {n: t.to(word) for n, t in found.items()} | {n: t.to(torch.int32) for n, t in near.items()}
 
 
@@ -205,6 +206,7 @@ def _packed_sink(call: Call, lse: torch.Tensor, places: Mapping[str, torch.Tenso
     """The sink's logits [1, Hq, total_q]; rows of no sequence have none."""
     env: dict[str, Any] = {**call.captures, **call.params}
     env |= {"b": places["q_sequence"].long(), "i": places["q_position"].long()}
+    env |= {"q_offset": places["q_own_offset"].long()}
     env |= {"h": torch.arange(lse.shape[1], device=lse.device).view(1, -1, 1)}
     value = tensor_of(evaluate(call.spec.sink, env, real=lse.dtype), lse.device).to(lse.dtype)
     here = torch.arange(lse.shape[2], device=lse.device) < cu_q[-1]

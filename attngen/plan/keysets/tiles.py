@@ -184,7 +184,7 @@ def bind_mask(spec: Spec, call: Call) -> Call:
             )
     named = {name: captures[name] for name in (*only.tensors, *only.params)}
     named = {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in named.items()}
-    return bind(only, call.q, call.k, call.v, q_offset=call.q_offset, captures=named)
+    return bind(only, call.q, call.k, call.v, q_offset=call.q_offset, captures=named, values=False)
 
 
 @lru_cache(maxsize=256)

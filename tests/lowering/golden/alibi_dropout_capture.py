@@ -52,6 +52,7 @@ def capture(
     v,  # [B, heads // group, n_k, Dv]
     lse,  # [B, heads, n_q]
     delta,  # [B, heads, n_q]
+    excess,  # [B, heads, n_q]
     grad,  # [B, heads, tiles]
     q_stride_b,
     q_stride_h,
@@ -84,15 +85,15 @@ def capture(
     kv_head = h // group
 
     row = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    row_in = row < n_q
-    i = row + q_offset
+    row_in = row < n_q  # [BLOCK_M]
+    i = row + q_offset  # [BLOCK_M]
     lane_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    d_0 = tl.arange(0, 64)  # [64]
     slope_h = tl.load(slope + h.to(tl.int64) * slope_stride_0).to(tl.float32)
     hash = mix(seed.to(tl.uint32))
     hash_2 = mix(hash ^ b.to(tl.uint32))
     hash_3 = mix(hash_2 ^ h.to(tl.uint32))
     hash_4 = mix(hash_3 ^ i.to(tl.uint32))  # [BLOCK_M]
+    d_0 = tl.arange(0, 64)  # [64]
     q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
     do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h
     q_rows = q_head + row.to(tl.int64)[:, None] * q_stride_n
@@ -101,28 +102,37 @@ def capture(
     do_0 = tl.load(do_rows + d_0[None, :], mask=row_in[:, None], other=0.0)  # [BLOCK_M, 64]
     k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
     v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
-    scale2 = scale * LOG2E
     total = 0.0
     lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
     delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
-    lse_2 = tl.load(lse_head + row, mask=row_in, other=float("-inf")) * LOG2E  # [BLOCK_M]
-    lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+    excess_head = excess + (b.to(tl.int64) * heads + h) * n_q
+    lse_row = tl.load(lse_head + row, mask=row_in, other=float("-inf"))  # [BLOCK_M]
+    lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
+    excess_row = tl.load(excess_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
     delta_row = tl.load(delta_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
+
+    # this tile's first and last row, as positions
     first = query_tile * BLOCK_M + q_offset
     last = tl.minimum(query_tile * BLOCK_M + BLOCK_M, n_q) - 1 + q_offset
-    live_stop = (tl.maximum(0, tl.minimum(n_k, last + 1)) + BLOCK_N - 1) // BLOCK_N
-    hole_first = tl.maximum(0, tl.minimum(n_k, first + 1)) // BLOCK_N
-    partial_count = live_stop - hole_first
+
+    # key tiles that some row of this query tile attends
+    live_stop = tl.cdiv(tl.maximum(0, tl.minimum(n_k, last + 1)), BLOCK_N)
+
+    # of those, the ones every row attends fully
+    unmasked_stop = tl.maximum(0, tl.minimum(n_k, first + 1)) // BLOCK_N
+
+    # the partial tiles beside them
+    partial_count = live_stop - unmasked_stop
 
     # full key tiles: every pair attends, so no mask
-    for tile in range(hole_first):
-        j = tile * BLOCK_N + lane_n
+    for tile in range(unmasked_stop):
+        j = tile * BLOCK_N + lane_n  # [BLOCK_N]
         rows = j.to(tl.int64)[:, None]
         k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :])
         s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
         keep = uniform(hash_4[:, None] ^ j[None, :].to(tl.uint32)) >= 0.1
-        x = slope_h * LOG2E * (j[None, :] - i[:, None]).to(tl.float32) + scale2 * s
-        p = tl.exp2(x - lse_2[:, None])
+        x = slope_h * (j[None, :] - i[:, None]).to(tl.float32) + scale * s
+        p = tl.exp2((x - lse_row[:, None]) * LOG2E - excess_row[:, None])
         v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :])
         dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
         dp = tl.where(keep, dp * 1.1111111111111112, 0.0)
@@ -130,16 +140,16 @@ def capture(
         total += tl.sum(tl.sum(ds, 1), 0)
 
     # partial key tiles: only some pairs attend
-    for tile in tl.range(hole_first, hole_first + partial_count, num_stages=1):
-        j = tile * BLOCK_N + lane_n
+    for tile in tl.range(unmasked_stop, unmasked_stop + partial_count, num_stages=1):
+        j = tile * BLOCK_N + lane_n  # [BLOCK_N]
         rows = j.to(tl.int64)[:, None]
-        inside = j < n_k
+        inside = j < n_k  # [BLOCK_N]
         k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
         s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
         valid = (i[:, None] >= j[None, :]) & inside[None, :]
         keep = uniform(hash_4[:, None] ^ j[None, :].to(tl.uint32)) >= 0.1
-        x = slope_h * LOG2E * (j[None, :] - i[:, None]).to(tl.float32) + scale2 * s
-        p = tl.exp2(x - lse_2[:, None])
+        x = slope_h * (j[None, :] - i[:, None]).to(tl.float32) + scale * s
+        p = tl.exp2((x - lse_row[:, None]) * LOG2E - excess_row[:, None])
         v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
         dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
         dp = tl.where(keep, dp * 1.1111111111111112, 0.0)

@@ -54,6 +54,7 @@ def dkv(
     dv,  # [B, heads // group, n_k, Dv]
     lse,  # [B, heads, n_q]
     delta,  # [B, heads, n_q]
+    excess,  # [B, heads, n_q]
     k_stride_b,
     k_stride_h,
     k_stride_n,
@@ -89,63 +90,72 @@ def dkv(
     kv_heads = heads // group
     kv_head = program // tiles % kv_heads
     b = program // tiles // kv_heads
-    q_offset = tl.load(q_offsets + b).to(tl.int32)
 
+    q_offset = tl.load(q_offsets + b).to(tl.int32)
     j = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    key_in = j < n_k
+    key_in = j < n_k  # [BLOCK_N]
     lane_m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    d_0 = tl.arange(0, 64)  # [64]
     hash = mix(seed.to(tl.uint32))
     hash_2 = mix(hash ^ b.to(tl.uint32))
+    d_0 = tl.arange(0, 64)  # [64]
     k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
     v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
     k_rows = k_head + j.to(tl.int64)[:, None] * k_stride_n
     k_0 = tl.load(k_rows + d_0[None, :], mask=key_in[:, None], other=0.0)  # [BLOCK_N, 64]
     v_rows = v_head + j.to(tl.int64)[:, None] * v_stride_n
     v_0 = tl.load(v_rows + d_0[None, :], mask=key_in[:, None], other=0.0)  # [BLOCK_N, 64]
-    scale2 = scale * LOG2E
     dk_0 = tl.zeros([BLOCK_N, 64], tl.float32)
     dv_0 = tl.zeros([BLOCK_N, 64], tl.float32)
 
     # every query head that reads this key head
     for g in range(group):
         h = kv_head * group + g
+        slope_h = tl.load(slope + h.to(tl.int64) * slope_stride_0).to(tl.float32)
+        hash_3 = mix(hash_2 ^ h.to(tl.uint32))
         q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
         do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h
         lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
         delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
+        excess_head = excess + (b.to(tl.int64) * heads + h) * n_q
+
+        # this tile's first and last key, as positions
         first = key_tile * BLOCK_N
         last = tl.minimum(key_tile * BLOCK_N + BLOCK_N, n_k) - 1
+
+        # query tiles with a row that attends some key of this tile
         live_start = tl.maximum(0, first - q_offset)
         live_end = n_q
         live_first = live_start // BLOCK_M
-        live_stop = tl.where(live_end > live_start, (BLOCK_M + live_end - 1) // BLOCK_M, live_first)
-        hole1_stop = (tl.maximum(0, last - q_offset) + BLOCK_M - 1) // BLOCK_M
-        hole2_first = tl.maximum(hole1_stop, n_q // BLOCK_M)
-        full_stop = tl.minimum(hole2_first, live_stop)
-        full_count = tl.maximum(0, full_stop - hole1_stop)
-        partial1_stop = tl.minimum(hole1_stop, live_stop)
-        partial1_count = tl.maximum(0, partial1_stop - live_first)
-        partial2_count = tl.maximum(0, live_stop - hole2_first)
-        partial_shift2 = hole2_first - partial1_count
-        partial_count2 = partial1_count + partial2_count
-        slope_h = tl.load(slope + h.to(tl.int64) * slope_stride_0).to(tl.float32)
-        hash_3 = mix(hash_2 ^ h.to(tl.uint32))
+        live_stop = tl.where(live_end > live_start, tl.cdiv(live_end, BLOCK_M), live_first)
+
+        # of those, the ones whose rows attend all keys of this tile
+        full_first = tl.cdiv(tl.maximum(0, last - q_offset), BLOCK_M)
+        unmasked_stop = tl.maximum(full_first, n_q // BLOCK_M)
+        full_stop = tl.minimum(live_stop, unmasked_stop)
+        full_count = tl.maximum(0, full_stop - full_first)
+
+        # the partial tiles before and behind them
+        before_stop = tl.minimum(full_first, live_stop)
+        before_full = tl.maximum(0, before_stop - live_first)
+        after_full = tl.maximum(0, live_stop - unmasked_stop)
+        skip_full = unmasked_stop - before_full
+        partial_count = after_full + before_full
 
         # full query tiles: every pair attends, so no mask
-        for tile in range(hole1_stop, hole1_stop + full_count):
-            row = tile * BLOCK_M + lane_m
+        for tile in range(full_first, full_first + full_count):
+            row = tile * BLOCK_M + lane_m  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
-            i = row + q_offset
-            lse_2 = tl.load(lse_head + row) * LOG2E  # [BLOCK_M]
-            lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+            i = row + q_offset  # [BLOCK_M]
+            lse_row = tl.load(lse_head + row)  # [BLOCK_M]
+            lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
+            excess_row = tl.load(excess_head + row)  # [BLOCK_M]
             delta_row = tl.load(delta_head + row)  # [BLOCK_M]
             q_0 = tl.load(q_head + rows * q_stride_n + d_0[None, :])
             s = tl.dot(k_0, tl.trans(q_0), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             hash_4 = mix(hash_3 ^ i.to(tl.uint32))  # [BLOCK_M]
             keep = uniform(hash_4[None, :] ^ j[:, None].to(tl.uint32)) >= 0.1
-            x = slope_h * LOG2E * (j[:, None] - i[None, :]).to(tl.float32) + scale2 * s
-            p = tl.exp2(x - lse_2[None, :])
+            x = slope_h * (j[:, None] - i[None, :]).to(tl.float32) + scale * s
+            p = tl.exp2((x - lse_row[None, :]) * LOG2E - excess_row[None, :])
             do_0 = tl.load(do_head + rows * do_stride_n + d_0[None, :])
             dp = tl.dot(v_0, tl.trans(do_0), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             dp = tl.where(keep, dp * 1.1111111111111112, 0.0)
@@ -155,23 +165,24 @@ def dkv(
             dk_0 = tl.dot(ds.to(q_0.dtype), q_0, dk_0, input_precision=PRECISION)
 
         # partial query tiles: only some pairs attend
-        for step in tl.range(partial_count2, num_stages=1):
+        for step in tl.range(partial_count, num_stages=1):
             tile = live_first + step
-            tile = tl.where(step < partial1_count, tile, partial_shift2 + step)
-            row = tile * BLOCK_M + lane_m
+            tile = tl.where(step < before_full, tile, skip_full + step)
+            row = tile * BLOCK_M + lane_m  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
-            inside = row < n_q
-            i = row + q_offset
-            lse_2 = tl.load(lse_head + row, mask=inside, other=0.0) * LOG2E  # [BLOCK_M]
-            lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+            inside = row < n_q  # [BLOCK_M]
+            i = row + q_offset  # [BLOCK_M]
+            lse_row = tl.load(lse_head + row, mask=inside, other=0.0)  # [BLOCK_M]
+            lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
+            excess_row = tl.load(excess_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             delta_row = tl.load(delta_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             q_0 = tl.load(q_head + rows * q_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             s = tl.dot(k_0, tl.trans(q_0), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             valid = (j[:, None] <= i[None, :]) & inside[None, :]
-            hash_5 = mix(hash_3 ^ i.to(tl.uint32))  # [BLOCK_M]
-            keep = uniform(hash_5[None, :] ^ j[:, None].to(tl.uint32)) >= 0.1
-            x = slope_h * LOG2E * (j[:, None] - i[None, :]).to(tl.float32) + scale2 * s
-            p = tl.exp2(x - lse_2[None, :])
+            hash_4 = mix(hash_3 ^ i.to(tl.uint32))  # [BLOCK_M]
+            keep = uniform(hash_4[None, :] ^ j[:, None].to(tl.uint32)) >= 0.1
+            x = slope_h * (j[:, None] - i[None, :]).to(tl.float32) + scale * s
+            p = tl.exp2((x - lse_row[None, :]) * LOG2E - excess_row[None, :])
             do_0 = tl.load(do_head + rows * do_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             dp = tl.dot(v_0, tl.trans(do_0), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             dp = tl.where(keep, dp * 1.1111111111111112, 0.0)

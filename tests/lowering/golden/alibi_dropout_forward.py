@@ -16,7 +16,7 @@ BLOCK_M = tl.constexpr(64)  # query rows of a tile
 BLOCK_N = tl.constexpr(32)  # keys of a tile
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.0e38)  # below every logit, and finite, so that LOWEST - LOWEST is 0
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # no logit is lower, and LOWEST - LOWEST is 0
 PRECISION = tl.constexpr("ieee")
 
 
@@ -82,44 +82,51 @@ def forward(
     h = program // tiles % heads
     b = program // tiles // heads
     kv_head = h // group
-    q_offset = tl.load(q_offsets + b).to(tl.int32)
 
+    q_offset = tl.load(q_offsets + b).to(tl.int32)
     row = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    row_in = row < n_q
-    i = row + q_offset
+    row_in = row < n_q  # [BLOCK_M]
+    i = row + q_offset  # [BLOCK_M]
     lane_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    d_0 = tl.arange(0, 64)  # [64]
     slope_h = tl.load(slope + h.to(tl.int64) * slope_stride_0).to(tl.float32)
     hash = mix(seed.to(tl.uint32))
     hash_2 = mix(hash ^ b.to(tl.uint32))
     hash_3 = mix(hash_2 ^ h.to(tl.uint32))
     hash_4 = mix(hash_3 ^ i.to(tl.uint32))  # [BLOCK_M]
+    d_0 = tl.arange(0, 64)  # [64]
     q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
     k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
     v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
     q_rows = q_head + row.to(tl.int64)[:, None] * q_stride_n
     q_0 = tl.load(q_rows + d_0[None, :], mask=row_in[:, None], other=0.0)  # [BLOCK_M, 64]
-    scale2 = scale * LOG2E
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc_0 = tl.zeros([BLOCK_M, 64], tl.float32)
+
+    # this tile's first and last row, as positions
     first = query_tile * BLOCK_M + q_offset
     last = tl.minimum(query_tile * BLOCK_M + BLOCK_M, n_q) - 1 + q_offset
-    live_stop = (tl.maximum(0, tl.minimum(n_k, last + 1)) + BLOCK_N - 1) // BLOCK_N
-    hole_first = tl.maximum(0, tl.minimum(n_k, first + 1)) // BLOCK_N
-    partial_count = live_stop - hole_first
+
+    # key tiles that some row of this query tile attends
+    live_stop = tl.cdiv(tl.maximum(0, tl.minimum(n_k, last + 1)), BLOCK_N)
+
+    # of those, the ones every row attends fully
+    unmasked_stop = tl.maximum(0, tl.minimum(n_k, first + 1)) // BLOCK_N
+
+    # the partial tiles beside them
+    partial_count = live_stop - unmasked_stop
 
     # full key tiles: every pair attends, so no mask
-    for tile in range(hole_first):
-        j = tile * BLOCK_N + lane_n
+    for tile in range(unmasked_stop):
+        j = tile * BLOCK_N + lane_n  # [BLOCK_N]
         rows = j.to(tl.int64)[:, None]
         k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :])
         s = tl.dot(q_0, tl.trans(k_0), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         keep = uniform(hash_4[:, None] ^ j[None, :].to(tl.uint32)) >= 0.1
-        x = slope_h * LOG2E * (j[None, :] - i[:, None]).to(tl.float32) + scale2 * s
+        x = slope_h * (j[None, :] - i[:, None]).to(tl.float32) + scale * s
         m_new = tl.maximum(m, tl.max(x, 1))
-        p = tl.exp2(x - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
+        p = tl.exp2((x - m_new[:, None]) * LOG2E)
+        alpha = tl.exp2((m - m_new) * LOG2E)
         m = m_new
         l = l * alpha + tl.sum(p, 1)
         p = tl.where(keep, p * 1.1111111111111112, 0.0)
@@ -127,19 +134,19 @@ def forward(
         acc_0 = tl.dot(p.to(v_0.dtype), v_0, acc_0 * alpha[:, None], input_precision=PRECISION)
 
     # partial key tiles: only some pairs attend
-    for tile in tl.range(hole_first, hole_first + partial_count, num_stages=1):
-        j = tile * BLOCK_N + lane_n
+    for tile in tl.range(unmasked_stop, unmasked_stop + partial_count, num_stages=1):
+        j = tile * BLOCK_N + lane_n  # [BLOCK_N]
         rows = j.to(tl.int64)[:, None]
-        inside = j < n_k
+        inside = j < n_k  # [BLOCK_N]
         k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
         s = tl.dot(q_0, tl.trans(k_0), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         valid = (i[:, None] >= j[None, :]) & inside[None, :]
         keep = uniform(hash_4[:, None] ^ j[None, :].to(tl.uint32)) >= 0.1
-        x = slope_h * LOG2E * (j[None, :] - i[:, None]).to(tl.float32) + scale2 * s
+        x = slope_h * (j[None, :] - i[:, None]).to(tl.float32) + scale * s
         x = tl.where(valid, x, float("-inf"))
         m_new = tl.maximum(m, tl.max(x, 1))
-        p = tl.exp2(x - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
+        p = tl.exp2((x - m_new[:, None]) * LOG2E)
+        alpha = tl.exp2((m - m_new) * LOG2E)
         m = m_new
         l = l * alpha + tl.sum(p, 1)
         p = tl.where(keep, p * 1.1111111111111112, 0.0)
@@ -154,7 +161,7 @@ def forward(
     empty = l == 0.0
     l = tl.where(empty, 1.0, l)
     lse_rows = lse + (b.to(tl.int64) * heads + h) * n_q + row
-    tl.store(lse_rows, tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2), mask=row_in)
+    tl.store(lse_rows, tl.where(empty, float("-inf"), m + tl.log2(l) * LN2), mask=row_in)
     out_head = out + b.to(tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h
 
     norm = 1.0 / l

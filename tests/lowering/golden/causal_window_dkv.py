@@ -70,11 +70,11 @@ def dkv(
     b = program // tiles // kv_heads
 
     j = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    key_in = j < n_k
+    key_in = j < n_k  # [BLOCK_N]
     lane_m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    last_query = j + width - 1  # [BLOCK_N]
+    first_query = j - width + 1  # [BLOCK_N]
     d_0 = tl.arange(0, 128)  # [128]
-    key_x = j + width - 1  # [BLOCK_N]
-    key_x_2 = j - width + 1  # [BLOCK_N]
     k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
     v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
     k_rows = k_head + j.to(tl.int64)[:, None] * k_stride_n
@@ -92,29 +92,36 @@ def dkv(
         do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h
         lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
         delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
+
+        # this tile's first and last key, as positions
         first = key_tile * BLOCK_N
         last = tl.minimum(key_tile * BLOCK_N + BLOCK_N, n_k) - 1
+
+        # query tiles with a row that attends some key of this tile
         live_start = tl.maximum(0, first - q_offset)
         live_end = tl.minimum(n_q, last + width - q_offset)
         live_first = live_start // BLOCK_M
-        scalar = (2 * width >= 2) & (width >= 1) & (live_end > live_start)
-        scalar_2 = (BLOCK_M + live_end - 1) // BLOCK_M
-        live_stop = tl.where(scalar, scalar_2, live_first)
-        scalar_3 = tl.maximum(tl.maximum(0, last - q_offset), last - q_offset - width + 1) + BLOCK_M
-        hole1_stop = (scalar_3 - 1) // BLOCK_M
-        scalar_4 = tl.maximum(0, tl.minimum(n_q, first + width - q_offset)) // BLOCK_M
-        hole2_first = tl.maximum(hole1_stop, scalar_4)
-        full_stop = tl.minimum(hole2_first, live_stop)
-        full_count = tl.maximum(0, full_stop - hole1_stop)
-        partial1_stop = tl.minimum(hole1_stop, live_stop)
-        partial1_count = tl.maximum(0, partial1_stop - live_first)
-        partial2_count = tl.maximum(0, live_stop - hole2_first)
-        partial_shift2 = hole2_first - partial1_count
-        partial_count2 = partial1_count + partial2_count
+        any_live = (2 * width >= 2) & (width >= 1) & (live_end > live_start)
+        live_stop = tl.where(any_live, tl.cdiv(live_end, BLOCK_M), live_first)
+
+        # of those, the ones whose rows attend all keys of this tile
+        unmasked_start = tl.maximum(tl.maximum(0, last - q_offset), last - q_offset - width + 1)
+        full_first = tl.cdiv(unmasked_start, BLOCK_M)
+        masked_first = tl.maximum(0, tl.minimum(n_q, first + width - q_offset)) // BLOCK_M
+        unmasked_stop = tl.maximum(full_first, masked_first)
+        full_stop = tl.minimum(live_stop, unmasked_stop)
+        full_count = tl.maximum(0, full_stop - full_first)
+
+        # the partial tiles before and behind them
+        before_stop = tl.minimum(full_first, live_stop)
+        before_full = tl.maximum(0, before_stop - live_first)
+        after_full = tl.maximum(0, live_stop - unmasked_stop)
+        skip_full = unmasked_stop - before_full
+        partial_count = after_full + before_full
 
         # full query tiles: every pair attends, so no mask
-        for tile in range(hole1_stop, hole1_stop + full_count):
-            row = tile * BLOCK_M + lane_m
+        for tile in range(full_first, full_first + full_count):
+            row = tile * BLOCK_M + lane_m  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
             lse_2 = tl.load(lse_head + row) * LOG2E  # [BLOCK_M]
             lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
@@ -129,20 +136,20 @@ def dkv(
             dk_0 = tl.dot(ds.to(q_0.dtype), q_0, dk_0)
 
         # partial query tiles: only some pairs attend
-        for step in tl.range(partial_count2, num_stages=1):
+        for step in tl.range(partial_count, num_stages=1):
             tile = live_first + step
-            tile = tl.where(step < partial1_count, tile, partial_shift2 + step)
-            row = tile * BLOCK_M + lane_m
+            tile = tl.where(step < before_full, tile, skip_full + step)
+            row = tile * BLOCK_M + lane_m  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
-            inside = row < n_q
-            i = row + q_offset
+            inside = row < n_q  # [BLOCK_M]
+            i = row + q_offset  # [BLOCK_M]
             lse_2 = tl.load(lse_head + row, mask=inside, other=0.0) * LOG2E  # [BLOCK_M]
             lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
             delta_row = tl.load(delta_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             q_0 = tl.load(q_head + rows * q_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             s = tl.dot(k_0, tl.trans(q_0))  # [BLOCK_N, BLOCK_M]
-            tile_ok = (key_x[:, None] >= i[None, :]) & (j[:, None] <= i[None, :])  # [BLOCK_N, BLOCK_M]
-            valid = tile_ok & (key_x_2[:, None] <= i[None, :]) & inside[None, :]
+            pair_ok = (last_query[:, None] >= i[None, :]) & (j[:, None] <= i[None, :])  # [BLOCK_N, BLOCK_M]
+            valid = pair_ok & (first_query[:, None] <= i[None, :]) & inside[None, :]
             p = tl.exp2(s * scale2 - lse_2[None, :])
             do_0 = tl.load(do_head + rows * do_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]

@@ -66,12 +66,12 @@ def dq(
     kv_head = h // group
 
     row = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    row_in = row < n_q
-    i = row + q_offset
+    row_in = row < n_q  # [BLOCK_M]
+    i = row + q_offset  # [BLOCK_M]
     lane_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    first_key = i - width + 1  # [BLOCK_M]
+    last_key = i + width - 1  # [BLOCK_M]
     d_0 = tl.arange(0, 128)  # [128]
-    row_x = i - width + 1  # [BLOCK_M]
-    row_x_2 = i + width - 1  # [BLOCK_M]
     q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
     do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h
     q_rows = q_head + row.to(tl.int64)[:, None] * q_stride_n
@@ -87,28 +87,35 @@ def dq(
     lse_2 = tl.load(lse_head + row, mask=row_in, other=float("-inf")) * LOG2E  # [BLOCK_M]
     lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
     delta_row = tl.load(delta_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
+
+    # this tile's first and last row, as positions
     first = query_tile * BLOCK_M + q_offset
     last = tl.minimum(query_tile * BLOCK_M + BLOCK_M, n_q) - 1 + q_offset
+
+    # key tiles that some row of this query tile attends
     live_start = tl.maximum(0, first - width + 1)
     live_end = tl.minimum(n_k, last + 1)
     live_first = live_start // BLOCK_N
-    scalar = (2 * width >= 2) & (width >= 1) & (live_end > live_start)
-    scalar_2 = (BLOCK_N + live_end - 1) // BLOCK_N
-    live_stop = tl.where(scalar, scalar_2, live_first)
-    hole1_stop = (tl.maximum(0, last - width + 1) + BLOCK_N - 1) // BLOCK_N
-    scalar_3 = tl.maximum(0, tl.minimum(tl.minimum(n_k, first + 1), first + width)) // BLOCK_N
-    hole2_first = tl.maximum(hole1_stop, scalar_3)
-    full_stop = tl.minimum(hole2_first, live_stop)
-    full_count = tl.maximum(0, full_stop - hole1_stop)
-    partial1_stop = tl.minimum(hole1_stop, live_stop)
-    partial1_count = tl.maximum(0, partial1_stop - live_first)
-    partial2_count = tl.maximum(0, live_stop - hole2_first)
-    partial_shift2 = hole2_first - partial1_count
-    partial_count2 = partial1_count + partial2_count
+    any_live = (2 * width >= 2) & (width >= 1) & (live_end > live_start)
+    live_stop = tl.where(any_live, tl.cdiv(live_end, BLOCK_N), live_first)
+
+    # of those, the ones every row attends fully
+    full_first = tl.cdiv(tl.maximum(0, last - width + 1), BLOCK_N)
+    masked_first = tl.maximum(0, tl.minimum(tl.minimum(n_k, first + 1), first + width)) // BLOCK_N
+    unmasked_stop = tl.maximum(full_first, masked_first)
+    full_stop = tl.minimum(live_stop, unmasked_stop)
+    full_count = tl.maximum(0, full_stop - full_first)
+
+    # the partial tiles before and behind them
+    before_stop = tl.minimum(full_first, live_stop)
+    before_full = tl.maximum(0, before_stop - live_first)
+    after_full = tl.maximum(0, live_stop - unmasked_stop)
+    skip_full = unmasked_stop - before_full
+    partial_count = after_full + before_full
 
     # full key tiles: every pair attends, so no mask
-    for tile in range(hole1_stop, hole1_stop + full_count):
-        j = tile * BLOCK_N + lane_n
+    for tile in range(full_first, full_first + full_count):
+        j = tile * BLOCK_N + lane_n  # [BLOCK_N]
         rows = j.to(tl.int64)[:, None]
         k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :])
         s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
@@ -119,16 +126,16 @@ def dq(
         dq_0 = tl.dot(ds.to(k_0.dtype), k_0, dq_0)
 
     # partial key tiles: only some pairs attend
-    for step in tl.range(partial_count2, num_stages=1):
+    for step in tl.range(partial_count, num_stages=1):
         tile = live_first + step
-        tile = tl.where(step < partial1_count, tile, partial_shift2 + step)
-        j = tile * BLOCK_N + lane_n
+        tile = tl.where(step < before_full, tile, skip_full + step)
+        j = tile * BLOCK_N + lane_n  # [BLOCK_N]
         rows = j.to(tl.int64)[:, None]
-        inside = j < n_k
+        inside = j < n_k  # [BLOCK_N]
         k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
         s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
-        tile_ok = (row_x[:, None] <= j[None, :]) & (i[:, None] >= j[None, :])  # [BLOCK_M, BLOCK_N]
-        valid = tile_ok & (row_x_2[:, None] >= j[None, :]) & inside[None, :]
+        pair_ok = (first_key[:, None] <= j[None, :]) & (i[:, None] >= j[None, :])  # [BLOCK_M, BLOCK_N]
+        valid = pair_ok & (last_key[:, None] >= j[None, :]) & inside[None, :]
         p = tl.exp2(s * scale2 - lse_2[:, None])
         v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
         dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]

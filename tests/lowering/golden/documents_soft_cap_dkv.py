@@ -34,10 +34,10 @@ def tanh(x):
         "doc_first_stride_h",
         "doc_stop_stride_b",
         "doc_stop_stride_h",
-        "doc_run_3_stride_b",
-        "doc_run_3_stride_h",
-        "doc_run_4_stride_b",
-        "doc_run_4_stride_h",
+        "doc_run_first_stride_b",
+        "doc_run_first_stride_h",
+        "doc_run_stop_stride_b",
+        "doc_run_stop_stride_h",
         "doc_stride_0",
     ]
 )
@@ -80,12 +80,12 @@ def dkv(
     doc_stop_table,  # [B or 1, heads or 1, tiles]
     doc_stop_stride_b,
     doc_stop_stride_h,
-    doc_run_3_table,  # [B or 1, heads or 1, tiles]
-    doc_run_3_stride_b,
-    doc_run_3_stride_h,
-    doc_run_4_table,  # [B or 1, heads or 1, tiles]
-    doc_run_4_stride_b,
-    doc_run_4_stride_h,
+    doc_run_first_table,  # [B or 1, heads or 1, tiles]
+    doc_run_first_stride_b,
+    doc_run_first_stride_h,
+    doc_run_stop_table,  # [B or 1, heads or 1, tiles]
+    doc_run_stop_stride_b,
+    doc_run_stop_stride_h,
     doc,
     doc_stride_0,
     doc_stride_1,
@@ -99,15 +99,15 @@ def dkv(
     b = program // tiles // kv_heads
 
     j = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    key_in = j < n_k
-    j_safe = tl.minimum(j, n_k - 1)
+    key_in = j < n_k  # [BLOCK_N]
+    j_safe = tl.minimum(j, n_k - 1)  # [BLOCK_N]
     lane_m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    doc_base = doc + b.to(tl.int64) * doc_stride_0
+    doc_b_j = tl.load(doc_base + j_safe.to(tl.int64) * doc_stride_1)  # [BLOCK_N]
     d_0 = tl.arange(0, 64)  # [64]
     d_1 = 64 + tl.arange(0, 16)  # [16]
     e_0 = tl.arange(0, 128)  # [128]
     e_1 = 128 + tl.arange(0, 64)  # [64]
-    doc_base = doc + b.to(tl.int64) * doc_stride_0
-    doc_b_j = tl.load(doc_base + j_safe.to(tl.int64) * doc_stride_1)  # [BLOCK_N]
     k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
     v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
     k_rows = k_head + j.to(tl.int64)[:, None] * k_stride_n
@@ -128,37 +128,48 @@ def dkv(
         do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h
         lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
         delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
+
+        # this tile's first and last key, as positions
         first = key_tile * BLOCK_N
         last = tl.minimum(key_tile * BLOCK_N + BLOCK_N, n_k) - 1
+
+        # what this key tile's captured data allow, found before the launch
         doc_first_row = doc_first_table + b * doc_first_stride_b
         doc_first = tl.load(doc_first_row + h * doc_first_stride_h + key_tile)
         doc_stop_row = doc_stop_table + b * doc_stop_stride_b
         doc_stop = tl.load(doc_stop_row + h * doc_stop_stride_h + key_tile)
-        doc_run_3_row = doc_run_3_table + b * doc_run_3_stride_b
-        doc_run_3 = tl.load(doc_run_3_row + h * doc_run_3_stride_h + key_tile)
-        doc_run_4_row = doc_run_4_table + b * doc_run_4_stride_b
-        doc_run_4 = tl.load(doc_run_4_row + h * doc_run_4_stride_h + key_tile)
+        doc_run_first_row = doc_run_first_table + b * doc_run_first_stride_b
+        doc_run_first_row_base = doc_run_first_row + h * doc_run_first_stride_h + key_tile
+        doc_run_first = tl.load(doc_run_first_row_base)
+        doc_run_stop_row = doc_run_stop_table + b * doc_run_stop_stride_b
+        doc_run_stop = tl.load(doc_run_stop_row + h * doc_run_stop_stride_h + key_tile)
+
+        # query tiles with a row that attends some key of this tile
         live_start = tl.maximum(tl.maximum(0, doc_first - q_offset), first - q_offset)
         live_end = tl.minimum(n_q, doc_stop - q_offset)
         live_first = live_start // BLOCK_M
-        live_stop = tl.where(live_end > live_start, (BLOCK_M + live_end - 1) // BLOCK_M, live_first)
-        scalar = tl.maximum(tl.maximum(0, doc_run_3 - q_offset), last - q_offset) + BLOCK_M
-        hole1_stop = (scalar - 1) // BLOCK_M
-        scalar_2 = tl.maximum(0, tl.minimum(n_q, doc_run_4 - q_offset)) // BLOCK_M
-        hole2_first = tl.maximum(hole1_stop, scalar_2)
-        full_first = tl.maximum(hole1_stop, live_first)
-        full_stop = tl.minimum(hole2_first, live_stop)
+        live_stop = tl.where(live_end > live_start, tl.cdiv(live_end, BLOCK_M), live_first)
+
+        # of those, the ones whose rows attend all keys of this tile
+        unmasked_start = tl.maximum(tl.maximum(0, doc_run_first - q_offset), last - q_offset)
+        unmasked_first = tl.cdiv(unmasked_start, BLOCK_M)
+        masked_first = tl.maximum(0, tl.minimum(n_q, doc_run_stop - q_offset)) // BLOCK_M
+        unmasked_stop = tl.maximum(unmasked_first, masked_first)
+        full_first = tl.maximum(live_first, unmasked_first)
+        full_stop = tl.minimum(live_stop, unmasked_stop)
         full_count = tl.maximum(0, full_stop - full_first)
-        partial1_stop = tl.minimum(hole1_stop, live_stop)
-        partial1_count = tl.maximum(0, partial1_stop - live_first)
-        partial2_first = tl.maximum(hole2_first, live_first)
-        partial2_count = tl.maximum(0, live_stop - partial2_first)
-        partial_shift2 = partial2_first - partial1_count
-        partial_count2 = partial1_count + partial2_count
+
+        # the partial tiles before and behind them
+        before_stop = tl.minimum(live_stop, unmasked_first)
+        before_full = tl.maximum(0, before_stop - live_first)
+        after_first = tl.maximum(live_first, unmasked_stop)
+        after_full = tl.maximum(0, live_stop - after_first)
+        skip_full = after_first - before_full
+        partial_count = after_full + before_full
 
         # full query tiles: every pair attends, so no mask
         for tile in range(full_first, full_first + full_count):
-            row = tile * BLOCK_M + lane_m
+            row = tile * BLOCK_M + lane_m  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
             lse_2 = tl.load(lse_head + row) * LOG2E  # [BLOCK_M]
             lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
@@ -168,28 +179,28 @@ def dkv(
             s = tl.dot(k_0, tl.trans(q_0))  # [BLOCK_N, BLOCK_M]
             s = tl.dot(k_1, tl.trans(q_1), s)
             s = s * scale
-            tile_x = tanh(0.03333333333333333 * s)  # [BLOCK_N, BLOCK_M]
-            x = 30.0 * LOG2E * tile_x
+            pair_term = tanh(0.03333333333333333 * s)  # [BLOCK_N, BLOCK_M]
+            x = 30.0 * LOG2E * pair_term
             p = tl.exp2(x - lse_2[None, :])
             do_0 = tl.load(do_head + rows * do_stride_n + e_0[None, :])
             do_1 = tl.load(do_head + rows * do_stride_n + e_1[None, :])
             dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]
             dp = tl.dot(v_1, tl.trans(do_1), dp)
-            ds = p * (dp - delta_row[None, :]) * (1.0 - tile_x * tile_x)
+            ds = p * (dp - delta_row[None, :]) * (1.0 - pair_term * pair_term)
             dv_0 = tl.dot(p.to(do_0.dtype), do_0, dv_0)
             dv_1 = tl.dot(p.to(do_1.dtype), do_1, dv_1)
             dk_0 = tl.dot(ds.to(q_0.dtype), q_0, dk_0)
             dk_1 = tl.dot(ds.to(q_1.dtype), q_1, dk_1)
 
         # partial query tiles: only some pairs attend
-        for step in range(partial_count2):
+        for step in range(partial_count):
             tile = live_first + step
-            tile = tl.where(step < partial1_count, tile, partial_shift2 + step)
-            row = tile * BLOCK_M + lane_m
+            tile = tl.where(step < before_full, tile, skip_full + step)
+            row = tile * BLOCK_M + lane_m  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
-            inside = row < n_q
-            i = row + q_offset
-            i_safe = tl.minimum(row, n_q - 1) + q_offset
+            inside = row < n_q  # [BLOCK_M]
+            i = row + q_offset  # [BLOCK_M]
+            i_safe = tl.minimum(row, n_q - 1) + q_offset  # [BLOCK_M]
             lse_2 = tl.load(lse_head + row, mask=inside, other=0.0) * LOG2E  # [BLOCK_M]
             lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
             delta_row = tl.load(delta_head + row, mask=inside, other=0.0)  # [BLOCK_M]
@@ -199,15 +210,16 @@ def dkv(
             s = tl.dot(k_1, tl.trans(q_1), s)
             s = s * scale
             doc_b_i = tl.load(doc_base + i_safe.to(tl.int64) * doc_stride_1)  # [BLOCK_M]
-            valid = (doc_b_j[:, None] == doc_b_i[None, :]) & (j[:, None] <= i[None, :]) & inside[None, :]
-            tile_x_2 = tanh(0.03333333333333333 * s)  # [BLOCK_N, BLOCK_M]
-            x = 30.0 * LOG2E * tile_x_2
+            pair_ok = (doc_b_j[:, None] == doc_b_i[None, :]) & (j[:, None] <= i[None, :])
+            valid = pair_ok & inside[None, :]
+            pair_term = tanh(0.03333333333333333 * s)  # [BLOCK_N, BLOCK_M]
+            x = 30.0 * LOG2E * pair_term
             p = tl.exp2(x - lse_2[None, :])
             do_0 = tl.load(do_head + rows * do_stride_n + e_0[None, :], mask=inside[:, None], other=0.0)
             do_1 = tl.load(do_head + rows * do_stride_n + e_1[None, :], mask=inside[:, None], other=0.0)
             dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]
             dp = tl.dot(v_1, tl.trans(do_1), dp)
-            ds = p * (dp - delta_row[None, :]) * (1.0 - tile_x_2 * tile_x_2)
+            ds = p * (dp - delta_row[None, :]) * (1.0 - pair_term * pair_term)
             p = tl.where(valid, p, 0.0)
             ds = tl.where(valid, ds, 0.0)
             dv_0 = tl.dot(p.to(do_0.dtype), do_0, dv_0)

@@ -15,7 +15,7 @@ BLOCK_M = tl.constexpr(64)  # query rows of a tile
 BLOCK_N = tl.constexpr(32)  # keys of a tile
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.0e38)  # below every logit, and finite, so that LOWEST - LOWEST is 0
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # no logit is lower, and LOWEST - LOWEST is 0
 
 
 @triton.jit
@@ -36,10 +36,10 @@ def tanh(x):
         "doc_first_stride_h",
         "doc_stop_stride_b",
         "doc_stop_stride_h",
-        "doc_run_3_stride_b",
-        "doc_run_3_stride_h",
-        "doc_run_4_stride_b",
-        "doc_run_4_stride_h",
+        "doc_run_first_stride_b",
+        "doc_run_first_stride_h",
+        "doc_run_stop_stride_b",
+        "doc_run_stop_stride_h",
         "doc_stride_0",
     ]
 )
@@ -73,12 +73,12 @@ def forward(
     doc_stop_table,  # [B or 1, heads or 1, tiles]
     doc_stop_stride_b,
     doc_stop_stride_h,
-    doc_run_3_table,  # [B or 1, heads or 1, tiles]
-    doc_run_3_stride_b,
-    doc_run_3_stride_h,
-    doc_run_4_table,  # [B or 1, heads or 1, tiles]
-    doc_run_4_stride_b,
-    doc_run_4_stride_h,
+    doc_run_first_table,  # [B or 1, heads or 1, tiles]
+    doc_run_first_stride_b,
+    doc_run_first_stride_h,
+    doc_run_stop_table,  # [B or 1, heads or 1, tiles]
+    doc_run_stop_stride_b,
+    doc_run_stop_stride_h,
     doc,
     doc_stride_0,
     doc_stride_1,
@@ -92,16 +92,16 @@ def forward(
     kv_head = h // group
 
     row = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    row_in = row < n_q
-    i = row + q_offset
-    i_safe = tl.minimum(row, n_q - 1) + q_offset
+    row_in = row < n_q  # [BLOCK_M]
+    i = row + q_offset  # [BLOCK_M]
+    i_safe = tl.minimum(row, n_q - 1) + q_offset  # [BLOCK_M]
     lane_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    doc_base = doc + b.to(tl.int64) * doc_stride_0
+    doc_b_i = tl.load(doc_base + i_safe.to(tl.int64) * doc_stride_1)  # [BLOCK_M]
     d_0 = tl.arange(0, 64)  # [64]
     d_1 = 64 + tl.arange(0, 16)  # [16]
     e_0 = tl.arange(0, 128)  # [128]
     e_1 = 128 + tl.arange(0, 64)  # [64]
-    doc_base = doc + b.to(tl.int64) * doc_stride_0
-    doc_b_i = tl.load(doc_base + i_safe.to(tl.int64) * doc_stride_1)  # [BLOCK_M]
     q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
     k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
     v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
@@ -112,36 +112,48 @@ def forward(
     l = tl.zeros([BLOCK_M], tl.float32)
     acc_0 = tl.zeros([BLOCK_M, 128], tl.float32)
     acc_1 = tl.zeros([BLOCK_M, 64], tl.float32)
+
+    # this tile's first and last row, as positions
     first = query_tile * BLOCK_M + q_offset
     last = tl.minimum(query_tile * BLOCK_M + BLOCK_M, n_q) - 1 + q_offset
+
+    # what this query tile's captured data allow, found before the launch
     doc_first_row = doc_first_table + b * doc_first_stride_b
     doc_first = tl.load(doc_first_row + h * doc_first_stride_h + query_tile)
     doc_stop_row = doc_stop_table + b * doc_stop_stride_b
     doc_stop = tl.load(doc_stop_row + h * doc_stop_stride_h + query_tile)
-    doc_run_3_row = doc_run_3_table + b * doc_run_3_stride_b
-    doc_run_3 = tl.load(doc_run_3_row + h * doc_run_3_stride_h + query_tile)
-    doc_run_4_row = doc_run_4_table + b * doc_run_4_stride_b
-    doc_run_4 = tl.load(doc_run_4_row + h * doc_run_4_stride_h + query_tile)
+    doc_run_first_row = doc_run_first_table + b * doc_run_first_stride_b
+    doc_run_first_row_base = doc_run_first_row + h * doc_run_first_stride_h + query_tile
+    doc_run_first = tl.load(doc_run_first_row_base)
+    doc_run_stop_row = doc_run_stop_table + b * doc_run_stop_stride_b
+    doc_run_stop_row_base = doc_run_stop_row + h * doc_run_stop_stride_h + query_tile
+    doc_run_stop = tl.load(doc_run_stop_row_base)
+
+    # key tiles that some row of this query tile attends
     live_start = tl.maximum(0, doc_first)
     live_end = tl.minimum(tl.minimum(doc_stop, n_k), last + 1)
     live_first = live_start // BLOCK_N
-    live_stop = tl.where(live_end > live_start, (BLOCK_N + live_end - 1) // BLOCK_N, live_first)
-    hole1_stop = (tl.maximum(0, doc_run_3) + BLOCK_N - 1) // BLOCK_N
-    scalar = tl.maximum(0, tl.minimum(tl.minimum(doc_run_4, n_k), first + 1)) // BLOCK_N
-    hole2_first = tl.maximum(hole1_stop, scalar)
-    full_first = tl.maximum(hole1_stop, live_first)
-    full_stop = tl.minimum(hole2_first, live_stop)
+    live_stop = tl.where(live_end > live_start, tl.cdiv(live_end, BLOCK_N), live_first)
+
+    # of those, the ones every row attends fully
+    unmasked_first = tl.cdiv(tl.maximum(0, doc_run_first), BLOCK_N)
+    masked_first = tl.maximum(0, tl.minimum(tl.minimum(doc_run_stop, n_k), first + 1)) // BLOCK_N
+    unmasked_stop = tl.maximum(unmasked_first, masked_first)
+    full_first = tl.maximum(live_first, unmasked_first)
+    full_stop = tl.minimum(live_stop, unmasked_stop)
     full_count = tl.maximum(0, full_stop - full_first)
-    partial1_stop = tl.minimum(hole1_stop, live_stop)
-    partial1_count = tl.maximum(0, partial1_stop - live_first)
-    partial2_first = tl.maximum(hole2_first, live_first)
-    partial2_count = tl.maximum(0, live_stop - partial2_first)
-    partial_shift2 = partial2_first - partial1_count
-    partial_count2 = partial1_count + partial2_count
+
+    # the partial tiles before and behind them
+    before_stop = tl.minimum(live_stop, unmasked_first)
+    before_full = tl.maximum(0, before_stop - live_first)
+    after_first = tl.maximum(live_first, unmasked_stop)
+    after_full = tl.maximum(0, live_stop - after_first)
+    skip_full = after_first - before_full
+    partial_count = after_full + before_full
 
     # full key tiles: every pair attends, so no mask
     for tile in range(full_first, full_first + full_count):
-        j = tile * BLOCK_N + lane_n
+        j = tile * BLOCK_N + lane_n  # [BLOCK_N]
         rows = j.to(tl.int64)[:, None]
         k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :])
         k_1 = tl.load(k_head + rows * k_stride_n + d_1[None, :])
@@ -160,20 +172,21 @@ def forward(
         acc_1 = tl.dot(p.to(v_1.dtype), v_1, acc_1 * alpha[:, None])
 
     # partial key tiles: only some pairs attend
-    for step in range(partial_count2):
+    for step in range(partial_count):
         tile = live_first + step
-        tile = tl.where(step < partial1_count, tile, partial_shift2 + step)
-        j = tile * BLOCK_N + lane_n
+        tile = tl.where(step < before_full, tile, skip_full + step)
+        j = tile * BLOCK_N + lane_n  # [BLOCK_N]
         rows = j.to(tl.int64)[:, None]
-        inside = j < n_k
-        j_safe = tl.minimum(j, n_k - 1)
+        inside = j < n_k  # [BLOCK_N]
+        j_safe = tl.minimum(j, n_k - 1)  # [BLOCK_N]
         k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
         k_1 = tl.load(k_head + rows * k_stride_n + d_1[None, :], mask=inside[:, None], other=0.0)
         s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
         s = tl.dot(q_1, tl.trans(k_1), s)
         s = s * scale
         doc_b_j = tl.load(doc_base + j_safe.to(tl.int64) * doc_stride_1)  # [BLOCK_N]
-        valid = (doc_b_i[:, None] == doc_b_j[None, :]) & (i[:, None] >= j[None, :]) & inside[None, :]
+        pair_ok = (doc_b_i[:, None] == doc_b_j[None, :]) & (i[:, None] >= j[None, :])
+        valid = pair_ok & inside[None, :]
         x = 30.0 * LOG2E * tanh(0.03333333333333333 * s)
         x = tl.where(valid, x, float("-inf"))
         m_new = tl.maximum(m, tl.max(x, 1))

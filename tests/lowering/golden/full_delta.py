@@ -40,7 +40,7 @@ def delta(
     b = program // tiles // heads
 
     row = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    row_in = row < n_q
+    row_in = row < n_q  # [BLOCK_M]
     d_0 = tl.arange(0, 64)  # [64]
     out_head = out + b.to(tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h
     do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h
@@ -49,7 +49,7 @@ def delta(
     do_rows = do_head + row.to(tl.int64)[:, None] * do_stride_n
     do_0 = tl.load(do_rows + d_0[None, :], mask=row_in[:, None], other=0.0)  # [BLOCK_M, 64]
 
-    rows = (b.to(tl.int64) * heads + h) * n_q + row
-    total = -tl.load(dlse + rows, mask=row_in, other=0.0)  # [BLOCK_M]
+    rows_at = (b.to(tl.int64) * heads + h) * n_q + row
+    total = -tl.load(dlse + rows_at, mask=row_in, other=0.0)  # [BLOCK_M]
     total += tl.sum(out_0.to(tl.float32) * do_0.to(tl.float32), 1)
-    tl.store(delta + rows, total, mask=row_in)
+    tl.store(delta + rows_at, total, mask=row_in)

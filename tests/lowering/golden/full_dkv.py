@@ -65,7 +65,7 @@ def dkv(
     b = program // tiles // kv_heads
 
     j = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    key_in = j < n_k
+    key_in = j < n_k  # [BLOCK_N]
     lane_m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
     d_0 = tl.arange(0, 64)  # [64]
     k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
@@ -85,13 +85,19 @@ def dkv(
         do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h
         lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
         delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
-        live_stop = (BLOCK_M + n_q - 1) // BLOCK_M
-        hole_first = n_q // BLOCK_M
-        partial_count = live_stop - hole_first
+
+        # query tiles with a row that attends some key of this tile
+        live_stop = tl.cdiv(n_q, BLOCK_M)
+
+        # of those, the ones whose rows attend all keys of this tile
+        unmasked_stop = n_q // BLOCK_M
+
+        # the partial tiles beside them
+        partial_count = live_stop - unmasked_stop
 
         # full query tiles: every pair attends, so no mask
-        for tile in range(hole_first):
-            row = tile * BLOCK_M + lane_m
+        for tile in range(unmasked_stop):
+            row = tile * BLOCK_M + lane_m  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
             lse_2 = tl.load(lse_head + row) * LOG2E  # [BLOCK_M]
             lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
@@ -106,10 +112,10 @@ def dkv(
             dk_0 = tl.dot(ds.to(q_0.dtype), q_0, dk_0)
 
         # partial query tiles: it reaches past the end
-        for tile in tl.range(hole_first, hole_first + partial_count, num_stages=1):
-            row = tile * BLOCK_M + lane_m
+        for tile in tl.range(unmasked_stop, unmasked_stop + partial_count, num_stages=1):
+            row = tile * BLOCK_M + lane_m  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
-            inside = row < n_q
+            inside = row < n_q  # [BLOCK_M]
             lse_2 = tl.load(lse_head + row, mask=inside, other=0.0) * LOG2E  # [BLOCK_M]
             lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
             delta_row = tl.load(delta_head + row, mask=inside, other=0.0)  # [BLOCK_M]

@@ -13,7 +13,7 @@ BLOCK_M = tl.constexpr(64)  # query rows of a tile
 BLOCK_N = tl.constexpr(32)  # keys of a tile
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.0e38)  # below every logit, and finite, so that LOWEST - LOWEST is 0
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # no logit is lower, and LOWEST - LOWEST is 0
 
 
 @triton.jit(
@@ -58,7 +58,7 @@ def forward(
     kv_head = h // group
 
     row = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    row_in = row < n_q
+    row_in = row < n_q  # [BLOCK_M]
     lane_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     d_0 = tl.arange(0, 64)  # [64]
     q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
@@ -70,13 +70,19 @@ def forward(
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc_0 = tl.zeros([BLOCK_M, 64], tl.float32)
-    live_stop = (BLOCK_N + n_k - 1) // BLOCK_N
-    hole_first = n_k // BLOCK_N
-    partial_count = live_stop - hole_first
+
+    # key tiles that some row of this query tile attends
+    live_stop = tl.cdiv(n_k, BLOCK_N)
+
+    # of those, the ones every row attends fully
+    unmasked_stop = n_k // BLOCK_N
+
+    # the partial tiles beside them
+    partial_count = live_stop - unmasked_stop
 
     # full key tiles: every pair attends, so no mask
-    for tile in range(hole_first):
-        j = tile * BLOCK_N + lane_n
+    for tile in range(unmasked_stop):
+        j = tile * BLOCK_N + lane_n  # [BLOCK_N]
         rows = j.to(tl.int64)[:, None]
         k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :])
         s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
@@ -89,10 +95,10 @@ def forward(
         acc_0 = tl.dot(p.to(v_0.dtype), v_0, acc_0 * alpha[:, None])
 
     # partial key tiles: it reaches past the end
-    for tile in tl.range(hole_first, hole_first + partial_count, num_stages=1):
-        j = tile * BLOCK_N + lane_n
+    for tile in tl.range(unmasked_stop, unmasked_stop + partial_count, num_stages=1):
+        j = tile * BLOCK_N + lane_n  # [BLOCK_N]
         rows = j.to(tl.int64)[:, None]
-        inside = j < n_k
+        inside = j < n_k  # [BLOCK_N]
         k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
         s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
         s = tl.where(inside[None, :], s, float("-inf"))

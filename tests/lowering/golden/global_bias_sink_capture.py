@@ -40,6 +40,7 @@ def capture(
     v,  # [B, heads // group, n_k, Dv]
     lse,  # [B, heads, n_q]
     delta,  # [B, heads, n_q]
+    excess,  # [B, heads, n_q]
     grad,  # [B or 1, heads or 1, n_q, n_k]
     q_stride_b,
     q_stride_h,
@@ -79,16 +80,16 @@ def capture(
         b = tl.full([], g, tl.int32)
 
         row = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-        row_in = row < n_q
-        i = row + q_offset
-        i_safe = tl.minimum(row, n_q - 1) + q_offset
+        row_in = row < n_q  # [BLOCK_M]
+        i = row + q_offset  # [BLOCK_M]
+        i_safe = tl.minimum(row, n_q - 1) + q_offset  # [BLOCK_M]
         lane_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        d_0 = tl.arange(0, 64)  # [64]
         bias_base = bias + h.to(tl.int64) * bias_stride_0
         bias_at = bias_base + i_safe.to(tl.int64) * bias_stride_1  # [BLOCK_M]
-        row_ok = i <= 2  # [BLOCK_M]
-        row_x = i - 8  # [BLOCK_M]
-        row_x_2 = i + 8  # [BLOCK_M]
+        query_ok = i <= 2  # [BLOCK_M]
+        first_key = i - 8  # [BLOCK_M]
+        last_key = i + 8  # [BLOCK_M]
+        d_0 = tl.arange(0, 64)  # [64]
         q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
         do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h
         q_rows = q_head + row.to(tl.int64)[:, None] * q_stride_n
@@ -97,27 +98,32 @@ def capture(
         do_0 = tl.load(do_rows + d_0[None, :], mask=row_in[:, None], other=0.0)  # [BLOCK_M, 64]
         k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
         v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
-        scale2 = scale * LOG2E
         lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
         delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
-        lse_2 = tl.load(lse_head + row, mask=row_in, other=float("-inf")) * LOG2E  # [BLOCK_M]
-        lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+        excess_head = excess + (b.to(tl.int64) * heads + h) * n_q
+        lse_row = tl.load(lse_head + row, mask=row_in, other=float("-inf"))  # [BLOCK_M]
+        lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
+        excess_row = tl.load(excess_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
         delta_row = tl.load(delta_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
         grad_head = grad + b.to(tl.int64) * grad_stride_b + h.to(tl.int64) * grad_stride_h
         grad_rows = grad_head + row.to(tl.int64)[:, None] * n_k
+
+        # this tile's first and last row, as positions
         first = query_tile * BLOCK_M + q_offset
         last = tl.minimum(query_tile * BLOCK_M + BLOCK_M, n_q) - 1 + q_offset
-        live1_stop = (tl.maximum(0, tl.minimum(tl.minimum(3, n_k), last + 1)) + BLOCK_N - 1) // BLOCK_N
+
+        # key tiles that some row of this query tile attends
+        live1_stop = tl.cdiv(tl.maximum(0, tl.minimum(tl.minimum(3, n_k), last + 1)), BLOCK_N)
         live2_start = tl.maximum(0, first - 8)
         live2_end = tl.minimum(n_k, last + 1)
         live2_first = live2_start // BLOCK_N
-        live2_stop = tl.where(live2_end > live2_start, (BLOCK_N + live2_end - 1) // BLOCK_N, live2_first)
+        live2_stop = tl.where(live2_end > live2_start, tl.cdiv(live2_end, BLOCK_N), live2_first)
         live2_first_ = tl.maximum(live1_stop, live2_first)
+
+        # of those, the ones every row attends fully
         hole1_end = last - 8
         hole1_first = 3 // BLOCK_N
-        scalar = (last >= 3) & (hole1_end > 3)
-        scalar_2 = (BLOCK_N + hole1_end - 1) // BLOCK_N
-        hole1_stop = tl.where(scalar, scalar_2, hole1_first)
+        hole1_stop = tl.where((last >= 3) & (hole1_end > 3), tl.cdiv(hole1_end, BLOCK_N), hole1_first)
         hole1_from = tl.minimum(hole1_first, tl.maximum(0, tl.minimum(n_k, first + 1)) // BLOCK_N)
         hole2_first = tl.maximum(hole1_stop, tl.maximum(0, tl.minimum(n_k, first + 1)) // BLOCK_N)
         full1_stop = tl.minimum(hole1_from, live1_stop)
@@ -129,6 +135,8 @@ def capture(
         full4_first = tl.maximum(tl.maximum(hole1_from, hole1_stop), live2_first_)
         full4_stop = tl.minimum(hole2_first, live2_stop)
         full4_count = tl.maximum(0, full4_stop - full4_first)
+
+        # the partial tiles beside them
         partial1_stop = tl.minimum(hole1_stop, live1_stop)
         partial1_count = tl.maximum(0, partial1_stop - hole1_from)
         partial2_count = tl.maximum(0, live1_stop - hole2_first)
@@ -137,33 +145,37 @@ def capture(
         partial3_count = tl.maximum(0, partial3_stop - partial3_first)
         partial4_first = tl.maximum(hole2_first, live2_first_)
         partial4_count = tl.maximum(0, live2_stop - partial4_first)
-        full_shift2 = full2_first - full1_stop
+
+        # those full tiles, one interval behind the other
+        full_skip2 = full2_first - full1_stop
         full_count2 = full1_stop + full2_count
-        full_shift3 = live2_first_ - full_count2
+        full_skip3 = live2_first_ - full_count2
         full_count3 = full3_count + full_count2
-        full_shift4 = full4_first - full_count3
-        full_count4 = full4_count + full_count3
-        partial_shift2 = hole2_first - partial1_count
+        full_skip4 = full4_first - full_count3
+        full_count = full4_count + full_count3
+
+        # those partial tiles, one interval behind the other
+        partial_skip2 = hole2_first - partial1_count
         partial_count2 = partial1_count + partial2_count
-        partial_shift3 = partial3_first - partial_count2
+        partial_skip3 = partial3_first - partial_count2
         partial_count3 = partial3_count + partial_count2
-        partial_shift4 = partial4_first - partial_count3
-        partial_count4 = partial4_count + partial_count3
+        partial_skip4 = partial4_first - partial_count3
+        partial_count = partial4_count + partial_count3
 
         # full key tiles: every pair attends, so no mask
-        for step in range(full_count4):
+        for step in range(full_count):
             tile = step
-            tile = tl.where(step < full1_stop, tile, full_shift2 + step)
-            tile = tl.where(step < full_count2, tile, full_shift3 + step)
-            tile = tl.where(step < full_count3, tile, full_shift4 + step)
-            j = tile * BLOCK_N + lane_n
+            tile = tl.where(step < full1_stop, tile, full_skip2 + step)
+            tile = tl.where(step < full_count2, tile, full_skip3 + step)
+            tile = tl.where(step < full_count3, tile, full_skip4 + step)
+            j = tile * BLOCK_N + lane_n  # [BLOCK_N]
             rows = j.to(tl.int64)[:, None]
             k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :])
             s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
-            bias_at_2 = bias_at[:, None] + j[None, :].to(tl.int64) * bias_stride_2  # [BLOCK_M, BLOCK_N]
-            bias_h_i_j = tl.load(bias_at_2).to(tl.float32)  # [BLOCK_M, BLOCK_N]
-            x = LOG2E * bias_h_i_j + scale2 * s
-            p = tl.exp2(x - lse_2[:, None])
+            bias_at_at = bias_at[:, None] + j[None, :].to(tl.int64) * bias_stride_2  # [BLOCK_M, BLOCK_N]
+            bias_h_i_j = tl.load(bias_at_at).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+            x = bias_h_i_j + scale * s
+            p = tl.exp2((x - lse_row[:, None]) * LOG2E - excess_row[:, None])
             v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :])
             dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
             ds = p * (dp - delta_row[:, None])
@@ -172,25 +184,25 @@ def capture(
             tl.store(place, ds, mask=row_in[:, None])
 
         # partial key tiles: only some pairs attend
-        for step in tl.range(partial_count4, num_stages=1):
+        for step in tl.range(partial_count, num_stages=1):
             tile = hole1_from + step
-            tile = tl.where(step < partial1_count, tile, partial_shift2 + step)
-            tile = tl.where(step < partial_count2, tile, partial_shift3 + step)
-            tile = tl.where(step < partial_count3, tile, partial_shift4 + step)
-            j = tile * BLOCK_N + lane_n
+            tile = tl.where(step < partial1_count, tile, partial_skip2 + step)
+            tile = tl.where(step < partial_count2, tile, partial_skip3 + step)
+            tile = tl.where(step < partial_count3, tile, partial_skip4 + step)
+            j = tile * BLOCK_N + lane_n  # [BLOCK_N]
             rows = j.to(tl.int64)[:, None]
-            inside = j < n_k
-            j_safe = tl.minimum(j, n_k - 1)
+            inside = j < n_k  # [BLOCK_N]
+            j_safe = tl.minimum(j, n_k - 1)  # [BLOCK_N]
             k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
             key_ok = j <= 2  # [BLOCK_N]
-            tile_ok = (row_x[:, None] <= j[None, :]) & (row_x_2[:, None] >= j[None, :])
-            tile_ok_2 = (i[:, None] >= j[None, :]) & (row_ok[:, None] | key_ok[None, :] | tile_ok)
-            valid = tile_ok_2 & inside[None, :]
-            bias_at_3 = bias_at[:, None] + j_safe[None, :].to(tl.int64) * bias_stride_2
-            bias_h_i_j_2 = tl.load(bias_at_3).to(tl.float32)  # [BLOCK_M, BLOCK_N]
-            x = LOG2E * bias_h_i_j_2 + scale2 * s
-            p = tl.exp2(x - lse_2[:, None])
+            pair_ok = (first_key[:, None] <= j[None, :]) & (last_key[:, None] >= j[None, :])
+            pair_ok_2 = (i[:, None] >= j[None, :]) & (query_ok[:, None] | key_ok[None, :] | pair_ok)
+            valid = pair_ok_2 & inside[None, :]
+            bias_at_at = bias_at[:, None] + j_safe[None, :].to(tl.int64) * bias_stride_2
+            bias_h_i_j = tl.load(bias_at_at).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+            x = bias_h_i_j + scale * s
+            p = tl.exp2((x - lse_row[:, None]) * LOG2E - excess_row[:, None])
             v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
             ds = p * (dp - delta_row[:, None])

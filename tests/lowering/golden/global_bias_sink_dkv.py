@@ -63,6 +63,7 @@ def dkv(
     dv,  # [B, heads // group, n_k, Dv]
     lse,  # [B, heads, n_q]
     delta,  # [B, heads, n_q]
+    excess,  # [B, heads, n_q]
     k_stride_b,
     k_stride_h,
     k_stride_n,
@@ -107,18 +108,18 @@ def dkv(
     b = program // tiles // kv_heads
 
     j = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    key_in = j < n_k
-    j_safe = tl.minimum(j, n_k - 1)
+    key_in = j < n_k  # [BLOCK_N]
+    j_safe = tl.minimum(j, n_k - 1)  # [BLOCK_N]
     lane_m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    key_ok = j <= 2  # [BLOCK_N]
+    last_query = j + 8  # [BLOCK_N]
+    first_query = j - 8  # [BLOCK_N]
     d_0 = tl.arange(0, 32)  # [32]
     d_1 = 32 + tl.arange(0, 16)  # [16]
     d_in_1 = d_1 < 40
     e_0 = tl.arange(0, 16)  # [16]
     e_1 = 16 + tl.arange(0, 16)  # [16]
     e_in_1 = e_1 < 24
-    key_ok = j <= 2  # [BLOCK_N]
-    key_x = j + 8  # [BLOCK_N]
-    key_x_2 = j - 8  # [BLOCK_N]
     k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
     k_columns_0 = d_0[None, :] * k_stride_d
     k_columns_1 = d_1[None, :] * k_stride_d
@@ -133,7 +134,6 @@ def dkv(
     v_0 = tl.load(v_rows + v_columns_0, mask=key_in[:, None], other=0.0)  # [BLOCK_N, 16]
     v_in_1 = key_in[:, None] & e_in_1[None, :]
     v_1 = tl.load(v_rows + v_columns_1, mask=v_in_1, other=0.0)  # [BLOCK_N, 16]
-    scale2 = scale * LOG2E
     dk_0 = tl.zeros([BLOCK_N, 32], tl.float32)
     dk_1 = tl.zeros([BLOCK_N, 16], tl.float32)
     dv_0 = tl.zeros([BLOCK_N, 16], tl.float32)
@@ -142,6 +142,8 @@ def dkv(
     # every query head that reads this key head
     for g in range(group):
         h = kv_head * group + g
+        bias_base = bias + h.to(tl.int64) * bias_stride_0
+        bias_at = bias_base + j_safe.to(tl.int64) * bias_stride_2  # [BLOCK_N]
         q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
         q_columns_0 = d_0[None, :] * q_stride_d
         q_columns_1 = d_1[None, :] * q_stride_d
@@ -150,23 +152,29 @@ def dkv(
         do_columns_1 = e_1[None, :] * do_stride_d
         lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
         delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
+        excess_head = excess + (b.to(tl.int64) * heads + h) * n_q
+
+        # this tile's first and last key, as positions
         first = key_tile * BLOCK_N
         last = tl.minimum(key_tile * BLOCK_N + BLOCK_N, n_k) - 1
+
+        # query tiles with a row that attends some key of this tile
         live1_start = tl.maximum(0, first - q_offset)
         live1_end = tl.minimum(n_q, -q_offset + 3)
         live1_first = live1_start // BLOCK_M
-        live1_stop = tl.where(live1_end > live1_start, (BLOCK_M + live1_end - 1) // BLOCK_M, live1_first)
+        live1_stop = tl.where(live1_end > live1_start, tl.cdiv(live1_end, BLOCK_M), live1_first)
         live2_end = tl.minimum(n_q, last - q_offset + 9)
-        live2_stop = tl.where(live2_end > live1_start, (BLOCK_M + live2_end - 1) // BLOCK_M, live1_first)
+        live2_stop = tl.where(live2_end > live1_start, tl.cdiv(live2_end, BLOCK_M), live1_first)
         live3_end = n_q
-        scalar = (first <= 2) & (live3_end > live1_start)
-        scalar_2 = (BLOCK_M + live3_end - 1) // BLOCK_M
-        live3_stop = tl.where(scalar, scalar_2, live1_first)
+        any_live3 = (first <= 2) & (live3_end > live1_start)
+        live3_stop = tl.where(any_live3, tl.cdiv(live3_end, BLOCK_M), live1_first)
         live2_reached = tl.maximum(live1_stop, live2_stop)
         live3_first = tl.maximum(live1_first, live2_reached)
-        hole1_stop = (tl.maximum(0, last - q_offset) + BLOCK_M - 1) // BLOCK_M
-        scalar_3 = tl.where(last >= 3, tl.maximum(-q_offset + 12, first - q_offset + 9), n_q)
-        hole2_first = tl.maximum(hole1_stop, tl.maximum(0, tl.minimum(n_q, scalar_3)) // BLOCK_M)
+
+        # of those, the ones whose rows attend all keys of this tile
+        hole1_stop = tl.cdiv(tl.maximum(0, last - q_offset), BLOCK_M)
+        bound = tl.where(last >= 3, tl.maximum(-q_offset + 12, first - q_offset + 9), n_q)
+        hole2_first = tl.maximum(hole1_stop, tl.maximum(0, tl.minimum(n_q, bound)) // BLOCK_M)
         full1_stop = tl.minimum(hole2_first, live1_stop)
         full1_count = tl.maximum(0, full1_stop - hole1_stop)
         full2_first = tl.maximum(hole1_stop, live1_stop)
@@ -175,6 +183,8 @@ def dkv(
         full3_first = tl.maximum(hole1_stop, live3_first)
         full3_stop = tl.minimum(hole2_first, live3_stop)
         full3_count = tl.maximum(0, full3_stop - full3_first)
+
+        # the partial tiles beside them
         partial1_stop = tl.minimum(hole1_stop, live1_stop)
         partial1_count = tl.maximum(0, partial1_stop - live1_first)
         partial2_count = tl.maximum(0, live1_stop - hole2_first)
@@ -186,42 +196,45 @@ def dkv(
         partial5_count = tl.maximum(0, partial5_stop - live3_first)
         partial6_first = tl.maximum(hole2_first, live3_first)
         partial6_count = tl.maximum(0, live3_stop - partial6_first)
-        full_shift2 = full2_first - full1_count
+
+        # those full tiles, one interval behind the other
+        full_skip2 = full2_first - full1_count
         full_count2 = full1_count + full2_count
-        full_shift3 = full3_first - full_count2
-        full_count3 = full3_count + full_count2
-        partial_shift2 = hole2_first - partial1_count
+        full_skip3 = full3_first - full_count2
+        full_count = full3_count + full_count2
+
+        # those partial tiles, one interval behind the other
+        partial_skip2 = hole2_first - partial1_count
         partial_count2 = partial1_count + partial2_count
-        partial_shift3 = live1_stop - partial_count2
+        partial_skip3 = live1_stop - partial_count2
         partial_count3 = partial3_count + partial_count2
-        partial_shift4 = partial4_first - partial_count3
+        partial_skip4 = partial4_first - partial_count3
         partial_count4 = partial4_count + partial_count3
-        partial_shift5 = live3_first - partial_count4
+        partial_skip5 = live3_first - partial_count4
         partial_count5 = partial5_count + partial_count4
-        partial_shift6 = partial6_first - partial_count5
-        partial_count6 = partial6_count + partial_count5
-        bias_base = bias + h.to(tl.int64) * bias_stride_0
-        bias_at = bias_base + j_safe.to(tl.int64) * bias_stride_2  # [BLOCK_N]
+        partial_skip6 = partial6_first - partial_count5
+        partial_count = partial6_count + partial_count5
 
         # full query tiles: every pair attends, so no mask
-        for step in range(full_count3):
+        for step in range(full_count):
             tile = hole1_stop + step
-            tile = tl.where(step < full1_count, tile, full_shift2 + step)
-            tile = tl.where(step < full_count2, tile, full_shift3 + step)
-            row = tile * BLOCK_M + lane_m
+            tile = tl.where(step < full1_count, tile, full_skip2 + step)
+            tile = tl.where(step < full_count2, tile, full_skip3 + step)
+            row = tile * BLOCK_M + lane_m  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
-            i = row + q_offset
-            lse_2 = tl.load(lse_head + row) * LOG2E  # [BLOCK_M]
-            lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+            i = row + q_offset  # [BLOCK_M]
+            lse_row = tl.load(lse_head + row)  # [BLOCK_M]
+            lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
+            excess_row = tl.load(excess_head + row)  # [BLOCK_M]
             delta_row = tl.load(delta_head + row)  # [BLOCK_M]
             q_0 = tl.load(q_head + rows * q_stride_n + q_columns_0)
             q_1 = tl.load(q_head + rows * q_stride_n + q_columns_1, mask=d_in_1[None, :], other=0.0)
             s = tl.dot(k_0, tl.trans(q_0))  # [BLOCK_N, BLOCK_M]
             s = tl.dot(k_1, tl.trans(q_1), s)
-            bias_at_2 = bias_at[:, None] + i[None, :].to(tl.int64) * bias_stride_1  # [BLOCK_N, BLOCK_M]
-            bias_h_i_j = tl.load(bias_at_2).to(tl.float32)  # [BLOCK_N, BLOCK_M]
-            x = LOG2E * bias_h_i_j + scale2 * s
-            p = tl.exp2(x - lse_2[None, :])
+            bias_at_at = bias_at[:, None] + i[None, :].to(tl.int64) * bias_stride_1  # [BLOCK_N, BLOCK_M]
+            bias_h_i_j = tl.load(bias_at_at).to(tl.float32)  # [BLOCK_N, BLOCK_M]
+            x = bias_h_i_j + scale * s
+            p = tl.exp2((x - lse_row[None, :]) * LOG2E - excess_row[None, :])
             do_0 = tl.load(do_head + rows * do_stride_n + do_columns_0)
             do_1 = tl.load(do_head + rows * do_stride_n + do_columns_1, mask=e_in_1[None, :], other=0.0)
             dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]
@@ -233,34 +246,35 @@ def dkv(
             dk_1 = tl.dot(ds.to(q_1.dtype), q_1, dk_1)
 
         # partial query tiles: only some pairs attend
-        for step in tl.range(partial_count6, num_stages=1):
+        for step in tl.range(partial_count, num_stages=1):
             tile = live1_first + step
-            tile = tl.where(step < partial1_count, tile, partial_shift2 + step)
-            tile = tl.where(step < partial_count2, tile, partial_shift3 + step)
-            tile = tl.where(step < partial_count3, tile, partial_shift4 + step)
-            tile = tl.where(step < partial_count4, tile, partial_shift5 + step)
-            tile = tl.where(step < partial_count5, tile, partial_shift6 + step)
-            row = tile * BLOCK_M + lane_m
+            tile = tl.where(step < partial1_count, tile, partial_skip2 + step)
+            tile = tl.where(step < partial_count2, tile, partial_skip3 + step)
+            tile = tl.where(step < partial_count3, tile, partial_skip4 + step)
+            tile = tl.where(step < partial_count4, tile, partial_skip5 + step)
+            tile = tl.where(step < partial_count5, tile, partial_skip6 + step)
+            row = tile * BLOCK_M + lane_m  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
-            inside = row < n_q
-            i = row + q_offset
-            i_safe = tl.minimum(row, n_q - 1) + q_offset
-            lse_2 = tl.load(lse_head + row, mask=inside, other=0.0) * LOG2E  # [BLOCK_M]
-            lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+            inside = row < n_q  # [BLOCK_M]
+            i = row + q_offset  # [BLOCK_M]
+            i_safe = tl.minimum(row, n_q - 1) + q_offset  # [BLOCK_M]
+            lse_row = tl.load(lse_head + row, mask=inside, other=0.0)  # [BLOCK_M]
+            lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
+            excess_row = tl.load(excess_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             delta_row = tl.load(delta_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             q_0 = tl.load(q_head + rows * q_stride_n + q_columns_0, mask=inside[:, None], other=0.0)
             q_in_1 = inside[:, None] & d_in_1[None, :]
             q_1 = tl.load(q_head + rows * q_stride_n + q_columns_1, mask=q_in_1, other=0.0)
             s = tl.dot(k_0, tl.trans(q_0))  # [BLOCK_N, BLOCK_M]
             s = tl.dot(k_1, tl.trans(q_1), s)
-            row_ok = i <= 2  # [BLOCK_M]
-            tile_ok = (key_x[:, None] >= i[None, :]) & (key_x_2[:, None] <= i[None, :])
-            tile_ok_2 = (j[:, None] <= i[None, :]) & (row_ok[None, :] | key_ok[:, None] | tile_ok)
-            valid = tile_ok_2 & inside[None, :]
-            bias_at_3 = bias_at[:, None] + i_safe[None, :].to(tl.int64) * bias_stride_1
-            bias_h_i_j_2 = tl.load(bias_at_3).to(tl.float32)  # [BLOCK_N, BLOCK_M]
-            x = LOG2E * bias_h_i_j_2 + scale2 * s
-            p = tl.exp2(x - lse_2[None, :])
+            query_ok = i <= 2  # [BLOCK_M]
+            pair_ok = (last_query[:, None] >= i[None, :]) & (first_query[:, None] <= i[None, :])
+            pair_ok_2 = (j[:, None] <= i[None, :]) & (query_ok[None, :] | key_ok[:, None] | pair_ok)
+            valid = pair_ok_2 & inside[None, :]
+            bias_at_at = bias_at[:, None] + i_safe[None, :].to(tl.int64) * bias_stride_1
+            bias_h_i_j = tl.load(bias_at_at).to(tl.float32)  # [BLOCK_N, BLOCK_M]
+            x = bias_h_i_j + scale * s
+            p = tl.exp2((x - lse_row[None, :]) * LOG2E - excess_row[None, :])
             do_0 = tl.load(do_head + rows * do_stride_n + do_columns_0, mask=inside[:, None], other=0.0)
             do_in_1 = inside[:, None] & e_in_1[None, :]
             do_1 = tl.load(do_head + rows * do_stride_n + do_columns_1, mask=do_in_1, other=0.0)

@@ -17,7 +17,7 @@ BLOCK_M = tl.constexpr(64)  # query rows of a tile
 BLOCK_N = tl.constexpr(32)  # keys of a tile
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.0e38)  # below every logit, and finite, so that LOWEST - LOWEST is 0
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # no logit is lower, and LOWEST - LOWEST is 0
 
 
 @triton.jit(
@@ -92,23 +92,22 @@ def forward(
     kv_head = h // group
 
     row = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    row_in = row < n_q
-    i = row + q_offset
-    i_safe = tl.minimum(row, n_q - 1) + q_offset
+    row_in = row < n_q  # [BLOCK_M]
+    i = row + q_offset  # [BLOCK_M]
+    i_safe = tl.minimum(row, n_q - 1) + q_offset  # [BLOCK_M]
     lane_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    bias_base = bias + h.to(tl.int64) * bias_stride_0
+    bias_at = bias_base + i_safe.to(tl.int64) * bias_stride_1  # [BLOCK_M]
+    query_ok = i <= 2  # [BLOCK_M]
+    first_key = i - 8  # [BLOCK_M]
+    last_key = i + 8  # [BLOCK_M]
+    user_sink_h = tl.load(user_sink + h.to(tl.int64) * user_sink_stride_0).to(tl.float32)
     d_0 = tl.arange(0, 32)  # [32]
     d_1 = 32 + tl.arange(0, 16)  # [16]
     d_in_1 = d_1 < 40
     e_0 = tl.arange(0, 16)  # [16]
     e_1 = 16 + tl.arange(0, 16)  # [16]
     e_in_1 = e_1 < 24
-    bias_base = bias + h.to(tl.int64) * bias_stride_0
-    bias_at = bias_base + i_safe.to(tl.int64) * bias_stride_1  # [BLOCK_M]
-    row_ok = i <= 2  # [BLOCK_M]
-    row_x = i - 8  # [BLOCK_M]
-    row_x_2 = i + 8  # [BLOCK_M]
-    user_sink_at = user_sink + h.to(tl.int64) * user_sink_stride_0
-    user_sink_h = tl.load(user_sink_at).to(tl.float32)
     q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
     q_columns_0 = d_0[None, :] * q_stride_d
     q_columns_1 = d_1[None, :] * q_stride_d
@@ -122,24 +121,27 @@ def forward(
     q_0 = tl.load(q_rows + q_columns_0, mask=row_in[:, None], other=0.0)  # [BLOCK_M, 32]
     q_in_1 = row_in[:, None] & d_in_1[None, :]
     q_1 = tl.load(q_rows + q_columns_1, mask=q_in_1, other=0.0)  # [BLOCK_M, 16]
-    scale2 = scale * LOG2E
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc_0 = tl.zeros([BLOCK_M, 16], tl.float32)
     acc_1 = tl.zeros([BLOCK_M, 16], tl.float32)
+
+    # this tile's first and last row, as positions
     first = query_tile * BLOCK_M + q_offset
     last = tl.minimum(query_tile * BLOCK_M + BLOCK_M, n_q) - 1 + q_offset
-    live1_stop = (tl.maximum(0, tl.minimum(tl.minimum(3, n_k), last + 1)) + BLOCK_N - 1) // BLOCK_N
+
+    # key tiles that some row of this query tile attends
+    live1_stop = tl.cdiv(tl.maximum(0, tl.minimum(tl.minimum(3, n_k), last + 1)), BLOCK_N)
     live2_start = tl.maximum(0, first - 8)
     live2_end = tl.minimum(n_k, last + 1)
     live2_first = live2_start // BLOCK_N
-    live2_stop = tl.where(live2_end > live2_start, (BLOCK_N + live2_end - 1) // BLOCK_N, live2_first)
+    live2_stop = tl.where(live2_end > live2_start, tl.cdiv(live2_end, BLOCK_N), live2_first)
     live2_first_ = tl.maximum(live1_stop, live2_first)
+
+    # of those, the ones every row attends fully
     hole1_end = last - 8
     hole1_first = 3 // BLOCK_N
-    scalar = (last >= 3) & (hole1_end > 3)
-    scalar_2 = (BLOCK_N + hole1_end - 1) // BLOCK_N
-    hole1_stop = tl.where(scalar, scalar_2, hole1_first)
+    hole1_stop = tl.where((last >= 3) & (hole1_end > 3), tl.cdiv(hole1_end, BLOCK_N), hole1_first)
     hole1_from = tl.minimum(hole1_first, tl.maximum(0, tl.minimum(n_k, first + 1)) // BLOCK_N)
     hole2_first = tl.maximum(hole1_stop, tl.maximum(0, tl.minimum(n_k, first + 1)) // BLOCK_N)
     full1_stop = tl.minimum(hole1_from, live1_stop)
@@ -151,6 +153,8 @@ def forward(
     full4_first = tl.maximum(tl.maximum(hole1_from, hole1_stop), live2_first_)
     full4_stop = tl.minimum(hole2_first, live2_stop)
     full4_count = tl.maximum(0, full4_stop - full4_first)
+
+    # the partial tiles beside them
     partial1_stop = tl.minimum(hole1_stop, live1_stop)
     partial1_count = tl.maximum(0, partial1_stop - hole1_from)
     partial2_count = tl.maximum(0, live1_stop - hole2_first)
@@ -159,37 +163,41 @@ def forward(
     partial3_count = tl.maximum(0, partial3_stop - partial3_first)
     partial4_first = tl.maximum(hole2_first, live2_first_)
     partial4_count = tl.maximum(0, live2_stop - partial4_first)
-    full_shift2 = full2_first - full1_stop
+
+    # those full tiles, one interval behind the other
+    full_skip2 = full2_first - full1_stop
     full_count2 = full1_stop + full2_count
-    full_shift3 = live2_first_ - full_count2
+    full_skip3 = live2_first_ - full_count2
     full_count3 = full3_count + full_count2
-    full_shift4 = full4_first - full_count3
-    full_count4 = full4_count + full_count3
-    partial_shift2 = hole2_first - partial1_count
+    full_skip4 = full4_first - full_count3
+    full_count = full4_count + full_count3
+
+    # those partial tiles, one interval behind the other
+    partial_skip2 = hole2_first - partial1_count
     partial_count2 = partial1_count + partial2_count
-    partial_shift3 = partial3_first - partial_count2
+    partial_skip3 = partial3_first - partial_count2
     partial_count3 = partial3_count + partial_count2
-    partial_shift4 = partial4_first - partial_count3
-    partial_count4 = partial4_count + partial_count3
+    partial_skip4 = partial4_first - partial_count3
+    partial_count = partial4_count + partial_count3
 
     # full key tiles: every pair attends, so no mask
-    for step in range(full_count4):
+    for step in range(full_count):
         tile = step
-        tile = tl.where(step < full1_stop, tile, full_shift2 + step)
-        tile = tl.where(step < full_count2, tile, full_shift3 + step)
-        tile = tl.where(step < full_count3, tile, full_shift4 + step)
-        j = tile * BLOCK_N + lane_n
+        tile = tl.where(step < full1_stop, tile, full_skip2 + step)
+        tile = tl.where(step < full_count2, tile, full_skip3 + step)
+        tile = tl.where(step < full_count3, tile, full_skip4 + step)
+        j = tile * BLOCK_N + lane_n  # [BLOCK_N]
         rows = j.to(tl.int64)[:, None]
         k_0 = tl.load(k_head + rows * k_stride_n + k_columns_0)
         k_1 = tl.load(k_head + rows * k_stride_n + k_columns_1, mask=d_in_1[None, :], other=0.0)
         s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
         s = tl.dot(q_1, tl.trans(k_1), s)
-        bias_at_2 = bias_at[:, None] + j[None, :].to(tl.int64) * bias_stride_2  # [BLOCK_M, BLOCK_N]
-        bias_h_i_j = tl.load(bias_at_2).to(tl.float32)  # [BLOCK_M, BLOCK_N]
-        x = LOG2E * bias_h_i_j + scale2 * s
+        bias_at_at = bias_at[:, None] + j[None, :].to(tl.int64) * bias_stride_2  # [BLOCK_M, BLOCK_N]
+        bias_h_i_j = tl.load(bias_at_at).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+        x = bias_h_i_j + scale * s
         m_new = tl.maximum(m, tl.max(x, 1))
-        p = tl.exp2(x - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
+        p = tl.exp2((x - m_new[:, None]) * LOG2E)
+        alpha = tl.exp2((m - m_new) * LOG2E)
         m = m_new
         l = l * alpha + tl.sum(p, 1)
         v_0 = tl.load(v_head + rows * v_stride_n + v_columns_0)
@@ -198,31 +206,31 @@ def forward(
         acc_1 = tl.dot(p.to(v_1.dtype), v_1, acc_1 * alpha[:, None])
 
     # partial key tiles: only some pairs attend
-    for step in tl.range(partial_count4, num_stages=1):
+    for step in tl.range(partial_count, num_stages=1):
         tile = hole1_from + step
-        tile = tl.where(step < partial1_count, tile, partial_shift2 + step)
-        tile = tl.where(step < partial_count2, tile, partial_shift3 + step)
-        tile = tl.where(step < partial_count3, tile, partial_shift4 + step)
-        j = tile * BLOCK_N + lane_n
+        tile = tl.where(step < partial1_count, tile, partial_skip2 + step)
+        tile = tl.where(step < partial_count2, tile, partial_skip3 + step)
+        tile = tl.where(step < partial_count3, tile, partial_skip4 + step)
+        j = tile * BLOCK_N + lane_n  # [BLOCK_N]
         rows = j.to(tl.int64)[:, None]
-        inside = j < n_k
-        j_safe = tl.minimum(j, n_k - 1)
+        inside = j < n_k  # [BLOCK_N]
+        j_safe = tl.minimum(j, n_k - 1)  # [BLOCK_N]
         k_0 = tl.load(k_head + rows * k_stride_n + k_columns_0, mask=inside[:, None], other=0.0)
         k_in_1 = inside[:, None] & d_in_1[None, :]
         k_1 = tl.load(k_head + rows * k_stride_n + k_columns_1, mask=k_in_1, other=0.0)
         s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
         s = tl.dot(q_1, tl.trans(k_1), s)
         key_ok = j <= 2  # [BLOCK_N]
-        tile_ok = (row_x[:, None] <= j[None, :]) & (row_x_2[:, None] >= j[None, :])
-        tile_ok_2 = (i[:, None] >= j[None, :]) & (row_ok[:, None] | key_ok[None, :] | tile_ok)
-        valid = tile_ok_2 & inside[None, :]
-        bias_at_3 = bias_at[:, None] + j_safe[None, :].to(tl.int64) * bias_stride_2
-        bias_h_i_j_2 = tl.load(bias_at_3).to(tl.float32)  # [BLOCK_M, BLOCK_N]
-        x = LOG2E * bias_h_i_j_2 + scale2 * s
+        pair_ok = (first_key[:, None] <= j[None, :]) & (last_key[:, None] >= j[None, :])
+        pair_ok_2 = (i[:, None] >= j[None, :]) & (query_ok[:, None] | key_ok[None, :] | pair_ok)
+        valid = pair_ok_2 & inside[None, :]
+        bias_at_at = bias_at[:, None] + j_safe[None, :].to(tl.int64) * bias_stride_2
+        bias_h_i_j = tl.load(bias_at_at).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+        x = bias_h_i_j + scale * s
         x = tl.where(valid, x, float("-inf"))
         m_new = tl.maximum(m, tl.max(x, 1))
-        p = tl.exp2(x - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
+        p = tl.exp2((x - m_new[:, None]) * LOG2E)
+        alpha = tl.exp2((m - m_new) * LOG2E)
         m = m_new
         l = l * alpha + tl.sum(p, 1)
         v_0 = tl.load(v_head + rows * v_stride_n + v_columns_0, mask=inside[:, None], other=0.0)
@@ -238,10 +246,9 @@ def forward(
         acc_1 = tl.dot(p.to(v_1.dtype), v_1, acc_1 * alpha[:, None])
 
     # the sink: one more key, with value 0
-    sink_2 = user_sink_h * LOG2E
-    m_new = tl.maximum(m, sink_2)
-    alpha = tl.exp2(m - m_new)
-    l = l * alpha + tl.exp2(sink_2 - m_new)
+    m_new = tl.maximum(m, user_sink_h)
+    alpha = tl.exp2((m - m_new) * LOG2E)
+    l = l * alpha + tl.exp2((user_sink_h - m_new) * LOG2E)
     m = m_new
     acc_0 = acc_0 * alpha[:, None]
     acc_1 = acc_1 * alpha[:, None]
@@ -250,7 +257,7 @@ def forward(
     empty = l == 0.0
     l = tl.where(empty, 1.0, l)
     lse_rows = lse + (b.to(tl.int64) * heads + h) * n_q + row
-    tl.store(lse_rows, tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2), mask=row_in)
+    tl.store(lse_rows, tl.where(empty, float("-inf"), m + tl.log2(l) * LN2), mask=row_in)
     out_head = out + b.to(tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h
     out_columns_0 = e_0[None, :] * out_stride_d
     out_columns_1 = e_1[None, :] * out_stride_d

@@ -17,7 +17,7 @@ BLOCK_N = tl.constexpr(32)  # keys of a tile
 LOG2E = tl.constexpr(1.4426950408889634)
 PAGE_SIZE = tl.constexpr(16)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.0e38)  # below every logit, and finite, so that LOWEST - LOWEST is 0
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # no logit is lower, and LOWEST - LOWEST is 0
 HEAD_DIM_V = tl.constexpr(128)
 
 
@@ -71,12 +71,12 @@ def forward(
     kv_head = h // group
 
     row = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    row_in = row < n_q
-    i = row + q_offset
+    row_in = row < n_q  # [BLOCK_M]
+    i = row + q_offset  # [BLOCK_M]
     lane_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    d_0 = tl.arange(0, 128)  # [128]
-    row_x = i - 511  # [BLOCK_M]
     page_row = page_table + b.to(tl.int64) * page_table_stride_b
+    first_key = i - 511  # [BLOCK_M]
+    d_0 = tl.arange(0, 128)  # [128]
     q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
     k_head = k + kv_head.to(tl.int64) * k_stride_h
     v_head = v + kv_head.to(tl.int64) * v_stride_h
@@ -86,30 +86,40 @@ def forward(
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc_0 = tl.zeros([BLOCK_M, 128], tl.float32)
+
+    # this tile's first and last row, as positions
     first = query_tile * BLOCK_M + q_offset
     last = tl.minimum(query_tile * BLOCK_M + BLOCK_M, n_q) - 1 + q_offset
+
+    # key tiles that some row of this query tile attends
     live_start = tl.maximum(0, first - 511)
     live_end = tl.minimum(n_k, last + 1)
     live_first = live_start // BLOCK_N
-    live_stop = tl.where(live_end > live_start, (BLOCK_N + live_end - 1) // BLOCK_N, live_first)
-    hole1_stop = (tl.maximum(0, last - 511) + BLOCK_N - 1) // BLOCK_N
-    hole2_first = tl.maximum(hole1_stop, tl.maximum(0, tl.minimum(n_k, first + 1)) // BLOCK_N)
-    full_stop = tl.minimum(hole2_first, live_stop)
-    full_count = tl.maximum(0, full_stop - hole1_stop)
-    partial1_stop = tl.minimum(hole1_stop, live_stop)
-    partial1_count = tl.maximum(0, partial1_stop - live_first)
-    partial2_count = tl.maximum(0, live_stop - hole2_first)
-    partial_shift2 = hole2_first - partial1_count
-    partial_count2 = partial1_count + partial2_count
-    count = full_count + partial_count2
+    live_stop = tl.where(live_end > live_start, tl.cdiv(live_end, BLOCK_N), live_first)
+
+    # of those, the ones every row attends fully
+    full_first = tl.cdiv(tl.maximum(0, last - 511), BLOCK_N)
+    unmasked_stop = tl.maximum(full_first, tl.maximum(0, tl.minimum(n_k, first + 1)) // BLOCK_N)
+    full_stop = tl.minimum(live_stop, unmasked_stop)
+    full_count = tl.maximum(0, full_stop - full_first)
+
+    # the partial tiles before and behind them
+    before_stop = tl.minimum(full_first, live_stop)
+    before_full = tl.maximum(0, before_stop - live_first)
+    after_full = tl.maximum(0, live_stop - unmasked_stop)
+    skip_full = unmasked_stop - before_full
+    partial_count = after_full + before_full
+
+    # this program's share of those tiles, the full ones first: lo .. hi - 1
+    count = full_count + partial_count
     lo = count // splits * split + tl.minimum(split, count % splits)
     hi = lo + count // splits + (split < count % splits).to(tl.int32)
 
     # full key tiles: every pair attends, so no mask
     for step in range(tl.minimum(lo, full_count), tl.minimum(hi, full_count)):
-        tile = hole1_stop + step
-        j = tile * BLOCK_N + lane_n
-        page = tl.load(page_row + j // PAGE_SIZE)
+        tile = full_first + step
+        j = tile * BLOCK_N + lane_n  # [BLOCK_N]
+        page = tl.load(page_row + j // PAGE_SIZE)  # [BLOCK_N]
         page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)[:, None]
         rows = (j % PAGE_SIZE)[:, None]
         k_at = k_head + page * k_stride_b + rows * k_stride_n
@@ -127,16 +137,17 @@ def forward(
     # partial key tiles: only some pairs attend
     for step in tl.range(tl.maximum(lo - full_count, 0), tl.maximum(hi - full_count, 0), num_stages=1):
         tile = live_first + step
-        tile = tl.where(step < partial1_count, tile, partial_shift2 + step)
-        j = tile * BLOCK_N + lane_n
-        inside = j < n_k
-        page = tl.load(page_row + j // PAGE_SIZE, mask=inside, other=0)
+        tile = tl.where(step < before_full, tile, skip_full + step)
+        j = tile * BLOCK_N + lane_n  # [BLOCK_N]
+        inside = j < n_k  # [BLOCK_N]
+        page = tl.load(page_row + j // PAGE_SIZE, mask=inside, other=0)  # [BLOCK_N]
         page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)[:, None]
         rows = (j % PAGE_SIZE)[:, None]
         k_at = k_head + page * k_stride_b + rows * k_stride_n
         k_0 = tl.load(k_at + d_0[None, :], mask=inside[:, None], other=0.0)
         s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
-        valid = (row_x[:, None] <= j[None, :]) & (i[:, None] >= j[None, :]) & inside[None, :]
+        pair_ok = (first_key[:, None] <= j[None, :]) & (i[:, None] >= j[None, :])  # [BLOCK_M, BLOCK_N]
+        valid = pair_ok & inside[None, :]
         s = tl.where(valid, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1) * scale2)
         p = tl.exp2(s * scale2 - m_new[:, None])

@@ -15,7 +15,7 @@ import triton.language as tl
 BLOCK_M = tl.constexpr(64)  # query rows of a tile
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.0e38)  # below every logit, and finite, so that LOWEST - LOWEST is 0
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # no logit is lower, and LOWEST - LOWEST is 0
 HEAD_DIM_V = tl.constexpr(128)
 
 
@@ -23,7 +23,6 @@ HEAD_DIM_V = tl.constexpr(128)
     do_not_specialize=[
         "heads",
         "n_q",
-        "group",
         "splits",
     ]
 )
@@ -37,7 +36,6 @@ def merge(
     out_stride_n,
     heads,
     n_q,
-    group,
     splits,
     user_sink,
     user_sink_stride_0,
@@ -50,10 +48,9 @@ def merge(
     b = program // tiles // heads
 
     row = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    row_in = row < n_q
+    row_in = row < n_q  # [BLOCK_M]
+    user_sink_h = tl.load(user_sink + h.to(tl.int64) * user_sink_stride_0).to(tl.float32)
     d_0 = tl.arange(0, 128)  # [128]
-    user_sink_at = user_sink + h.to(tl.int64) * user_sink_stride_0
-    user_sink_h = tl.load(user_sink_at).to(tl.float32)
     lane = tl.arange(0, BLOCK_M)
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
@@ -73,10 +70,10 @@ def merge(
         acc_0 = acc_0 * alpha[:, None] + part_0 * beta[:, None]
 
     # the sink: one more key, with value 0
-    sink_2 = user_sink_h * LOG2E
-    m_new = tl.maximum(m, sink_2)
-    alpha = tl.exp2(m - m_new)
-    l = l * alpha + tl.exp2(sink_2 - m_new)
+    m = tl.where(l > 0.0, m * LN2, LOWEST)
+    m_new = tl.maximum(m, user_sink_h)
+    alpha = tl.exp2((m - m_new) * LOG2E)
+    l = l * alpha + tl.exp2((user_sink_h - m_new) * LOG2E)
     m = m_new
     acc_0 = acc_0 * alpha[:, None]
 
@@ -84,7 +81,7 @@ def merge(
     empty = l == 0.0
     l = tl.where(empty, 1.0, l)
     lse_rows = lse + (b.to(tl.int64) * heads + h) * n_q + row
-    tl.store(lse_rows, tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2), mask=row_in)
+    tl.store(lse_rows, tl.where(empty, float("-inf"), m + tl.log2(l) * LN2), mask=row_in)
     out_head = out + b.to(tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h
 
     norm = 1.0 / l

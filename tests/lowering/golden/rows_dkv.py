@@ -23,10 +23,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
         "n_k",
         "scale",
         "q_offset",
-        "key_runs_stride_b",
-        "key_runs_stride_h",
         "key_edges_stride_b",
         "key_edges_stride_h",
+        "key_runs_stride_b",
+        "key_runs_stride_h",
         "edge_weight_stride_b",
         "edge_weight_stride_h",
         "key_places_stride_b",
@@ -42,6 +42,7 @@ def dkv(
     dv,  # [B, heads // group, n_k, Dv]
     lse,  # [B, heads, n_q]
     delta,  # [B, heads, n_q]
+    excess,  # [B, heads, n_q]
     k_stride_b,
     k_stride_h,
     k_stride_n,
@@ -66,12 +67,12 @@ def dkv(
     n_k,
     scale,
     q_offset,
-    key_runs,  # [B or 1, heads or 1, key rows, 2]
-    key_runs_stride_b,
-    key_runs_stride_h,
     key_edges,  # [B or 1, heads or 1, listed]
     key_edges_stride_b,
     key_edges_stride_h,
+    key_runs,  # [B or 1, heads or 1, key rows, 2]
+    key_runs_stride_b,
+    key_runs_stride_h,
     edge_weight,  # [B or 1, heads or 1, listed]
     edge_weight_stride_b,
     edge_weight_stride_h,
@@ -88,8 +89,8 @@ def dkv(
     b = program // tiles // kv_heads
 
     slot = tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    j = key_tile + tl.zeros_like(slot)
-    key_in = slot < 1
+    j = key_tile + tl.zeros_like(slot)  # [BLOCK_N]
+    key_in = slot < 1  # [BLOCK_N]
     lane_m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
     d_0 = tl.arange(0, 64)  # [64]
     k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
@@ -98,7 +99,6 @@ def dkv(
     k_0 = tl.load(k_rows + d_0[None, :], mask=key_in[:, None], other=0.0)  # [BLOCK_N, 64]
     v_rows = v_head + j.to(tl.int64)[:, None] * v_stride_n
     v_0 = tl.load(v_rows + d_0[None, :], mask=key_in[:, None], other=0.0)  # [BLOCK_N, 64]
-    scale2 = scale * LOG2E
     dk_0 = tl.zeros([BLOCK_N, 64], tl.float32)
     dv_0 = tl.zeros([BLOCK_N, 64], tl.float32)
 
@@ -109,40 +109,43 @@ def dkv(
         do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h
         lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
         delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
+        excess_head = excess + (b.to(tl.int64) * heads + h) * n_q
+
+        # where this key's list starts, and how long it is
         run = key_runs + b.to(tl.int64) * key_runs_stride_b
-        run += kv_head.to(tl.int64) * key_runs_stride_h
-        run += key_tile.to(tl.int64) * 2
+        run = run + kv_head.to(tl.int64) * key_runs_stride_h
+        run = run + key_tile.to(tl.int64) * 2
         first_edge = tl.load(run).to(tl.int64)
         edges = tl.load(run + 1).to(tl.int32)
         listed = key_edges + b.to(tl.int64) * key_edges_stride_b
-        listed += kv_head.to(tl.int64) * key_edges_stride_h
-        listed += first_edge
+        listed = listed + kv_head.to(tl.int64) * key_edges_stride_h
+        listed = listed + first_edge
         weights = edge_weight + b.to(tl.int64) * edge_weight_stride_b
-        weights += kv_head.to(tl.int64) * edge_weight_stride_h
+        weights = weights + kv_head.to(tl.int64) * edge_weight_stride_h
         places = key_places + b.to(tl.int64) * key_places_stride_b
-        places += kv_head.to(tl.int64) * key_places_stride_h
-        places += first_edge
+        places = places + kv_head.to(tl.int64) * key_places_stride_h
+        places = places + first_edge
         partial_count = tl.cdiv(edges, BLOCK_M)
 
         # partial query tiles: only some pairs attend
         for step in range(partial_count):
             tile = step
-            edge = tile * BLOCK_M + lane_m
-            inside = edge < edges
-            row = tl.load(listed + edge, mask=inside, other=0).to(tl.int32)
-            place = tl.load(places + edge, mask=inside, other=0)
-            weight = tl.load(weights + place, mask=inside, other=0.0).to(tl.float32)
+            edge = tile * BLOCK_M + lane_m  # [BLOCK_M]
+            inside = edge < edges  # [BLOCK_M]
+            row = tl.load(listed + edge, mask=inside, other=0).to(tl.int32)  # [BLOCK_M]
+            place = tl.load(places + edge, mask=inside, other=0)  # [BLOCK_M]
+            weight = tl.load(weights + place, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
-            i = row + q_offset
-            lse_2 = tl.load(lse_head + row, mask=inside, other=0.0) * LOG2E  # [BLOCK_M]
-            lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+            i = row + q_offset  # [BLOCK_M]
+            lse_row = tl.load(lse_head + row, mask=inside, other=0.0)  # [BLOCK_M]
+            lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
+            excess_row = tl.load(excess_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             delta_row = tl.load(delta_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             q_0 = tl.load(q_head + rows * q_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             s = tl.dot(k_0, tl.trans(q_0))  # [BLOCK_N, BLOCK_M]
             valid = (j[:, None] <= i[None, :]) & inside[None, :]
-            row_x = LOG2E * weight  # [BLOCK_M]
-            x = row_x[None, :] + scale2 * s
-            p = tl.exp2(x - lse_2[None, :])
+            x = weight[None, :] + scale * s
+            p = tl.exp2((x - lse_row[None, :]) * LOG2E - excess_row[None, :])
             do_0 = tl.load(do_head + rows * do_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]
             ds = p * (dp - delta_row[None, :])

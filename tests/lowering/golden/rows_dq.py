@@ -23,10 +23,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
         "n_k",
         "scale",
         "q_offset",
-        "query_runs_stride_b",
-        "query_runs_stride_h",
         "query_edges_stride_b",
         "query_edges_stride_h",
+        "query_runs_stride_b",
+        "query_runs_stride_h",
         "edge_weight_stride_b",
         "edge_weight_stride_h",
     ]
@@ -39,6 +39,7 @@ def dq(
     dq,  # [B, heads, n_q, D]
     lse,  # [B, heads, n_q]
     delta,  # [B, heads, n_q]
+    excess,  # [B, heads, n_q]
     q_stride_b,
     q_stride_h,
     q_stride_n,
@@ -60,12 +61,12 @@ def dq(
     n_k,
     scale,
     q_offset,
-    query_runs,  # [B or 1, heads or 1, query rows, 2]
-    query_runs_stride_b,
-    query_runs_stride_h,
     query_edges,  # [B or 1, heads or 1, listed]
     query_edges_stride_b,
     query_edges_stride_h,
+    query_runs,  # [B or 1, heads or 1, query rows, 2]
+    query_runs_stride_b,
+    query_runs_stride_h,
     edge_weight,  # [B or 1, heads or 1, listed]
     edge_weight_stride_b,
     edge_weight_stride_h,
@@ -81,10 +82,10 @@ def dq(
     group_tiles = tl.cdiv(group, BLOCK_M)
     query = query_tile // group_tiles
     slot = query_tile % group_tiles * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    row = query + tl.zeros_like(slot)
-    h = kv_head * group + tl.minimum(slot, group - 1)
-    row_in = slot < group
-    i = row + q_offset
+    row = query + tl.zeros_like(slot)  # [BLOCK_M]
+    h = kv_head * group + tl.minimum(slot, group - 1)  # [BLOCK_M]
+    row_in = slot < group  # [BLOCK_M]
+    i = row + q_offset  # [BLOCK_M]
     lane_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     d_0 = tl.arange(0, 64)  # [64]
     q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
@@ -95,40 +96,42 @@ def dq(
     do_0 = tl.load(do_rows + d_0[None, :], mask=row_in[:, None], other=0.0)  # [BLOCK_M, 64]
     k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
     v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
-    scale2 = scale * LOG2E
     dq_0 = tl.zeros([BLOCK_M, 64], tl.float32)
     lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
     delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
-    lse_2 = tl.load(lse_head + row, mask=row_in, other=float("-inf")) * LOG2E  # [BLOCK_M]
-    lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+    excess_head = excess + (b.to(tl.int64) * heads + h) * n_q
+    lse_row = tl.load(lse_head + row, mask=row_in, other=float("-inf"))  # [BLOCK_M]
+    lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
+    excess_row = tl.load(excess_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
     delta_row = tl.load(delta_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
+
+    # where this query's list starts, and how long it is
     run = query_runs + b.to(tl.int64) * query_runs_stride_b
-    run += kv_head.to(tl.int64) * query_runs_stride_h
-    run += query.to(tl.int64) * 2
+    run = run + kv_head.to(tl.int64) * query_runs_stride_h
+    run = run + query.to(tl.int64) * 2
     first_edge = tl.load(run).to(tl.int64)
     edges = tl.load(run + 1).to(tl.int32)
     listed = query_edges + b.to(tl.int64) * query_edges_stride_b
-    listed += kv_head.to(tl.int64) * query_edges_stride_h
-    listed += first_edge
+    listed = listed + kv_head.to(tl.int64) * query_edges_stride_h
+    listed = listed + first_edge
     weights = edge_weight + b.to(tl.int64) * edge_weight_stride_b
-    weights += kv_head.to(tl.int64) * edge_weight_stride_h
-    weights += first_edge
+    weights = weights + kv_head.to(tl.int64) * edge_weight_stride_h
+    weights = weights + first_edge
     partial_count = tl.cdiv(edges, BLOCK_N)
 
     # partial key tiles: only some pairs attend
     for step in range(partial_count):
         tile = step
-        edge = tile * BLOCK_N + lane_n
-        inside = edge < edges
-        j = tl.load(listed + edge, mask=inside, other=0).to(tl.int32)
-        weight = tl.load(weights + edge, mask=inside, other=0.0).to(tl.float32)
+        edge = tile * BLOCK_N + lane_n  # [BLOCK_N]
+        inside = edge < edges  # [BLOCK_N]
+        j = tl.load(listed + edge, mask=inside, other=0).to(tl.int32)  # [BLOCK_N]
+        weight = tl.load(weights + edge, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_N]
         rows = j.to(tl.int64)[:, None]
         k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
         s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
         valid = (i[:, None] >= j[None, :]) & inside[None, :]
-        key_x = LOG2E * weight  # [BLOCK_N]
-        x = key_x[None, :] + scale2 * s
-        p = tl.exp2(x - lse_2[:, None])
+        x = weight[None, :] + scale * s
+        p = tl.exp2((x - lse_row[:, None]) * LOG2E - excess_row[:, None])
         v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
         dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
         ds = p * (dp - delta_row[:, None])

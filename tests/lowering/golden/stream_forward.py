@@ -14,7 +14,7 @@ BLOCK_M = tl.constexpr(64)  # query rows of a tile
 BLOCK_N = tl.constexpr(32)  # keys of a tile
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.0e38)  # below every logit, and finite, so that LOWEST - LOWEST is 0
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # no logit is lower, and LOWEST - LOWEST is 0
 HEAD_DIM_V = tl.constexpr(80)
 
 
@@ -64,9 +64,9 @@ def forward(
     tiles = tl.cdiv(n_q * group, BLOCK_M)
     program = tl.program_id(0)
     begin = tl.load(begins + program)
-    end = tl.load(begins + program + 1)
+    end = tl.load(begins + (program + 1))
     first_output = tl.load(firsts + program)
-    last_output = tl.load(firsts + program + 1)
+    last_output = tl.load(firsts + (program + 1))
 
     # the outputs that this program has tiles of
     for output in range(first_output, last_output + 1):
@@ -77,15 +77,15 @@ def forward(
         start = tl.load(starts + output)
 
         slot = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-        row = slot // group
-        h = kv_head * group + slot % group
-        row_in = row < n_q
-        i = row + q_offset
+        row = slot // group  # [BLOCK_M]
+        h = kv_head * group + slot % group  # [BLOCK_M]
+        row_in = row < n_q  # [BLOCK_M]
+        i = row + q_offset  # [BLOCK_M]
         lane_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        first_key = i - width + 1  # [BLOCK_M]
+        last_key = i + width - 1  # [BLOCK_M]
         d_0 = tl.arange(0, 64)  # [64]
         d_1 = 64 + tl.arange(0, 16)  # [16]
-        row_x = i - width + 1  # [BLOCK_M]
-        row_x_2 = i + width - 1  # [BLOCK_M]
         q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
         k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
         v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
@@ -97,32 +97,41 @@ def forward(
         l = tl.zeros([BLOCK_M], tl.float32)
         acc_0 = tl.zeros([BLOCK_M, 64], tl.float32)
         acc_1 = tl.zeros([BLOCK_M, 16], tl.float32)
+
+        # this tile's first and last row, as positions
         first = query_tile * BLOCK_M // group + q_offset
         last = tl.minimum((query_tile * BLOCK_M + BLOCK_M - 1) // group, n_q - 1) + q_offset
+
+        # key tiles that some row of this query tile attends
         live_start = tl.maximum(0, first - width + 1)
         live_end = tl.minimum(n_k, last + 1)
         live_first = live_start // BLOCK_N
-        scalar = (2 * width >= 2) & (width >= 1) & (live_end > live_start)
-        scalar_2 = (BLOCK_N + live_end - 1) // BLOCK_N
-        live_stop = tl.where(scalar, scalar_2, live_first)
-        hole1_stop = (tl.maximum(0, last - width + 1) + BLOCK_N - 1) // BLOCK_N
-        scalar_3 = tl.maximum(0, tl.minimum(tl.minimum(n_k, first + 1), first + width)) // BLOCK_N
-        hole2_first = tl.maximum(hole1_stop, scalar_3)
-        full_stop = tl.minimum(hole2_first, live_stop)
-        full_count = tl.maximum(0, full_stop - hole1_stop)
-        partial1_stop = tl.minimum(hole1_stop, live_stop)
-        partial1_count = tl.maximum(0, partial1_stop - live_first)
-        partial2_count = tl.maximum(0, live_stop - hole2_first)
-        partial_shift2 = hole2_first - partial1_count
-        partial_count2 = partial1_count + partial2_count
-        count = full_count + partial_count2
+        any_live = (2 * width >= 2) & (width >= 1) & (live_end > live_start)
+        live_stop = tl.where(any_live, tl.cdiv(live_end, BLOCK_N), live_first)
+
+        # of those, the ones every row attends fully
+        full_first = tl.cdiv(tl.maximum(0, last - width + 1), BLOCK_N)
+        masked_first = tl.maximum(0, tl.minimum(tl.minimum(n_k, first + 1), first + width)) // BLOCK_N
+        unmasked_stop = tl.maximum(full_first, masked_first)
+        full_stop = tl.minimum(live_stop, unmasked_stop)
+        full_count = tl.maximum(0, full_stop - full_first)
+
+        # the partial tiles before and behind them
+        before_stop = tl.minimum(full_first, live_stop)
+        before_full = tl.maximum(0, before_stop - live_first)
+        after_full = tl.maximum(0, live_stop - unmasked_stop)
+        skip_full = unmasked_stop - before_full
+        partial_count = after_full + before_full
+
+        # this program's share of those tiles, the full ones first: lo .. hi - 1
+        count = full_count + partial_count
         lo = tl.maximum(begin - start, 0)
         hi = tl.minimum(end - start, count)
 
         # full key tiles: every pair attends, so no mask
         for step in range(tl.minimum(lo, full_count), tl.minimum(hi, full_count)):
-            tile = hole1_stop + step
-            j = tile * BLOCK_N + lane_n
+            tile = full_first + step
+            j = tile * BLOCK_N + lane_n  # [BLOCK_N]
             rows = j.to(tl.int64)[:, None]
             k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :])
             k_1 = tl.load(k_head + rows * k_stride_n + d_1[None, :])
@@ -141,16 +150,16 @@ def forward(
         # partial key tiles: only some pairs attend
         for step in tl.range(tl.maximum(lo - full_count, 0), tl.maximum(hi - full_count, 0), num_stages=1):
             tile = live_first + step
-            tile = tl.where(step < partial1_count, tile, partial_shift2 + step)
-            j = tile * BLOCK_N + lane_n
+            tile = tl.where(step < before_full, tile, skip_full + step)
+            j = tile * BLOCK_N + lane_n  # [BLOCK_N]
             rows = j.to(tl.int64)[:, None]
-            inside = j < n_k
+            inside = j < n_k  # [BLOCK_N]
             k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             k_1 = tl.load(k_head + rows * k_stride_n + d_1[None, :], mask=inside[:, None], other=0.0)
             s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
             s = tl.dot(q_1, tl.trans(k_1), s)
-            tile_ok = (row_x[:, None] <= j[None, :]) & (i[:, None] >= j[None, :])  # [BLOCK_M, BLOCK_N]
-            valid = tile_ok & (row_x_2[:, None] >= j[None, :]) & inside[None, :]
+            pair_ok = (first_key[:, None] <= j[None, :]) & (i[:, None] >= j[None, :])  # [BLOCK_M, BLOCK_N]
+            valid = pair_ok & (last_key[:, None] >= j[None, :]) & inside[None, :]
             s = tl.where(valid, s, float("-inf"))
             m_new = tl.maximum(m, tl.max(s, 1) * scale2)
             p = tl.exp2(s * scale2 - m_new[:, None])

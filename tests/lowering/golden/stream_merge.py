@@ -12,7 +12,7 @@ import triton.language as tl
 
 BLOCK_M = tl.constexpr(64)  # query rows of a tile
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.0e38)  # below every logit, and finite, so that LOWEST - LOWEST is 0
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # no logit is lower, and LOWEST - LOWEST is 0
 HEAD_DIM_V = tl.constexpr(80)
 
 
@@ -44,12 +44,12 @@ def merge(
     kv_head = program // tiles % kv_heads
     b = program // tiles // kv_heads
     first_slot = tl.load(owners + 2 * program)
-    last_slot = tl.load(owners + 2 * program + 1)
+    last_slot = tl.load(owners + (2 * program + 1))
 
     slot = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    row = slot // group
-    h = kv_head * group + slot % group
-    row_in = row < n_q
+    row = slot // group  # [BLOCK_M]
+    h = kv_head * group + slot % group  # [BLOCK_M]
+    row_in = row < n_q  # [BLOCK_M]
     d_0 = tl.arange(0, 64)  # [64]
     d_1 = 64 + tl.arange(0, 16)  # [16]
     written = first_slot == last_slot  # by the only program that has it

@@ -23,10 +23,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
         "n_k",
         "scale",
         "q_offset",
-        "key_runs_stride_b",
-        "key_runs_stride_h",
         "key_tiles_stride_b",
         "key_tiles_stride_h",
+        "key_runs_stride_b",
+        "key_runs_stride_h",
     ]
 )
 def dkv(
@@ -62,12 +62,12 @@ def dkv(
     n_k,
     scale,
     q_offset,
-    key_runs,  # [B or 1, heads or 1, key tiles, 3]
-    key_runs_stride_b,
-    key_runs_stride_h,
     key_tiles,  # [B or 1, heads or 1, listed]
     key_tiles_stride_b,
     key_tiles_stride_h,
+    key_runs,  # [B or 1, heads or 1, key tiles, 3]
+    key_runs_stride_b,
+    key_runs_stride_h,
 ):
     # program -> (batch, head, key tile)
     tiles = tl.cdiv(n_k, BLOCK_N)
@@ -78,7 +78,7 @@ def dkv(
     b = program // tiles // kv_heads
 
     j = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    key_in = j < n_k
+    key_in = j < n_k  # [BLOCK_N]
     lane_m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
     d_0 = tl.arange(0, 64)  # [64]
     k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
@@ -98,12 +98,14 @@ def dkv(
         do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h
         lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
         delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
+
+        # where this tile's list of query tiles starts, and how long it is
         run = key_runs + b.to(tl.int64) * key_runs_stride_b
-        run += h.to(tl.int64) * key_runs_stride_h
-        run += key_tile // 2 * 3
+        run = run + h.to(tl.int64) * key_runs_stride_h
+        run = run + key_tile // 2 * 3
         listed = key_tiles + b.to(tl.int64) * key_tiles_stride_b
-        listed += h.to(tl.int64) * key_tiles_stride_h
-        listed += tl.load(run)
+        listed = listed + h.to(tl.int64) * key_tiles_stride_h
+        listed = listed + tl.load(run)
         full_count = tl.load(run + 1).to(tl.int32) * 2
         partial_count = tl.load(run + 2).to(tl.int32) * 2
         listed_partial = listed + tl.load(run + 1)
@@ -111,7 +113,7 @@ def dkv(
         # full query tiles: every pair attends, so no mask
         for step in range(full_count):
             tile = tl.load(listed + step // 2).to(tl.int32) * 2 + step % 2
-            row = tile * BLOCK_M + lane_m
+            row = tile * BLOCK_M + lane_m  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
             lse_2 = tl.load(lse_head + row) * LOG2E  # [BLOCK_M]
             lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
@@ -128,10 +130,10 @@ def dkv(
         # partial query tiles: only some pairs attend
         for step in range(partial_count):
             tile = tl.load(listed_partial + step // 2).to(tl.int32) * 2 + step % 2
-            row = tile * BLOCK_M + lane_m
+            row = tile * BLOCK_M + lane_m  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
-            inside = row < n_q
-            i = row + q_offset
+            inside = row < n_q  # [BLOCK_M]
+            i = row + q_offset  # [BLOCK_M]
             lse_2 = tl.load(lse_head + row, mask=inside, other=0.0) * LOG2E  # [BLOCK_M]
             lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
             delta_row = tl.load(delta_head + row, mask=inside, other=0.0)  # [BLOCK_M]

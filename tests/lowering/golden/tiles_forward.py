@@ -14,7 +14,7 @@ BLOCK_M = tl.constexpr(64)  # query rows of a tile
 BLOCK_N = tl.constexpr(32)  # keys of a tile
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.0e38)  # below every logit, and finite, so that LOWEST - LOWEST is 0
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # no logit is lower, and LOWEST - LOWEST is 0
 
 
 @triton.jit(
@@ -25,10 +25,10 @@ LOWEST = tl.constexpr(-3.0e38)  # below every logit, and finite, so that LOWEST 
         "n_k",
         "scale",
         "q_offset",
-        "query_runs_stride_b",
-        "query_runs_stride_h",
         "query_tiles_stride_b",
         "query_tiles_stride_h",
+        "query_runs_stride_b",
+        "query_runs_stride_h",
     ]
 )
 def forward(
@@ -55,12 +55,12 @@ def forward(
     n_k,
     scale,
     q_offset,
-    query_runs,  # [B or 1, heads or 1, query tiles, 3]
-    query_runs_stride_b,
-    query_runs_stride_h,
     query_tiles,  # [B or 1, heads or 1, listed]
     query_tiles_stride_b,
     query_tiles_stride_h,
+    query_runs,  # [B or 1, heads or 1, query tiles, 3]
+    query_runs_stride_b,
+    query_runs_stride_h,
 ):
     # program -> (batch, head, query tile)
     tiles = tl.cdiv(n_q, BLOCK_M)
@@ -71,8 +71,8 @@ def forward(
     kv_head = h // group
 
     row = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    row_in = row < n_q
-    i = row + q_offset
+    row_in = row < n_q  # [BLOCK_M]
+    i = row + q_offset  # [BLOCK_M]
     lane_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     d_0 = tl.arange(0, 64)  # [64]
     q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
@@ -84,12 +84,14 @@ def forward(
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc_0 = tl.zeros([BLOCK_M, 64], tl.float32)
+
+    # where this tile's list of key tiles starts, and how long it is
     run = query_runs + b.to(tl.int64) * query_runs_stride_b
-    run += h.to(tl.int64) * query_runs_stride_h
-    run += query_tile // 2 * 3
+    run = run + h.to(tl.int64) * query_runs_stride_h
+    run = run + query_tile // 2 * 3
     listed = query_tiles + b.to(tl.int64) * query_tiles_stride_b
-    listed += h.to(tl.int64) * query_tiles_stride_h
-    listed += tl.load(run)
+    listed = listed + h.to(tl.int64) * query_tiles_stride_h
+    listed = listed + tl.load(run)
     full_count = tl.load(run + 1).to(tl.int32) * 2
     partial_count = tl.load(run + 2).to(tl.int32) * 2
     listed_partial = listed + tl.load(run + 1)
@@ -97,7 +99,7 @@ def forward(
     # full key tiles: every pair attends, so no mask
     for step in range(full_count):
         tile = tl.load(listed + step // 2).to(tl.int32) * 2 + step % 2
-        j = tile * BLOCK_N + lane_n
+        j = tile * BLOCK_N + lane_n  # [BLOCK_N]
         rows = j.to(tl.int64)[:, None]
         k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :])
         s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
@@ -112,9 +114,9 @@ def forward(
     # partial key tiles: only some pairs attend
     for step in range(partial_count):
         tile = tl.load(listed_partial + step // 2).to(tl.int32) * 2 + step % 2
-        j = tile * BLOCK_N + lane_n
+        j = tile * BLOCK_N + lane_n  # [BLOCK_N]
         rows = j.to(tl.int64)[:, None]
-        inside = j < n_k
+        inside = j < n_k  # [BLOCK_N]
         k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
         s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
         valid = (i[:, None] >= j[None, :]) & inside[None, :]

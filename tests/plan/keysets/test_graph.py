@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 import attngen as ag
 from attngen.language.call import bind
+from attngen.language.listed_pairs import as_log_weight
 from attngen.plan.keysets import base
 from attngen.plan.keysets import call as keyset_call
 from attngen.reference.keysets import DEFINITIONS
-from attngen.reference.lists import as_log_weight
 from tests.keys_cases import MASKS, SIZES, compare, inputs
 
 KINDS = {"shared": 0, "batch": 1, "kv": 2, "query": 3}

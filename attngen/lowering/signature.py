@@ -1,0 +1,277 @@
+"""What each kernel takes: one table, and the arguments that follow from it, in order.
+
+Lowering writes the `def` line from them, a launch its arguments, cross-compilation the types and what is known about values.
+"""
+
+from __future__ import annotations
+
+import keyword
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from attngen.language.lists import RowLists
+from attngen.lowering.captures import Site
+
+_POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+_CAPTURED = {"float": "*fp32", "int": "*i32", "bool": "*i1", "wide": "*i64"}
+
+
+@dataclass(frozen=True)
+class Arg:
+    """One kernel argument.
+
+    role: "tensor" (a pointer to the tensor `of`), "stride" and "size" (of dimension `dim` of the tensor `of`), "length"
+    (the int `of`: n_q, n_k, heads, group, batch, splits, pages, together), "scale" (the float factor on q.k), "offset"
+    (q_offset, an int, or a pointer to int32 [B]), "param" (the spec's Param `of`), "table" (a pointer to the table `of`).
+    type: "*q" pointer in the dtype of q, "*fp32", "*i32", "*capture" pointer in the captured tensor's dtype; "i32", "fp32".
+    specialize: whether Triton may compile for a value's divisibility by 16 (or 1); no other value ever recompiles.
+    """
+
+    name: str
+    role: str
+    of: str
+    type: str
+    dim: int = 0
+    specialize: bool = True
+    comment: str = ""
+
+    def triton_type(self, dtype: torch.dtype, captured: Mapping[str, str]) -> str:
+        """Its type for a compilation. dtype: of q, k, v. captured: the kind of each captured tensor, "wide" for int64."""
+        if self.type == "*capture":
+            return _CAPTURED[captured.get(self.of, "float")]
+        return _POINTERS[dtype] if self.type == "*q" else self.type
+
+    @property
+    def divisible(self) -> bool:
+        """Whether its value is a multiple of 16 in the usual case, which a compilation without values assumes."""
+        return self.type.startswith("*") or (self.role == "stride" and self.specialize and self.type == "i32")
+
+
+@dataclass(frozen=True)
+class Takes:
+    """One kernel's row of the table.
+
+    tensors: [B, heads, n, d], in the order of the arguments: of a gradient kernel first the two that stay, then the two that
+    are walked, then its results. rows: float32 [B, heads, n_q], contiguous. more_tensors, more_rows: what it takes besides for
+    logits in their natural unit, to find or to use what lse lacks (`Facts.natural`). states: whether a split forward's partial states
+    pass through it; stream_k: what tells its programs which tiles are theirs. scaled: whether it computes logits.
+    """
+
+    title: str
+    tensors: tuple[str, ...]
+    rows: tuple[str, ...]
+    more_tensors: tuple[str, ...] = ()
+    more_rows: tuple[str, ...] = ()
+    stream_k: tuple[str, ...] = ()
+    scaled: bool = True
+
+
+TABLE = {
+    "forward": Takes(
+        "forward: a query tile walks its keys with the online softmax",
+        ("q", "k", "v", "out"),
+        ("lse",),
+        stream_k=("starts", "begins", "firsts"),
+    ),
+    "merge": Takes(
+        "forward, second step: merge the partial softmax states of each output",
+        ("out",),
+        ("lse",),
+        stream_k=("owners",),
+        scaled=False,
+    ),
+    "delta": Takes(
+        "backward, first step: delta = rowsum(dO * O) - dlse",
+        ("out", "do"),
+        ("dlse", "delta"),
+        ("q", "k"),
+        ("lse", "excess"),
+        scaled=False,
+    ),
+    "dq": Takes(
+        "backward: a query tile walks its keys and sums dQ",
+        ("q", "do", "k", "v", "dq"),
+        ("lse", "delta"),
+        more_rows=("excess",),
+    ),
+    "dkv": Takes(
+        "backward: a key tile walks its queries and sums dK and dV",
+        ("k", "v", "q", "do", "dk", "dv"),
+        ("lse", "delta"),
+        more_rows=("excess",),
+    ),
+    "capture": Takes(
+        "backward: the gradient of a captured tensor", ("q", "do", "k", "v"), ("lse", "delta"), more_rows=("excess",)
+    ),
+    "capture by keys": Takes(
+        "backward: the gradient of a captured tensor", ("k", "v", "q", "do"), ("lse", "delta"), more_rows=("excess",)
+    ),
+}
+LONGEST = 10  # characters of a captured tensor's or param's name that the kernel keeps, for lines that fit
+LONGEST_TABLE = 16
+
+# The first words of every variable that an outline or a fixed statement makes.
+_WORDS = """
+    acc after alpha any b bad batch before begin begins beta bin BLOCK bound count d delta dk dlse do dp dq ds dv e
+    edge edges empty end excess first firsts floor full g grad group h half HEAD head heads hi hole i inside j k keep
+    key kv l lane LARGE large last listed live LN lo LOG2E LOWEST lse m masked maxima members mix n nearest norm
+    number out output owners p PAGE page pages pair part partial place places power PRECISION program q query range
+    row rows run s scale section share sink skip slot split splits start starts state states step steps stop tanh tile
+    tiles tl together total triton turn uniform unmasked user v valid weight weights whole written x
+"""
+VOCABULARY = frozenset(_WORDS.split())
+
+_SHAPES = {
+    "q": ("B", "heads", "n_q", "D"),
+    "k": ("B", "heads // group", "n_k", "D"),
+    "v": ("B", "heads // group", "n_k", "Dv"),
+    "out": ("B", "heads", "n_q", "Dv"),
+}
+_LIKE = {"do": "out", "dq": "q", "dk": "k", "dv": "v"}
+_GRADS = {
+    "total": "[B, heads, tiles]",
+    "rows": "[B, heads, n_q]",
+    "keys": "[B, heads, n_k]",
+    "pairs": "[B or 1, heads or 1, n_q, n_k]",
+    "bins": "[B, heads, tiles, bins]",
+    "atomic": "[B, heads, bins]",
+    "edges": "[B, list heads, listed keys]",
+}
+_STATES = (
+    Arg("states", "tensor", "states", "*fp32", comment="[slots, BLOCK_M, Dv]: unnormalised sums"),
+    Arg("maxima", "tensor", "maxima", "*fp32", comment="[slots, 2, BLOCK_M]: m and l"),
+)
+_LENGTHS = ("heads", "n_q", "group", "n_k", "batch", "together", "splits", "pages")
+
+
+def takes(kernel: str, natural: bool, site: Site | None = None) -> Takes:
+    """What a kernel takes. natural: whether logits keep their natural unit."""
+    found = TABLE["capture by keys" if site is not None and site.by_keys else kernel]
+    if not natural:
+        return found
+    tensors, rows = (*found.tensors, *found.more_tensors), (*found.rows, *found.more_rows)
+    return replace(found, tensors=tensors, rows=rows, scaled=found.scaled or bool(found.more_tensors))
+
+
+def shape(tensor: str) -> tuple[str, ...]:
+    """The dimensions of a tensor [B, heads, n, d], in words."""
+    return _SHAPES[_LIKE.get(tensor, tensor)]
+
+
+def arguments(
+    kernel: str,
+    spec: Any,
+    reads: Iterable[str],
+    names: Mapping[str, str],
+    *,
+    aligned: bool,
+    offset_tensor: bool,
+    natural: bool,
+    split: str,
+    tables: Iterable[str],
+    site: Site | None,
+) -> tuple[Arg, ...]:
+    """The arguments of a kernel that reads the variables `reads`.
+
+    names: what captured tensors, params and tables are called in it. split: "split" or "stream" for a forward whose outputs
+    several programs share, and its merge. tables: the walk's summaries. See `render` for the others.
+    """
+    known, own = takes(kernel, natural, site), set(reads)
+    partial = kernel == "forward" and split == "split"  # merge writes out and lse
+    tensors = [name for name in known.tensors if not (partial and name == "out")]
+    out = [Arg(name, "tensor", name, "*q", comment=f"[{', '.join(_dims(name, spec))}]") for name in tensors]
+    out += [Arg(name, "tensor", name, "*fp32", comment="[B, heads, n_q]") for name in known.rows if not partial]
+    if split:
+        out += _STATES
+        out += [Arg(name, "tensor", name, "*i32") for name in known.stream_k if split == "stream"]
+    if site is not None:
+        out.append(Arg("grad", "tensor", "grad", "*fp32", comment=_GRADS[site.kind]))
+    for name in tensors:
+        out += strides(name, "bhn" if aligned else "bhnd", "i32", specialize=aligned)
+    if site is not None and site.kind in ("pairs", "edges"):
+        out += strides("grad", "bh", "i64")
+    out += [Arg(name, "length", name, "i32", specialize=False) for name in _LENGTHS if name in own]
+    if known.scaled:
+        out.append(Arg("scale", "scale", "scale", "fp32", specialize=False))
+    if "q_offsets" in own:
+        out.append(Arg("q_offsets", "offset", "q_offset", "*i32", comment="[B]"))
+    elif "q_offset" in own and not offset_tensor:
+        out.append(Arg("q_offset", "offset", "q_offset", "i32", specialize=False))
+    for name, param in spec.params.items():
+        if names[name] in own:
+            number = "i32" if param.sym.is_integer else "fp32"
+            out.append(Arg(names[name], "param", name, number, specialize=False))
+    lists = () if spec.lists is None else spec.lists.names
+    for name in lists:
+        if name in own:
+            out.append(Arg(name, "tensor", name, "*capture", comment=f"[B or 1, heads or 1, {_listed(name, spec)}]"))
+            out += strides(name, "bh", "i64")
+    if "page_table" in own:
+        out.append(Arg("page_table", "tensor", "page_table", "*capture", comment="[B, pages of a row]"))
+        out += strides("page_table", "b", "i32")
+    for name in tables:
+        if f"{names[name]}_table" in own:
+            out.append(Arg(f"{names[name]}_table", "table", name, "*i32", comment="[B or 1, heads or 1, tiles]"))
+            out += strides(name, "bh", "i32", called=names[name])
+    for name, tensor in spec.tensors.items():
+        if name in names and names[name] in own and name not in lists:
+            out += _captured(name, names[name], tensor.ndim, own)
+    return tuple(out)
+
+
+def strides(of: str, axes: str, type: str, *, specialize: bool = False, called: str = "") -> list[Arg]:
+    """The strides of the first dimensions of a tensor."""
+    called = called or of
+    return [Arg(f"{called}_stride_{axis}", "stride", of, type, dim, specialize) for dim, axis in enumerate(axes)]
+
+
+def _captured(name: str, called: str, ndim: int, reads: set[str]) -> list[Arg]:
+    """A captured tensor: its last stride is 1 in the usual case. Sizes where an index has to be clamped."""
+    out = [Arg(called, "tensor", name, "*capture")]
+    out += [
+        Arg(f"{called}_stride_{dim}", "stride", name, "i32", dim, specialize=dim == ndim - 1) for dim in range(ndim)
+    ]
+    sizes = [dim for dim in range(ndim) if f"{called}_size_{dim}" in reads]
+    return out + [Arg(f"{called}_size_{dim}", "size", name, "i32", dim, specialize=False) for dim in sizes]
+
+
+def _dims(tensor: str, spec: Any) -> tuple[str, ...]:
+    paged = spec.page_size is not None and tensor in ("k", "v")
+    return ("pages", "heads // group", "PAGE_SIZE", shape(tensor)[3]) if paged else shape(tensor)
+
+
+def _listed(name: str, spec: Any) -> str:
+    rows = isinstance(spec.lists, RowLists)
+    return f"{name.removesuffix('_runs')} {'rows, 2' if rows else 'tiles, 3'}" if "runs" in name else "listed"
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def kernel_names(names: Iterable[str], tables: Iterable[str]) -> dict[str, str]:
+    """What the kernel calls captured tensors, params and tables: by their own names, unless those could meet a variable of the
+    kernel or of each other, or are long."""
+    out: dict[str, str] = {}
+    for given, longest in [*((n, LONGEST) for n in names), *((t, LONGEST_TABLE) for t in tables)]:
+        own, derived = given, longest == LONGEST_TABLE  # a table is named after its tensor
+        if keyword.iskeyword(own) or first_word(own) in VOCABULARY:
+            own = f"user_{own}"
+        if len(own) > longest:
+            own = f"{own[: longest - 3]}_{len(out)}"
+        while own in out.values() or (not derived and any(_meet(own, other) for other in out.values())):
+            own = f"user_{own}"
+        out[given] = own
+    return out
+
+
+def first_word(own: str) -> str:
+    """The analysis numbers its words: live2_stop."""
+    return own.partition("_")[0].rstrip("0123456789")
+
+
+def _meet(own: str, other: str) -> bool:
+    """Whether what is named after one could be named after the other."""
+    return f"{own}_".startswith(f"{other}_") or f"{other}_".startswith(f"{own}_")
