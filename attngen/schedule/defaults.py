@@ -87,7 +87,7 @@ CROWDED: Mapping[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = MappingPr
         ("sm_90", "forward", 64): ((18, Tile(128, 32, 8, 3)),),
         ("sm_90", "forward", 128): ((8, Tile(128, 32, 8, 3)), (30, Tile(128, 64, 8, 3))),
         ("sm_90", "dq", 128): ((9, Tile(128, 32, 8, 2)),),
-        ("sm_90", "dkv", 64): ((5, Tile(16, 128, 8, 2)),),
+        ("sm_90", "dkv", 64): ((5, Tile(16, 128, 8, 2)), (35, Tile(32, 128, 8, 2))),
         ("sm_90", "dkv", 128): ((4, Tile(32, 32, 8, 2)), (30, Tile(16, 128, 8, 2))),
         ("sm_100", "forward", 64): ((5, Tile(128, 32, 8, 3)),),
         ("sm_100", "forward", 128): (
@@ -104,8 +104,18 @@ CROWDED: Mapping[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = MappingPr
             (8, Tile(64, 32, 8, 2)),
             (28, Tile(64, 64, 8, 2)),
         ),
-        ("sm_100", "dkv", 64): ((4, Tile(32, 128, 8, 1)), (30, Tile(64, 128, 8, 1))),
-        ("sm_100", "dkv", 128): ((3, Tile(16, 128, 8, 1)), (30, Tile(32, 128, 8, 1)), (34, Tile(16, 128, 8, 1))),
+        ("sm_100", "dkv", 64): (
+            (4, Tile(32, 128, 8, 1)),
+            (9, Tile(32, 128, 8, 2)),
+            (10, Tile(32, 128, 8, 1)),
+            (30, Tile(64, 128, 8, 1)),
+        ),
+        ("sm_100", "dkv", 128): (
+            (3, Tile(16, 128, 8, 1)),
+            (30, Tile(32, 128, 8, 1)),
+            (34, Tile(16, 128, 8, 1)),
+            (35, Tile(16, 128, 8, 2)),
+        ),
     }
 )
 # float32 with exact ("ieee") products runs on the ordinary cores, where a thread holds whole rows of both operands: small

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import attngen as ag
 from attngen.analysis import facts
 from attngen.errors import AttngenError, AttngenWarning, InputError, ScheduleError, StoreError
 from attngen.language.expression import Tensor
@@ -816,3 +817,10 @@ def test_bad_arguments(cache, options, named):
 
     with pytest.raises(InputError, match=named):
         tune(SPEC, **({"shapes": ["H1 N16 D16"], "progress": False} | options))
+
+
+def test_rows_of_the_first_heads_read_their_part_of_captures():
+    spec, shape = ag.Spec(mask=ag.causal() & ag.documents(), score=ag.alibi()), Shape(2, 8, 2, 1100, 1100, 16, 16)
+    inputs = Inputs.make(spec, shape, torch.float32, torch.device("cpu"), None, 0, False)
+    assert inputs.captures["slope"].shape == (8,)
+    assert Check.rows(spec, inputs).error(ag.compile(spec)) <= 1.0
