@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from sympy.core.relational import Relational
 
-from attngen.analysis import Facts
+from attngen.analysis import Facts, facts
 from attngen.language.call import Call
 from attngen.language.expression import FloorDiv, I, J, Load, PyMod, S
 from attngen.language.lists import RowLists, TileLists
@@ -84,7 +84,7 @@ CROWDED: Mapping[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = MappingPr
         ("sm_80", "dq", 128): ((9, Tile(64, 32, 8, 2)),),
         ("sm_80", "dkv", 64): ((6, Tile(16, 128, 8, 1)),),
         ("sm_80", "dkv", 128): ((4, Tile(32, 32, 8, 2)), (30, Tile(16, 64, 8, 2))),
-        ("sm_90", "forward", 64): ((18, Tile(128, 32, 8, 3)),),
+        ("sm_90", "forward", 64): ((17, Tile(128, 32, 8, 3)),),
         ("sm_90", "forward", 128): ((8, Tile(128, 32, 8, 3)), (30, Tile(128, 64, 8, 3))),
         ("sm_90", "dq", 128): ((9, Tile(128, 32, 8, 2)),),
         ("sm_90", "dkv", 64): ((5, Tile(16, 128, 8, 2)), (35, Tile(32, 128, 8, 2))),
@@ -104,12 +104,7 @@ CROWDED: Mapping[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = MappingPr
             (8, Tile(64, 32, 8, 2)),
             (28, Tile(64, 64, 8, 2)),
         ),
-        ("sm_100", "dkv", 64): (
-            (4, Tile(32, 128, 8, 1)),
-            (9, Tile(32, 128, 8, 2)),
-            (10, Tile(32, 128, 8, 1)),
-            (30, Tile(64, 128, 8, 1)),
-        ),
+        ("sm_100", "dkv", 64): ((4, Tile(32, 128, 8, 1)), (30, Tile(64, 128, 8, 1))),
         ("sm_100", "dkv", 128): (
             (3, Tile(16, 128, 8, 1)),
             (30, Tile(32, 128, 8, 1)),
@@ -118,6 +113,8 @@ CROWDED: Mapping[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = MappingPr
         ),
     }
 )
+# The same for logits that keep their natural unit (`Facts.natural`), where pairs are not listed one by one.
+NATURAL: Mapping[tuple[str, str, int], Tile] = MappingProxyType({("sm_100", "dkv", 64): Tile(16, 128, 8, 1)})
 # float32 with exact ("ieee") products runs on the ordinary cores, where a thread holds whole rows of both operands: small
 # tiles and many warps. The backward spills at 128 (up to 6 registers seen) and above with every tile tried.
 SINGLE: Mapping[tuple[str, str, int], Tile] = MappingProxyType(
@@ -143,10 +140,10 @@ SINGLE: Mapping[tuple[str, str, int], Tile] = MappingProxyType(
 CPU_ROWS, CPU_CHUNK = 128, 1024
 
 
-def default_on_cpu(call: Call, facts: Facts) -> Schedule:
+def default_on_cpu(call: Call, known: Facts) -> Schedule:
     """Query rows per head and keys per chunk of the CPU backend's forward, and of its one backward pass (`dq`)."""
     # Closed forms cost nothing to find, so that short tiles waste least; where data decides, each tile has to be looked at.
-    most = CPU_ROWS if not facts.spec.tensors else 2 * CPU_ROWS
+    most = CPU_ROWS if not known.spec.tensors else 2 * CPU_ROWS
     rows = min(max(32, most // _power_of_two(call.group)), max(32, _power_of_two(call.q.shape[2])))
     tile = Tile(block_m=rows, block_n=CPU_CHUNK)
     return Schedule(forward=tile, dq=tile)
@@ -160,6 +157,8 @@ def default_tile(spec: Spec, target: Target, kernel: str, head_dim: int, dtype: 
     tile = HALF[entry]
     for least, other in CROWDED.get(entry, ()):
         tile = other if steps(spec) >= least else tile
+    if entry in NATURAL and facts(spec).natural and not isinstance(spec.lists, RowLists):
+        return NATURAL[entry]
     return tile
 
 

@@ -205,7 +205,8 @@ class Check:
         backward: bool,
     ) -> Check:
         """Everything, at a small size."""
-        check = cls(Inputs.make(spec, shape, dtype, device, captures, seed + 1, backward), backward)
+        given = _cut(spec, captures or {}, shape.batch, shape.heads_q)
+        check = cls(Inputs.make(spec, shape, dtype, device, given, seed + 1, backward), backward)
         exact = cls(check.inputs.double(), backward)  # so that the expected gradients are not rounded
         check.expected = exact._results(lambda *a, **c: oracle(spec, *a, **c)[0])
         plain_results = check._results(lambda *a, **c: plain(spec, *a, **c)[0]) if _is_half(dtype) else check.expected
@@ -220,7 +221,7 @@ class Check:
         spans = [slice(start, min(n_q, start + CHECK_ROWS)) for start in starts]
         check = cls(inputs, False, (slice(0, 1), slice(0, group), spans))
         dtype, expected, plains = inputs.q.dtype, [], []
-        captures = _of_first_heads(spec, inputs.captures, group)
+        captures = _cut(spec, inputs.captures, 1, group)
         with torch.no_grad():
             for span in spans:
                 args = inputs.q[:1, :group, span], inputs.k[:1, :1], inputs.v[:1, :1]
@@ -266,13 +267,13 @@ class Check:
             self.allowed.append(max(factor * _difference(plain_result, expected, dtype), torch.finfo(dtype).tiny))
 
 
-def _of_first_heads(spec: Spec, captures: Mapping[str, Any], heads: int) -> dict[str, Any]:
-    """Captures for a call of the first batch and these heads alone."""
-    found = dict(captures)
+def _cut(spec: Spec, captures: Mapping[str, Any], batch: int, heads: int) -> dict[str, Any]:
+    """Captures for a call of the first batches and heads alone."""
+    found, lengths = dict(captures), {"b": batch, "h": heads}
     for name, dims in spec.plain_dims.items():
-        for dim, axis in dims:
-            if axis in "bh":
-                found[name] = found[name].narrow(dim, 0, min(found[name].shape[dim], 1 if axis == "b" else heads))
+        for dim, axis in dims if name in found else ():
+            if axis in lengths:
+                found[name] = found[name].narrow(dim, 0, min(found[name].shape[dim], lengths[axis]))
     return found
 
 
