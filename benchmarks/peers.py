@@ -40,7 +40,7 @@ def attngen(inputs: Inputs) -> Built:
     """attngen as a user calls it: tuned records where the database has them."""
     attn, captures = ag.compile(inputs.pattern.spec), inputs.captures
     call = bind(inputs.pattern.spec, inputs.q, inputs.k, inputs.v, captures=captures)
-    stages = attn.specialise(call)
+    stages = attn.specialiser.of(call)
     notes = {"schedule": stages.schedule.decided(), "origin": stages.origin}
     return Built(lambda: attn(inputs.q, inputs.k, inputs.v, **captures), notes)
 
@@ -54,7 +54,7 @@ def variant(**decisions: Any) -> Build:
         spec, captures = inputs.pattern.spec, inputs.captures
         attn = ag.compile(spec, schedule=ag.Schedule(**decisions))
         try:
-            stages = attn.specialise(bind(spec, inputs.q, inputs.k, inputs.v, captures=captures))
+            stages = attn.specialiser.of(bind(spec, inputs.q, inputs.k, inputs.v, captures=captures))
         except ag.ScheduleError as error:
             raise Unavailable(str(error)) from error
         notes = {"schedule": stages.schedule.decided(), "origin": stages.origin}

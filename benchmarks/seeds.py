@@ -13,8 +13,6 @@ from typing import Any
 import torch
 
 import attngen as ag
-from attngen.language.call import bind
-from attngen.plan.keysets.call import recorded
 from benchmarks.case import FORWARD, TRAINING, Case, System
 from benchmarks.check import WrongResult
 from benchmarks.work import Inputs
@@ -162,11 +160,9 @@ def pieces(
 ) -> list[dict[str, Any]]:
     """What the call consists of: the schedule of each piece, and where it comes from; equal ones once. Runs a forward."""
     found: list[dict[str, Any]] = []
-    for role, piece, pq, pk, pv, offset, named in recorded(attn, q, k, v, 0, captures):
-        stages = piece.specialise(bind(piece.spec, pq, pk, pv, q_offset=offset, captures=named))
-        first = role[0] if isinstance(role, tuple) else role
-        name = first if isinstance(first, str) else type(first).__name__
-        one = {"piece": name, "schedule": stages.schedule.decided(), "origin": stages.origin}
+    for step, call in attn.attends(q, k, v, **captures):
+        stages = attn.specialiser.of(call)
+        one = {"piece": step.name, "schedule": stages.schedule.decided(), "origin": stages.origin}
         if one not in found:
             found.append(one)
     return found

@@ -218,7 +218,7 @@ def measure(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
     batch = Batch.draw(case, device, dtype)
     compiled = {name: pinned(split) for name, split in schedules(case).items()}
     call = bind(SPEC, batch.q, batch.k, batch.v, captures={"length": batch.length})
-    splits = {name: attn.specialise(call).schedule.split for name, attn in compiled.items()}
+    splits = {name: attn.specialiser.of(call).schedule.split for name, attn in compiled.items()}
     runs = dict([sdpa(batch), *((name, batch.run(attn)) for name, attn in compiled.items())])
     expected, failed = batch.expected(), dict[str, str]()
     with torch.no_grad():

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 import attngen as ag
-from attngen.language.call import bind
 from tests.check import check
 
 # batch, kv heads, query heads per kv head, queries, keys, q_offset
@@ -48,21 +47,15 @@ def visited(
 ) -> tuple[int, int]:
     """(tiles visited, tiles that hold an attended pair) over all pieces, batches and heads of a call."""
     from attngen.language.expression import evaluate
-    from attngen.plan.keysets.call import recorded
     from attngen.reference.dense import dense_env
+    from tests.keys_work import tile_maps
 
     seen = needed = 0
-    for _, piece, pq, pk, pv, offset, named in recorded(ag.compile(spec, backend="cpu"), q, k, v, 0, captures):
-        read = {name: value for name, value in named.items() if name in {s.name for s in piece.spec.mask.free_symbols}}
-        call = bind(piece.spec, pq, pk, pv, q_offset=offset, captures=named)
-        mask = torch.as_tensor(evaluate(piece.spec.mask, dense_env(call, torch.float64)))
-        mask = mask.expand(*pq.shape[:3], pk.shape[2])
-        pad = torch.nn.functional.pad(mask, (0, -pk.shape[2] % block, 0, -pq.shape[2] % block))
+    for _, call in ag.compile(spec, backend="cpu").attends(q, k, v, **captures):
+        n_q, n_k = call.q.shape[2], call.k.shape[2]
+        mask = torch.as_tensor(evaluate(call.spec.mask, dense_env(call, torch.float64)))
+        mask = mask.expand(*call.q.shape[:3], n_k)
+        pad = torch.nn.functional.pad(mask, (0, -n_k % block, 0, -n_q % block))
         needed += int(pad.unflatten(-1, (-1, block)).unflatten(2, (-1, block)).any(-1).any(3).sum())
-        for b in range(pq.shape[0]):
-            for h in range(pq.shape[1]):
-                tiles = ag.tile_map(
-                    piece.spec, pq.shape[2], pk.shape[2], block, block, b=b, h=h, q_offset=offset, **read
-                )
-                seen += int((tiles > 0).sum())
+        seen += int((tile_maps(call, block) > 0).sum())
     return seen, needed

@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import attngen as ag
-from attngen.language.call import bind
+from attngen.language.call import Call
 from attngen.language.expression import evaluate
 from attngen.language.listed_pairs import as_log_weight
 from attngen.language.lists import RowLists, TileLists
-from attngen.plan.keysets import base
 from attngen.reference.dense import dense_env
 from attngen.reference.keysets import attended
+from attngen.runtime import operators
 
 Case = tuple[Any, dict[str, Any]]  # a key set and its captures
 
@@ -139,24 +139,14 @@ class Work:
 
 def work(spec: ag.Spec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int, **captures: Any) -> list[Work]:
     """Of each piece that a call with a backward runs, in tiles of `block` a side unless the piece lists its own."""
-    return [of_piece(*found, block) for found in pieces_of(ag.compile(spec), q.requires_grad_(), k, v, **captures)]
+    return [of_piece(call, block) for _, call in ag.compile(spec).attends(q.requires_grad_(), k, v, **captures)]
 
 
-def pieces_of(attn: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **captures: Any) -> list[tuple[Any, ...]]:
-    """(compiled piece, q, k, v, q_offset, captures) of each piece that a call runs."""
-    base.RECORD = []
-    try:
-        attn(q, k, v, **captures)
-        return [found[1:] for found in base.RECORD]
-    finally:
-        base.RECORD = None
-
-
-def of_piece(piece: Any, q: Any, k: Any, v: Any, offset: Any, named: dict[str, Any], block: int) -> Work:
-    call = bind(piece.spec, q, k, v, q_offset=offset, captures=named)
-    pairs = torch.as_tensor(evaluate(piece.spec.mask, dense_env(call, torch.float64)))
+def of_piece(call: Call, block: int) -> Work:
+    q, k = call.q, call.k
+    pairs = torch.as_tensor(evaluate(call.spec.mask, dense_env(call, torch.float64)))
     pairs = pairs.expand(*q.shape[:3], k.shape[2]).long()
-    lists = piece.spec.lists
+    lists = call.spec.lists
     if lists is not None:
         times = as_log_weight(call)
         assert times is not None
@@ -164,15 +154,15 @@ def of_piece(piece: Any, q: Any, k: Any, v: Any, offset: Any, named: dict[str, A
     total = int(pairs.sum())
     if isinstance(lists, RowLists):
         ways = [_tiles_of(pairs.sum(dim), block) for dim in (3, 2)]
-        seen = [_over_heads(-(-runs[..., 1] // block), call) for runs in _runs(named)]
+        seen = [_over_heads(-(-runs[..., 1] // block), call) for runs in _runs(call.captures)]
         return Work(*seen, *ways, total)
     block_m, block_n = (lists.block_m, lists.block_n) if isinstance(lists, TileLists) else (block, block)
     pad = torch.nn.functional.pad(pairs > 0, (0, -k.shape[2] % block_n, 0, -q.shape[2] % block_m))
     needed = int(pad.unflatten(-1, (-1, block_n)).unflatten(2, (-1, block_m)).any(-1).any(3).sum())
     if isinstance(lists, TileLists):
-        seen = [_over_heads(runs[..., 1:].sum(-1), call) for runs in _runs(named)]
+        seen = [_over_heads(runs[..., 1:].sum(-1), call) for runs in _runs(call.captures)]
         return Work(*seen, needed, needed, total)
-    return Work(*(_mapped(piece, q, k, offset, named, block, back) for back in (False, True)), needed, needed, total)
+    return Work(*(_mapped(call, block, back) for back in (False, True)), needed, needed, total)
 
 
 def _runs(named: dict[str, Any]) -> list[torch.Tensor]:
@@ -189,15 +179,19 @@ def _tiles_of(counts: torch.Tensor, block: int) -> int:
     return int((-(-counts // block)).sum())
 
 
-def _mapped(piece: Any, q: Any, k: Any, offset: Any, named: dict[str, Any], block: int, transposed: bool) -> int:
+def _mapped(call: Call, block: int, transposed: bool) -> int:
     """Tiles that the walk of a closed form visits."""
-    read = {name: value for name, value in named.items() if name in {s.name for s in piece.spec.mask.free_symbols}}
-    more: dict[str, Any] = dict(q_offset=offset, transposed=transposed, **read)
-    sizes, seen = (q.shape[2], k.shape[2], block, block), 0
-    for b in range(q.shape[0]):
-        for h in range(q.shape[1]):
-            seen += int((ag.tile_map(piece.spec, *sizes, b=b, h=h, **more) > 0).sum())
-    return seen
+    return int((tile_maps(call, block, transposed) > 0).sum())
+
+
+def tile_maps(call: Call, block: int, transposed: bool = False) -> torch.Tensor:
+    """Of each batch and head what `ag.tile_map` says: [B, Hq, tiles_q, tiles_k]."""
+    named = {**call.captures, **call.params}
+    read = {name: value for name, value in named.items() if name in {s.name for s in call.spec.mask.free_symbols}}
+    more: dict[str, Any] = dict(q_offset=call.q_offset, transposed=transposed, **read)
+    sizes, (batch, heads) = (call.q.shape[2], call.k.shape[2], block, block), call.q.shape[:2]
+    maps = [[ag.tile_map(call.spec, *sizes, b=b, h=h, **more) for h in range(heads)] for b in range(batch)]
+    return torch.stack([torch.stack(own) for own in maps])
 
 
 def pairs_of(spec: ag.Spec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: dict[str, Any]) -> int:
@@ -265,20 +259,14 @@ class _NoGenerator:
 
 
 def on_the_meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets whole calls run on the meta device, where nothing has a value and reading one is an error: without kernels, which
-    are tested elsewhere, and without random numbers.
+    """Lets whole calls run on the meta device, where nothing has a value and reading one is an error: without random numbers,
+    and step by step where operators are watched.
     """
-
-    def apply(attention: Any, q: Any, k: Any, v: Any, captures: Any, q_offset: Any) -> Any:
-        bind(attention.spec, q, k, v, q_offset=q_offset, captures=captures)
-        read = [q, k, v, *(c for c in captures.values() if isinstance(c, torch.Tensor) and c.is_floating_point())]
-        total = sum(x.sum() for x in read)
-        return q.new_zeros((*q.shape[:3], v.shape[3])) + total, q.new_zeros(q.shape[:3], dtype=torch.float32) + total
 
     def without_generator(draw: Any) -> Any:
         return lambda *args, generator=None, **more: draw(*args, **more)
 
-    monkeypatch.setattr("attngen.runtime.attention.operators.apply", apply)
+    monkeypatch.setattr(operators, "_traced", lambda q: False)
     monkeypatch.setattr(torch, "Generator", _NoGenerator)
     for name in ("randn", "randint", "rand"):
         monkeypatch.setattr(torch, name, without_generator(getattr(torch, name)))

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from attngen.backends.triton import launch as gpu
-from attngen.runtime.attention import CompiledAttention
+from attngen.runtime import operators
+from attngen.runtime.executable import Executable
 
 CUDA = torch.device("cuda", 0)
 PROPERTIES = SimpleNamespace(
@@ -122,16 +123,13 @@ def pretending(kernels: bool = True) -> Iterator[None]:
     mode = Mode()
 
     def within(run: Any) -> Any:
-        def running(attention: CompiledAttention, call: Any, *args: Any) -> Any:
+        """Operators get plain tensors: what they hand on pretends again."""
+
+        def running(self: Any, *args: Any) -> Any:
             with torch._C.DisableTorchFunction():
-                call = replace(
-                    call, q=_pretend(call.q, ()), k=_pretend(call.k, ()), v=_pretend(call.v, ()),
-                    captures={name: _pretend(x, ()) for name, x in call.captures.items()},
-                    q_offset=_pretend(call.q_offset, ()),
-                )  # fmt: skip
-                args = tuple(_pretend(x, ()) if isinstance(x, torch.Tensor) else x for x in args)
+                args = tree_map(lambda x: _pretend(x, ()) if isinstance(x, torch.Tensor) else x, args)
             with mode:
-                return run(attention, call, *args)
+                return run(self, *args)
 
         return running
 
@@ -145,8 +143,9 @@ def pretending(kernels: bool = True) -> Iterator[None]:
 
     with (
         mock.patch.object(gpu, "_start", start),
-        mock.patch.object(CompiledAttention, "run_forward", within(CompiledAttention.run_forward)),
-        mock.patch.object(CompiledAttention, "run_backward", within(CompiledAttention.run_backward)),
+        mock.patch.object(operators._Names, "call", within(operators._Names.call)),
+        mock.patch.object(Executable, "forward", within(Executable.forward)),
+        mock.patch.object(Executable, "backward", within(Executable.backward)),
         mock.patch.object(torch.autograd, "has_torch_function", lambda args: False),
         mock.patch.object(torch.autograd, "grad", _grad),
         mock.patch.object(torch.cuda, "device_of", lambda x: contextlib.nullcontext()),

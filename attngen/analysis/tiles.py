@@ -25,12 +25,14 @@ def run(
     block_tile: int,
     block_walked: int,
     device: Any = "cpu",
+    tables: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[Segments, Segments]:
     """Prepare the walk's tables and run its program for all tiles of an axis: (full segments, partial segments).
 
-    `env`: params and captures by name, "b" int64 [B, 1, 1] and "h" int64 [1, H, 1].
+    `env`: params and captures by name, "b" int64 [B, 1, 1] and "h" int64 [1, H, 1]. tables: those of the walk, if they are
+    there already.
     """
-    scope = {**env, **walk.prepare(env, tile, walked, block_tile, device)}
+    scope = {**env, **(tables or walk.prepare(env, tile, walked, block_tile, device))}
     starts = torch.arange(0, tile.length, block_tile, device=device).view(1, 1, -1)
     last = (starts + block_tile).clamp(max=tile.length) - 1
     end = walked.begin + walked.length

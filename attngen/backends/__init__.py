@@ -1,12 +1,16 @@
-"""Where a plan runs. A backend is a module with
+"""Where attention runs. A backend is a module with
 
 forward(call, facts, schedule) -> (out, lse)
-backward(call, facts, schedule, out, lse, grad_out, grad_lse, wanted) -> (dq, dk, dv, {capture name: gradient})
+delta(out, do, dlse) -> rowsum(dO * O) - dlse of the whole attention
+backward(call, facts, schedule, lse, delta, do, wanted) -> (dq, dk, dv, {capture name: gradient}), from the lse and delta of
+    the whole attention that the call is a part of
+tables(call, facts, schedule, kernel), table_tiles(call, schedule, kernel): summaries of captured data for a kernel's walk
 """
 
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -17,12 +21,15 @@ _MODULES = {
     "triton": "attngen.backends.triton.launch",
     "interpret": "attngen.backends.interpret",
     "cpu": "attngen.backends.cpu.passes",
+    "meta": "attngen.backends.meta",
 }
 
 
 def pick(backend: str, device: torch.device) -> str:
     """The backend for tensors on `device`. InputError if the asked one can't run there."""
     kind = device.type
+    if kind == "meta":
+        return "meta"
     if backend == "auto":
         backend = {"cuda": "triton", "cpu": "cpu"}.get(kind, "")
         if not backend:
@@ -39,6 +46,7 @@ def pick(backend: str, device: torch.device) -> str:
     return backend
 
 
+@cache
 def module(name: str) -> ModuleType:
     """The backend's module, imported when first used."""
     return importlib.import_module(_MODULES[name])

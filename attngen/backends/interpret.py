@@ -30,20 +30,28 @@ def forward(call: Call, facts: Any, schedule: Schedule) -> tuple[torch.Tensor, t
         return gpu.forward(call, facts, schedule)
 
 
+def delta(out: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor) -> torch.Tensor:
+    """rowsum(dO * O) - dlse, see `attngen.backends`."""
+    with interpreting():
+        return gpu.delta(out, do, dlse)
+
+
 def backward(
     call: Call,
     facts: Any,
     schedule: Schedule,
-    out: torch.Tensor,
     lse: torch.Tensor,
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor,
+    delta: torch.Tensor,
+    do: torch.Tensor,
     wanted: list[str],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Gradients, see `attngen.backends`."""
     _check(call)
     with interpreting():
-        return gpu.backward(call, facts, schedule, out, lse, grad_out, grad_lse, wanted)
+        return gpu.backward(call, facts, schedule, lse, delta, do, wanted)
+
+
+tables, table_tiles = gpu.tables, gpu.table_tiles
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from attngen.schedule.choice import why_not_readable
 from attngen.store import Shape as Sizes
 from attngen.store import cache_folder, default_path, open_store
 from attngen.tuning import tune as tune_spec
+from attngen.tuning.attends import example
 from attngen.tuning.captures import make_captures
 
 app = typer.Typer(
@@ -102,12 +103,18 @@ def explain(
     dtype: Dtype = "float32",
     set_: Set = None,
     db: Database = None,
+    png: Annotated[Path | None, typer.Option(help="Also draw the plan into this PNG file.")] = None,
 ) -> None:
-    """Say what attngen would do with this attention on this machine, and why."""
+    """Say what attngen would do with this attention on this machine, and why. What a key set takes at the call is made up."""
     value = read_spec(spec)
     captures = _captures(value, shape, set_)
-    q, k, v = _inputs(shape, dtype)
-    console.print(compile_spec(value, db=db).explain(q, k, v, **captures), markup=False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows, captures, made = example(value, Sizes.of(shape), _dtype(dtype), captures, device=device)
+    if made:
+        console.print(f"[dim]made up: {', '.join(made)}[/dim]")
+    console.print(compile_spec(value, db=db).explain(*rows, png=png, **captures), markup=False)
+    if png is not None:
+        console.print(f"written: {png}")
 
 
 @app.command(name="compile", epilog="Example: [b]attngen compile 'i >= j' --target sm_90 --head-dim 128 --source[/b]")

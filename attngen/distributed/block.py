@@ -7,7 +7,7 @@ tensors that j itself indexes, of which the block gets its own part, so that the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
@@ -15,12 +15,11 @@ import torch
 from attngen.analysis import Axis, facts, run
 from attngen.analysis.tiles import check_positive
 from attngen.errors import SpecError
+from attngen.language.call import Call
 from attngen.language.expression import Expr, J, Load, Param, Tensor, loads
-from attngen.plan.keysets.base import j, moved
-
-if TYPE_CHECKING:
-    from attngen.language.spec import Spec
-    from attngen.runtime.attention import CompiledAttention
+from attngen.language.moved import j, moved
+from attngen.language.spec import Spec
+from attngen.runtime.attention import CompiledAttention, compile
 
 _ROW = sympy.Symbol("key row", integer=True)  # j counted from the block's first key, while the other j are moved
 
@@ -33,9 +32,6 @@ class Block:
     """
 
     def __init__(self, attention: CompiledAttention):
-        from attngen.language.spec import Spec
-        from attngen.runtime.attention import compile
-
         spec = attention.spec
         _check(spec)
         self._taken = {*spec.tensors, *spec.params}
@@ -47,6 +43,22 @@ class Block:
         self.attention = compile(inner, schedule=attention.pins, backend=attention.backend, db=attention.db)
         self.sources = {name: self.sources.get(name, (name, ())) for name in inner.tensors}
         self.learned = [name for name, tensor in inner.tensors.items() if tensor.kind == "float"]
+
+    def forward(self, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+        """out and lse of a block's call."""
+        stages = self.attention.specialiser.of(call)
+        return stages.backend.forward(call, stages.facts, stages.schedule)
+
+    def delta(self, out: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor) -> torch.Tensor:
+        """rowsum(dO * O) - dlse."""
+        return self.attention.specialiser.backend(out.device).delta(out, do, dlse)
+
+    def backward(
+        self, call: Call, lse: torch.Tensor, delta: torch.Tensor, do: torch.Tensor, wanted: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """dq, dk, dv and the gradients of the block's tensors in `wanted`."""
+        stages = self.attention.specialiser.of(call)
+        return stages.backend.backward(call, stages.facts, stages.schedule, lse, delta, do, wanted)
 
     @property
     def names(self) -> list[str]:

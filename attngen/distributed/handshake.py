@@ -7,21 +7,31 @@ not come.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
+from attngen.distributed.block import Block
 from attngen.distributed.shards import Shards, spans
 from attngen.errors import AttngenError, GroupError, InputError
 from attngen.language.call import Call, bind
 from attngen.language.spec import Spec
-
-if TYPE_CHECKING:
-    from attngen.distributed.ring import Ring
+from attngen.runtime.attention import CompiledAttention
 
 TILE = 128  # of the tiles that are counted
 Given = dict[str, Any]
+
+
+class Ring(Protocol):
+    """What is asked of the ring (`attngen.distributed.ring.Ring`)."""
+
+    attention: CompiledAttention
+    layout: str
+    group: Any
+    rank: int
+    world: int
+    block: Block
 
 
 class lost:

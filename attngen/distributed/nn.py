@@ -10,7 +10,7 @@ keeps and peaks at grows with length x feed-forward width; here that product is 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,10 +18,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from attngen.errors import InputError, SpecError
-
-if TYPE_CHECKING:
-    from attngen.language.spec import Spec
-    from attngen.runtime.attention import CompiledAttention
+from attngen.language.spec import Spec
+from attngen.runtime.attention import CompiledAttention, compile
 
 
 class Block(nn.Module):
@@ -118,8 +116,6 @@ def _keep_attention(_: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpo
 
 
 def _compiled(spec: Any) -> CompiledAttention:
-    from attngen.runtime.attention import CompiledAttention, compile
-
     attention = spec if isinstance(spec, CompiledAttention) else compile(spec)
     if attention.spec.keys is not None:
         raise SpecError(

@@ -1,7 +1,8 @@
 """Sequence parallel attention: every rank has a shard of the sequence, keys and values go round (Ring Attention, 2310.01889).
 
     forward    own q stays; k, v of rank r - t arrive at step t; the blocks' results merge by lse
-    backward   own q, dO stay; k, v go round again, and after them dk, dv, which collect every rank's share and go home
+    backward   own q, dO stay; k, v go round again, and after them dk, dv, which collect every rank's share and go home; a block
+               is differentiated by its own lse, with its share of dO (see `attngen.plan.backward`)
 
 The next keys are on their way while the current block computes. A block is a run of queries by a run of keys: one ordinary
 attention whose queries begin at `q_offset` and whose keys begin at the param `key_start`, so that one compiled spec serves
@@ -12,7 +13,7 @@ sees them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,11 +25,9 @@ from attngen.distributed.shards import Shards, check_layout
 from attngen.errors import InputError
 from attngen.language.call import Call, bind
 from attngen.language.expression import evaluate, tensor_of
+from attngen.runtime.attention import CompiledAttention
 from attngen.runtime.operators import lse_dtype
-from attngen.state.merging import Result, merge
-
-if TYPE_CHECKING:
-    from attngen.runtime.attention import CompiledAttention
+from attngen.state.merging import Result, merge, weigh
 
 
 def ring(attention: CompiledAttention, group: Any = None, *, layout: str = "contiguous") -> Ring:
@@ -148,29 +147,34 @@ class _Ring(torch.autograd.Function):
         lse = torch.full(q.shape[:3], -torch.inf, dtype=lse_dtype(q.dtype), device=q.device)
         out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=lse.dtype, device=q.device)
         begun: set[range] = set()
+        own_lse = []  # of every block, in their order
         for source, keys, values in _rotate(step, k, v):
             for rows, i, columns, j in step.blocks(source):
                 operands = _part(q, rows), _part(keys, columns), _part(values, columns)
-                piece, piece_lse = step.ring.block.attention.run_forward(step.call(*operands, i, j, given))
+                piece, piece_lse = step.ring.block.forward(step.call(*operands, i, j, given))
+                own_lse.append((rows, piece_lse))
                 so_far, result = (_part(out, rows), _part(lse, rows)), (piece.to(out.dtype), piece_lse)
                 for target, value in zip(so_far, merge(so_far, result) if rows in begun else result, strict=True):
                     target.copy_(value)
                 begun.add(rows)
         out = out.to(q.dtype)
-        ctx.step = step
-        ctx.save_for_backward(q, k, v, out, lse, *tensors)
+        ctx.step, ctx.own_lse = step, own_lse
+        ctx.save_for_backward(q, k, v, out, *tensors)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> Any:
         step: _Step = ctx.step
-        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        q, k, v, out, *tensors = ctx.saved_tensors
         ring, shards, given = step.ring, step.shards, dict(zip(step.names, tensors, strict=True))
         needed = {name for name, need in zip(step.names, ctx.needs_input_grad[4:], strict=True) if need}
         wanted = [name for name in ring.block.learned if ring.block.sources[name][0] in needed]
-        inner, dq = ring.block.attention, torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
-        totals = {name: torch.zeros(given[name].shape, dtype=lse.dtype, device=q.device) for name in needed}
+        real = lse_dtype(q.dtype)
+        dq = torch.zeros(q.shape, dtype=real, device=q.device)
+        totals = {name: torch.zeros(given[name].shape, dtype=real, device=q.device) for name in needed}
+        delta = ring.block.delta(out, grad_out, grad_lse)
+        shares = zip(_shares(ctx.own_lse), ctx.own_lse, strict=True)
 
         hops, rank, world = shards.hops, shards.rank, shards.world
         home: list[tuple[torch.Tensor, int]] = []
@@ -178,14 +182,16 @@ class _Ring(torch.autograd.Function):
         for t, (source, keys, values) in enumerate(_rotate(step, k, v, everything=True)):
             share = None
             if keys is not None:
-                share = torch.zeros(_flat_size(keys, values), dtype=lse.dtype, device=q.device)
+                share = torch.zeros(_flat_size(keys, values), dtype=real, device=q.device)
                 dk, dv = _unpack(share, keys.shape, values.shape)
                 for rows, i, columns, j in step.blocks(source):
                     operands = _part(q, rows), _part(keys, columns), _part(values, columns)
-                    call = step.call(*operands, i, j, given)
-                    done = _part(out, rows), _part(lse, rows)
-                    grads = _part(grad_out, rows), _part(grad_lse, rows)
-                    block_dq, block_dk, block_dv, captured = inner.run_backward(call, *done, *grads, wanted)
+                    share_of_block, (_, block_lse) = next(shares)
+                    do = (_part(grad_out, rows) * share_of_block.unsqueeze(-1)).to(q.dtype)
+                    found = ring.block.backward(
+                        step.call(*operands, i, j, given), block_lse, _part(delta, rows) * share_of_block, do, wanted
+                    )
+                    block_dq, block_dk, block_dv, captured = found
                     _part(dq, rows).add_(block_dq)
                     _part(dk, columns).add_(block_dk)
                     _part(dv, columns).add_(block_dv)
@@ -198,7 +204,7 @@ class _Ring(torch.autograd.Function):
             arrived = None
             if t + 1 < world and hops[following] > t:
                 shape = _shapes(shards, following, k, v)
-                arrived = torch.empty(sum(x.numel() for x in shape), dtype=lse.dtype, device=q.device)
+                arrived = torch.empty(sum(x.numel() for x in shape), dtype=real, device=q.device)
             sends = []
             if share is not None and hops[source] > t:
                 sends.append((share, (rank + 1) % world))
@@ -208,7 +214,7 @@ class _Ring(torch.autograd.Function):
                 own = share
             arriving = _Transfer(step, 2 * t + 1, sends, [] if arrived is None else [(arrived, (rank - 1) % world)])
         if hops[rank]:
-            own = torch.empty(_flat_size(k, v), dtype=lse.dtype, device=q.device)
+            own = torch.empty(_flat_size(k, v), dtype=real, device=q.device)
         receives = [(own, (rank + hops[rank]) % world)] if hops[rank] else []
         _Transfer(step, 2 * world, home, receives).wait()
         dk, dv = _unpack(own, k.shape, v.shape)
@@ -287,6 +293,17 @@ def _sink(ring: Ring, shards: Shards, lse: torch.Tensor, q_offset: Any, env: Giv
     env |= {"h": torch.arange(lse.shape[1], device=device).view(1, -1, 1)}
     value = tensor_of(evaluate(ring.attention.spec.sink, env, real=lse.dtype), device)
     return value.to(lse.dtype).expand(lse.shape)
+
+
+def _shares(own_lse: Sequence[tuple[range, torch.Tensor]]) -> list[torch.Tensor]:
+    """How much of its rows each block has, from the blocks' rows and lse: those of one run of rows sum to 1."""
+    found = [torch.zeros_like(lse) for _, lse in own_lse]
+    for rows in {rows for rows, _ in own_lse}:
+        places = [place for place, (own, _) in enumerate(own_lse) if own == rows]
+        weights = weigh([(own_lse[place][1].reshape(-1), None) for place in places], found[places[0]].numel()).parts
+        for place, weight in zip(places, weights, strict=True):
+            found[place] = weight.view(found[place].shape)
+    return found
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------

@@ -20,10 +20,12 @@ import torch
 from attngen.analysis import facts as analyse
 from attngen.errors import ScheduleError
 from attngen.lowering import Source, render
+from attngen.plan.launches import backward_launches, forward_launches
+from attngen.runtime.attention import CompiledAttention
 from attngen.schedule import Schedule, Target, complete, fit
+from attngen.schedule.choice import choose_elsewhere
+from attngen.schedule.identities import gpu_named
 from attngen.schedule.legality import check
-
-PASSES = {"forward": ("forward",), "backward": ("delta", "dq", "dkv")}
 
 # What an opcode is, for the counts; an opcode matches by its first word.
 _CLASSES = {
@@ -104,6 +106,16 @@ class Compiled:
         )
 
 
+@dataclass(frozen=True)
+class CompiledAttend:
+    """One attention of a call for a GPU that is not here: its step in the plan, where its schedule came from, and its kernels."""
+
+    name: str
+    origin: str
+    schedule: Schedule
+    kernels: list[Compiled]
+
+
 def cross_compile(
     spec: Any,
     target: str = "sm_90",
@@ -128,9 +140,8 @@ def cross_compile(
     known = analyse(spec)
     check(spec, known, chosen)
     results = []
-    kernels = [kernel for name in passes for kernel in PASSES.get(name, (name,))]
-    if "forward" in kernels and chosen.split not in (None, 1):
-        kernels.insert(kernels.index("forward") + 1, "merge")
+    directions = {"forward": forward_launches(chosen), "backward": ("delta", *backward_launches(known))}
+    kernels = [kernel for name in passes for kernel in directions.get(name, (name,))]
     if spec.page_size is not None:  # paged caches are for inference
         kernels = [kernel for kernel in kernels if kernel in ("forward", "merge")]
     for kernel in kernels:
@@ -138,6 +149,39 @@ def cross_compile(
         kinds = {name: "wide" if name in wide else tensor.kind for name, tensor in spec.tensors.items()}
         results.append(compile_source(source, gpu, dtype, kinds))
     return results
+
+
+def cross_compile_call(
+    attention: CompiledAttention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    target: str,
+    passes: Iterable[str] = ("forward", "backward"),
+    q_offset: int | torch.Tensor = 0,
+    **captures: Any,
+) -> list[CompiledAttend]:
+    """The kernels of each attention that such a call is made of, as it would run on a GPU that is not here.
+
+    target: "H100", "sm_90", ... Schedules are those of the GPU's records, tuned there or modelled (`ag.tune(target=)`), else the
+    model's. Plans as on a GPU, where no size depends on a value. Raises InputError, ScheduleError.
+    """
+    found = []
+    for step, call in attention.attends(q, k, v, q_offset=q_offset, patient=False, **captures):
+        schedule, origin = choose_elsewhere(call, analyse(call.spec), target, attention.pins, attention.db)
+        kernels = cross_compile(
+            call.spec,
+            gpu_named(target).target,
+            dtype=q.dtype,
+            head_dim=call.q.shape[3],
+            head_dim_v=call.v.shape[3],
+            schedule=schedule,
+            passes=passes,
+            wide=[name for name, tensor in call.captures.items() if tensor.dtype == torch.int64],
+        )
+        found.append(CompiledAttend(step.name, origin, schedule, kernels))
+    return found
 
 
 # Schedules that matter on newer GPUs, by what they change: what `attngen compile --variants` shows side by side.

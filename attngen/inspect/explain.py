@@ -2,53 +2,96 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from attngen.analysis import GPUS, tile_map
 from attngen.analysis.cost import visited_pairs
-from attngen.inspect import picture
+from attngen.backends import pick
+from attngen.backends.cpu.tiles import GRAIN
+from attngen.inspect import picture, plan_picture
 from attngen.language.call import Call
+from attngen.runtime.attention import CompiledAttention
+from attngen.runtime.executable import tensors_of
 from attngen.schedule import Schedule
-
-if TYPE_CHECKING:
-    from attngen.runtime.attention import CompiledAttention
 
 ALTERNATIVES = ((64, 32), (64, 64), (128, 32), (128, 64), (128, 128))
 MOST_TILES = 2**22  # a finer map would take seconds to draw
 
 
-def explain(attention: CompiledAttention, call: Call) -> str:
-    """Sections: the spec, the mask's picture and tile counts, facts, plan, the cost bound, the schedule and where it came
-    from, and what other tiles would visit. Everything about a GPU that is not here is modelled, and says so.
+def explain(
+    attention: CompiledAttention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_offset: Any,
+    captures: Mapping[str, Any],
+    png: str | Path | None = None,
+) -> str:
+    """Sections: the spec, the plan of both directions with sizes, bytes and schedules, and of each attention in it the mask's
+    picture and tile counts, facts, the cost bound, the schedule and where it came from, and what other tiles would visit.
+    Everything about a GPU that is not here is modelled, and says so.
     """
-    from attngen.backends import pick
-    from attngen.plan.plan import backward_plan, forward_plan
+    k, v = attention.for_all_batches(q, k, v)
+    call, given, executable = attention.checked(q, k, v, q_offset, captures)
+    backend = pick(attention.backend, call.q.device)
+    attends, buffers = executable.attends(call, given)
+    wanted = frozenset(name for name, value in tensors_of(call, given) if value.requires_grad) or frozenset("qkv")
+    forward = executable.forward_plan
+    about = {step.name: _about_attend(attention, inner) for step, inner in attends}
+    for step in forward.steps:
+        about.setdefault(step.name, _about_buffers(step.writes, buffers))
+    paged = call.spec.page_size is not None  # for inference
+    if png is not None:
+        plans = {"forward": forward} if paged else {"forward": forward, "backward": executable.backward_plan(wanted)}
+        plan_picture.draw(plans, png)
+    parts = [("spec", f"{attention.spec}\nkey {attention.spec.key[:16]}")]
+    backward = [] if paged else [f"backward\n{_indent(str(executable.backward_plan(wanted)))}"]
+    parts.append(("plan", "\n".join([f"forward\n{_indent(forward.text(about))}", *backward])))
+    for step, inner in attends:
+        own = _attention(attention, inner, backend)
+        parts += own if len(attends) == 1 else [(f"{step.name}: {title}", body) for title, body in own]
+    return "\n\n".join(f"{title}\n{_indent(body)}" for title, body in parts)
 
-    spec = attention.spec
-    stages = attention.specialise(call)
+
+def _attention(attention: CompiledAttention, call: Call, backend: str) -> list[tuple[str, str]]:
+    """What is to be said of one ordinary attention."""
+    stages = attention.specialiser.of(call)
     schedule, known = stages.schedule, stages.facts
     batch, n_q, n_k = call.q.shape[0], call.q.shape[2], call.n_k
-    backend = pick(attention.backend, call.q.device)
     tile = _tile(call, schedule, backend)
-    parts = [("spec", f"{spec}\nkey {spec.key[:16]}")]
+    parts = []
     if n_q and n_k and batch:
         parts.append((f"mask of batch 0, head 0, {n_q} queries x {n_k} keys", _map(call, tile)))
     parts.append(("facts", str(known)))
-    wanted = [name for name, t in call.captures.items() if t.is_floating_point() and t.requires_grad]
-    plans = f"forward\n{_indent(str(forward_plan(spec, known)))}\nbackward\n{_indent(str(backward_plan(spec, known, wanted)))}"
-    parts.append(("plan", plans))
     parts.append(("cost bound (modelled)", _cost(call, stages, tile)))
     parts.append((f"schedule on backend {backend!r}", f"{schedule}\nfrom {stages.origin}"))
-    if n_q and n_k and batch:
-        parts.append(
-            (
-                "alternatives: pairs visited by other forward tiles, against the attended pairs",
-                _alternatives(call, stages, tile),
-            )
-        )
-    return "\n\n".join(f"{title}\n{_indent(body)}" for title, body in parts)
+    if n_q and n_k and batch and call.spec.lists is None:
+        title = "alternatives: pairs visited by other forward tiles, against the attended pairs"
+        parts.append((title, _alternatives(call, stages, tile)))
+    return parts
+
+
+def _about_attend(attention: CompiledAttention, call: Call) -> str:
+    """Sizes, schedule and its origin, in two lines under a step of the plan."""
+    stages = attention.specialiser.of(call)
+    batch, heads, n_q, dim = call.q.shape
+    sizes = f"B{batch} Hq{heads} Hkv{call.k.shape[1]} Nq{n_q} Nk{call.n_k} D{dim} Dv{call.v.shape[3]}, spec {call.spec.key[:12]}"
+    return f"{sizes}\n{stages.schedule}\nfrom {stages.origin}"
+
+
+def _about_buffers(names: Iterable[str], buffers: Mapping[str, Any]) -> str:
+    """Shapes and bytes of what a step makes."""
+    shown = []
+    for name in names:
+        value = buffers.get(name)
+        if isinstance(value, torch.Tensor):
+            size = value.numel() * value.element_size()
+            shown.append(f"{name}: {str(value.dtype).removeprefix('torch.')} {list(value.shape)}, {size:,} bytes")
+    return "\n".join(shown)
 
 
 def _indent(text: str) -> str:
@@ -65,8 +108,6 @@ def _tile(call: Call, schedule: Schedule, backend: str) -> tuple[int, int]:
     """The forward's tile; on the CPU a chunk of keys is cut at a finer grain than its size."""
     block_m, block_n = schedule.forward.block_m or 128, schedule.forward.block_n or 64
     if backend == "cpu":
-        from attngen.backends.cpu.tiles import GRAIN
-
         block_n = GRAIN
     while (call.q.shape[2] // block_m + 1) * (call.n_k // block_n + 1) > MOST_TILES:
         block_m, block_n = 2 * block_m, 2 * block_n

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from attngen.errors import InputError
+from attngen.language.keysets.cached import Paged, SharedPrefix
 from attngen.language.spec import Spec
 from attngen.reference.keysets import attended
 from attngen.reference.samples import made_up
@@ -36,7 +37,9 @@ def of_keys(
         named = {name: captures[name].cpu() if isinstance(captures[name], torch.Tensor) else captures[name]
                  for name in (*part.tensors, *part.params)}  # fmt: skip
         if part.keys is not None:
-            own, how = made_up(part.keys, q, k, q_offset)
+            if isinstance(part.keys, (Paged, SharedPrefix)):
+                raise InputError("keys", "a key set whose keys are k's rows", part.keys.name, "draw its mask alone")
+            own, how = made_up(part.keys, q, k, k, q_offset=q_offset)
             named, words = {**named, **own}, [*words, *how]
         pairs |= attended(part, q, k, k, q_offset, named)
     grid = torch.nn.functional.pad(pairs[0, 0].float(), (0, -n_k % block_n, 0, -n_q % block_m), value=torch.nan)

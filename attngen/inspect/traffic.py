@@ -7,24 +7,19 @@ heads of a group walk their keys apart, each of them asks for them.
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from attngen.analysis import Facts, facts
 from attngen.backends.triton import launch as gpu
-from attngen.language.call import Call, bind
+from attngen.language.call import Call
 from attngen.language.lists import RowLists, TileLists
 from attngen.lowering import Source, render
-from attngen.plan.keysets import base
-from attngen.plan.plan import forward_plan
 from attngen.plan.stream_k import Runs, stream_k
-from attngen.runtime.attention import LENGTHS
+from attngen.runtime.attention import CompiledAttention
 from attngen.schedule import Schedule, Target
 from attngen.schedule.choice import choose, on_gpu
-
-if TYPE_CHECKING:
-    from attngen.runtime.attention import CompiledAttention
 
 MODELLED, PROCESSORS = "sm_90", 132  # an H200, where no GPU is at hand
 
@@ -70,22 +65,12 @@ def of(
 
     schedule: decisions over those of `attention`. What both leave open is what the call would run with on the GPU that holds
     the tensors; elsewhere the model's choice for an H200 (with backend="interpret" the interpreter's small tiles). A call
-    with a key set or ragged lengths is run once, and the traffic of the pieces that it runs is added up. The counts wait for
+    with a key set or ragged lengths is run once, and the traffic of the attentions in its plan is added up. The counts wait for
     the device. Raises InputError, ScheduleError.
     """
-    ragged = any(captures.get(name) is not None and name not in attention.spec.tensors for name in LENGTHS)
-    if attention.spec.keys is None and not ragged:
-        return _forward(attention, bind(attention.spec, q, k, v, q_offset=q_offset, captures=captures), schedule)
-    before, base.RECORD = base.RECORD, []
-    try:
-        with torch.no_grad():
-            attention(q, k, v, q_offset=q_offset, **captures)
-        pieces = base.RECORD
-    finally:
-        base.RECORD = before
     total = Traffic()
-    for _, piece, *inputs, offset, named in pieces:
-        total += _forward(piece, bind(piece.spec, *inputs, q_offset=offset, captures=named), schedule)
+    for _, call in attention.attends(q, k, v, q_offset=q_offset, **captures):
+        total += _forward(attention, call, schedule)
     return total
 
 
@@ -98,23 +83,14 @@ def _forward(attention: CompiledAttention, call: Call, given: Schedule | None) -
         return Traffic(results=results)
     d, dv = call.q.shape[3], call.v.shape[3]
     source = render(call.spec, known, "forward", head_dim=d, head_dim_v=dv, dtype=call.q.dtype, schedule=schedule)
-    tables: dict[str, torch.Tensor] = {}
+    tables = gpu.walk_tables(call, known, schedule, "forward")
     runs: Runs | None = None
-    found = Traffic()
-    for step in forward_plan(call.spec, known, schedule.split).steps:
-        if step.kind == "tables":
-            tables = gpu._tables(step, call, known, schedule)
-        elif step.kind == "runs":
-            runs = stream_k(gpu.tile_counts(call, known, source, schedule, tables), schedule.programs or PROCESSORS)
-        elif step.name == "forward":
-            keys = int(_keys(call, known, source, schedule, tables).sum())
-            rows = int((_rows(call, source, schedule) * _programs(call, source, schedule, runs)).sum())
-            states = _state_bytes(call, source, schedule, runs)
-            found += Traffic(keys * (d + dv) * size, rows * d * size, 0, states)
-            found += Traffic(results=results if "out" in step.writes else 0)
-        else:
-            found += Traffic(results=results, states=_state_bytes(call, source, schedule, runs))
-    return found
+    if schedule.split == "stream":
+        runs = stream_k(gpu.tile_counts(call, known, source.grid, schedule, tables), schedule.programs or PROCESSORS)
+    keys = int(_keys(call, known, source, schedule, tables).sum())
+    rows = int((_rows(call, source, schedule) * _programs(call, source, schedule, runs)).sum())
+    states = _state_bytes(call, source, schedule, runs)  # written by the first launch, and read by the second
+    return Traffic(keys * (d + dv) * size, rows * d * size, results, 2 * states)
 
 
 def _schedule(attention: CompiledAttention, call: Call, known: Facts, given: Schedule | None) -> Schedule:

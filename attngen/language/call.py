@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from attngen.errors import InputError
-from attngen.language.expression import Param, Tensor
+from attngen.language.expression import Param, Tensor, fold_seed
 from attngen.language.indices import check_indices
 from attngen.language.spec import Spec
 
@@ -20,11 +20,13 @@ LARGEST_POSITION = 2**28
 LARGEST_PARAM = 2**30 - 2**16  # below these, sums of a few positions and twice a param fit 32 bits
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Call:
     """A checked call: q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] (with pages: [pages, Hkv, page size, *]);
     captures by name, broadcast dims expanded; params by name; q_offset an int or an int tensor [B]. wants_grad: False if
-    nobody can ask for gradients of it, so that what only a backward reads need not be prepared.
+    nobody can ask for gradients of it, so that what only a backward reads need not be prepared. tables: of the walk of each
+    kernel, if somebody made them already. patient: whether anybody may look at values to decide sizes. known: what
+    the runtime remembers of calls like this one.
     """
 
     spec: Spec
@@ -35,11 +37,33 @@ class Call:
     params: dict[str, int | float]
     q_offset: int | torch.Tensor
     wants_grad: bool = True
+    tables: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    patient: bool = True
+    known: dict[Any, Any] = field(default_factory=dict)
+
+    def of(self, spec: Spec) -> Call:
+        """The same call of another spec, such as a piece of a union."""
+        return self if spec is self.spec else replace(self, spec=spec)
 
     @property
     def group(self) -> int:
         """Query heads per key/value head."""
         return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def offset_column(self) -> Any:
+        """q_offset so that it adds to [B, H, N]."""
+        return self.q_offset.view(-1, 1, 1) if isinstance(self.q_offset, torch.Tensor) else self.q_offset
+
+    @property
+    def waits(self) -> bool:
+        """Whether sizes may depend on values: where looking at one is free, and nobody traces the call."""
+        return (
+            self.patient
+            and self.q.device.type == "cpu"
+            and type(self.q) is torch.Tensor
+            and not torch.compiler.is_compiling()
+        )
 
     @property
     def n_k(self) -> int:
@@ -203,6 +227,8 @@ def number_of(param: Param, value: Any) -> Any:
         raise InputError(name, f"a Python {kind}", f"{type(value).__name__} {value!r}"[:120])
     if kind == "float":
         return float(number)
+    if name == "seed":  # dropout's: no position is added to it
+        return fold_seed(int(number))
     if not -LARGEST_PARAM < number < LARGEST_PARAM:
         raise InputError(name, f"an int below {LARGEST_PARAM}, so that sums with positions fit 32 bits", value)
     return int(number)
@@ -227,8 +253,3 @@ def check_offset(q_offset: Any, q: torch.Tensor) -> Any:
     if not -LARGEST_POSITION < int(q_offset) < LARGEST_POSITION:
         raise InputError("q_offset", "an int of at most 28 bits", q_offset)
     return int(q_offset)
-
-
-def offset_column(call: Call) -> Any:
-    """q_offset so that it adds to [B, H, N]."""
-    return call.q_offset.view(-1, 1, 1) if isinstance(call.q_offset, torch.Tensor) else call.q_offset

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
@@ -58,25 +56,13 @@ Box = tuple[tuple[Any, Bounds], ...]  # of each symbol the least and the largest
 
 ANY: Bounds = (-math.inf, math.inf)
 
-_trusted: ContextVar[bool] = ContextVar("trusted", default=False)
-
-
-@contextmanager
-def trusted_indices(trusted: bool = True) -> Iterator[None]:
-    """Within it, nobody looks: a key set made the indices, and those of rows that it fills up with mean nothing."""
-    token = _trusted.set(trusted)
-    try:
-        yield
-    finally:
-        _trusted.reset(token)
-
 
 def check_indices(call: Call) -> None:
     """InputError for a load outside its tensor whose value matters. `ATTNGEN_CHECK=0` turns it off."""
     spec, shape = call.spec, (*call.q.shape[:3], call.n_k)
-    if spec.keys is not None or _trusted.get() or not checked() or 0 in shape or call.q.device.type == "meta":
+    if spec.keys is not None or not checked() or 0 in shape or call.q.device.type == "meta":
         return
-    loads = checked_loads(spec.mask, spec.score, spec.sink, isinstance(call.q_offset, torch.Tensor))
+    loads = doubtful_loads(call)
     if not loads:
         return
     box = _box(call)
@@ -86,6 +72,12 @@ def check_indices(call: Call) -> None:
                 continue
             look = _look if call.q.device.type == "cpu" else _assert
             look(call, load, dim, index, used)
+
+
+def doubtful_loads(call: Call) -> tuple[tuple[Load, Any], ...]:
+    """Those loads of a call's spec whose range its shapes do not tell, see `checked_loads`."""
+    spec = call.spec
+    return checked_loads(spec.mask, spec.score, spec.sink, isinstance(call.q_offset, torch.Tensor))
 
 
 @lru_cache(maxsize=256)

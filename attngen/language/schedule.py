@@ -129,6 +129,13 @@ class Schedule:
         for name, value in (shared | tiles).items():
             object.__setattr__(self, name, value)
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # launches are looked up by it
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
     def over(self, other: Schedule | None) -> Schedule:
         """These decisions, and `other`'s where this one leaves them open."""
         if other is None:
@@ -147,13 +154,15 @@ class Schedule:
 
     def tile(self, kernel: str) -> Tile:
         """The whole tile of "forward", "dq" or "dkv". ScheduleError if its sizes are not decided yet."""
-        tile: Tile = getattr(self, kernel)
-        if not tile.whole:  # a complete schedule's are: launches ask at every call
-            tile = tile.over(PLAIN)
+        tile = self._tiles[kernel]
         if not tile.whole:
             missing = [PREFIXES[kernel] + name for name in TILE_FIELDS if getattr(tile, name) is None]
             raise ScheduleError(f"{', '.join(missing)} not decided: complete the schedule for a target first")
         return tile
+
+    @cached_property
+    def _tiles(self) -> dict[str, Tile]:  # launches ask at every call
+        return {kernel: getattr(self, kernel).over(PLAIN) for kernel in KERNELS}
 
     def with_tile(self, kernel: str, tile: Tile) -> Schedule:
         """This schedule with another tile for that kernel."""

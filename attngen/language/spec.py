@@ -14,21 +14,19 @@ import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
 
 from attngen.errors import SpecError
+from attngen.language import keyset as keysets
 from attngen.language.expression import Q_OFFSET, ROW, B, H, I, J, Load, S, loads, to_text
 from attngen.language.expression.builder import Declaration, Expr, Param, Tensor, wrap
 from attngen.language.expression.parse import parse
 from attngen.language.lists import Lists
 from attngen.language.lists import read as read_lists
 from attngen.language.schedule import Schedule
-
-if TYPE_CHECKING:
-    from attngen.plan.keysets import KeySet
 
 LANGUAGE = 1  # goes into every key: raise it when the meaning of an expression changes
 MAX_NODES = 4000
@@ -47,7 +45,7 @@ class Spec:
     sink: a logit per (b, h, i) that joins the softmax's denominator with value 0 (attention sinks), e.g. `sink[h]`; a
         function takes (b, h, i).
     dropout: probability in [0, 1) that a weight is zeroed after the softmax, a number or a float Param; the call then
-        takes `seed=`.
+        takes `seed=`: any int, or an int tensor [] on the device.
     keys: which keys a query sees where that is found at run time (`ag.qk_sparse()`, `ag.hyper()`, ...), before the mask
         takes some away; its own captures are given at the call.
     lists: what the kernels' loops visit in the place of the mask's intervals (`attngen.language.lists`), page_size: k and v are pages
@@ -68,7 +66,7 @@ class Spec:
         scale: float | None = None,
         sink: Expr | str | Callable[..., Any] | None = None,
         dropout: float | Expr | str | None = None,
-        keys: KeySet | str | None = None,
+        keys: keysets.KeySet | str | None = None,
         lists: Lists | str | None = None,
         page_size: int | str | None = None,
         schedule: Schedule | None = None,
@@ -130,7 +128,11 @@ class Spec:
             raise SpecError(f"the spec has more than {MAX_NODES} nodes", fix="put what varies into a captured tensor")
         self.tensors = {n: d for n, d in sorted(used.items()) if isinstance(d, Tensor)}
         self.params = {n: d for n, d in sorted(used.items()) if isinstance(d, Param)}
-        if self.dropout is not None:
+        if declared.get("seed") is _SEED_ON_DEVICE and self.dropout is None:
+            raise SpecError("seed: only dropout draws numbers", fix="leave out the tensor seed")
+        if self.dropout is not None and "seed" in declared:
+            self.tensors["seed"] = _SEED_ON_DEVICE
+        elif self.dropout is not None:
             self.params["seed"] = _SEED
         if self.keys is not None:
             self.keys.check_spec(self)
@@ -168,6 +170,18 @@ class Spec:
     def expressions(self) -> Any:
         """All of the spec's expressions as one sympy tuple, to search them together."""
         return sympy.Tuple(*[part for part in (self.mask, self.score, self.sink, self.dropout) if part is not None])
+
+    @property
+    def seed(self) -> Any:
+        """What dropout draws its numbers from: a param, or an element of a tensor on the device."""
+        return _SEED_ON_DEVICE[()].sym if "seed" in self.tensors else _SEED.sym
+
+    @cached_property
+    def with_seed_on_device(self) -> Spec:
+        """The same for calls whose seed= is an int tensor: a captured CUDA graph then draws other numbers at each replay."""
+        if self.dropout is None or "seed" in self.tensors:
+            return self
+        return Spec.from_text(f"{_SEED_ON_DEVICE.text()}\n{self.text}", schedule=self.schedule, name=self.name)
 
     @property
     def reads_rows(self) -> bool:
@@ -247,6 +261,8 @@ _FIELDS = ("mask", "score", "scale", "sink", "dropout", "keys", "lists", "page_s
 _SEED = object.__new__(Param)  # "seed" is a reserved name: only dropout declares it
 _SEED.name, _SEED.number_kind = "seed", "int"
 Expr.__init__(_SEED, sympy.Symbol("seed", integer=True))
+_SEED_ON_DEVICE = object.__new__(Tensor)
+_SEED_ON_DEVICE.name, _SEED_ON_DEVICE.ndim, _SEED_ON_DEVICE.kind = "seed", 0, "int"
 
 
 def _rebuild(text: str, schedule: Schedule | None, name: str) -> Spec:
@@ -303,19 +319,17 @@ def _hint(function: Callable[..., Any]) -> str:
     )
 
 
-def _read_keys(keys: KeySet | str | None) -> KeySet | None:
+def _read_keys(keys: keysets.KeySet | str | None) -> keysets.KeySet | None:
     if keys is None:
         return None
-    from attngen.plan.keysets import KeySet, parse
-
     if isinstance(keys, str):
-        return parse(keys)
+        return keysets.parse(keys)
     if isinstance(keys, Spec):
         raise SpecError(
             "keys: expected a key set such as ag.qk_sparse(), got a Spec",
             fix="ag.union(...) already is a Spec: compile it as it is",
         )
-    if not isinstance(keys, KeySet):
+    if not isinstance(keys, keysets.KeySet):
         raise SpecError(f"keys: expected a key set such as ag.qk_sparse(), got {type(keys).__name__}")
     return keys
 
@@ -407,6 +421,8 @@ def _declare_tensor(name: str, kind: Any) -> Tensor:
     match = re.fullmatch(r"(float|int|bool)\[([0-4])\]", str(kind).replace(" ", ""))
     if not match:
         raise SpecError(f"tensor {str(name)[:64]}: expected float[0] to bool[4], got {str(kind)[:64]!r}")
+    if name == "seed" and match[0] == "int[0]":
+        return _SEED_ON_DEVICE
     return Tensor(name, int(match[2]), match[1])
 
 

@@ -47,6 +47,7 @@ _READS = {
     "forward": ("row", "row_in", "h", "b", "lo", "hi", "count", "output", "split"),
     "merge": ("row", "row_in", "h", "b", "first_slot", "last_slot"),
     "delta": ("row", "row_in", "h", "b"),
+    "excess": ("row", "row_in", "h", "b"),
     "dq": ("row", "row_in", "h", "b"),
     "dkv": ("j", "key_in", "kv_head", "b", "h"),
     "capture": ("row", "row_in", "h", "b", "query_tile", "first_edge"),
@@ -201,14 +202,12 @@ class Lowering:
     @property
     def walks(self) -> bool:
         """Whether the kernel visits tiles."""
-        return self.kernel != "merge" and (self.kernel != "delta" or self.facts.natural)
+        return self.kernel not in ("merge", "delta")
 
     @property
     def _meets_sink(self) -> bool:
         """Whether this kernel has the whole of a row's softmax."""
-        if self.kernel == "delta":
-            return bool(self.facts.natural)
-        return self.kernel == "merge" or (self.kernel == "forward" and self.split != "split")
+        return self.kernel in ("merge", "excess") or (self.kernel == "forward" and self.split != "split")
 
     @property
     def _walked_reads(self) -> tuple[str, ...]:
@@ -280,10 +279,9 @@ class Lowering:
             if S not in self._logits.free_symbols:
                 logits = logits + call("tl.zeros_like", name("s", TILE))
             out.append(_inline("x", logits))
-        if spec.dropout is not None and self.kernel != "delta":
+        if spec.dropout is not None and self.kernel != "excess":
             out.append(_inline("keep_scale", printer.operand(1 / (1 - spec.dropout))))
-            seed = sympy.Symbol("seed", integer=True)
-            kept = sympy.Ge(Uniform(seed, B, H, I, J) - spec.dropout, 0, evaluate=False)
+            kept = sympy.Ge(Uniform(spec.seed, B, H, I, J) - spec.dropout, 0, evaluate=False)
             out.append(assign("keep", printer.operand(kept)))
         slope = self._slope
         if slope != 1:
@@ -347,7 +345,7 @@ class Lowering:
     @property
     def _slope(self) -> Any:
         """What dS is multiplied by."""
-        if self.kernel in ("forward", "delta"):
+        if self.kernel in ("forward", "excess"):
             return sympy.Integer(1)
         return sympy.sympify(self.facts.score_ds if self.site is None else self.site.slope)
 

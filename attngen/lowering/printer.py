@@ -68,6 +68,7 @@ from attngen.lowering.statements import (
     Number,
     Spread,
     Value,
+    value_of,
 )
 
 BLOCKS = ("BLOCK_M", "BLOCK_N")  # what a walk divides by them is never negative
@@ -348,7 +349,13 @@ class Printer:
     def _uniform(self, expr: Uniform) -> Value:
         """Uniform as its chain of rounds, each in the smallest shape it has: only the last is as large as a tile."""
         seed, *counters = expr.args
-        rounds = Call("mix", (self.value(seed).to("uint32"),))
+        word: Value = self.value(seed).to("uint32")
+        if isinstance(seed, Load):  # of up to 64 bits; a param's are folded before the launch
+            whole = Named(self.value(seed).to("int64"), "seed_word")
+            high = Call("", (chain([("", whole, ATOM), (" >> ", value_of(32), ATOM)], OR, "int"),)).to("uint32")
+            low = whole.to("uint32")
+            word = chain([("", low, XOR + 1), (" ^ ", Call("mix", (high,)), XOR + 1)], XOR, "int")
+        rounds = Call("mix", (word,))
         for counter in counters:
             state, word = Named(rounds, "hash"), self.value(counter)
             both = [self.spread(v) if state.axes | word.axes == TILE else v for v in (state, word)]

@@ -31,7 +31,7 @@ from attngen.lowering.statements import Loop, Statements, assign, call, name
 from attngen.schedule import KERNELS, Tile
 
 ROWS_OF_LISTS = 16  # rows of a tile that serves one query or key: the least a matrix product takes
-_TILE_OF = {"delta": "dq", "capture": "dq", "merge": "forward"}
+_TILE_OF = {"delta": "dq", "excess": "dq", "capture": "dq", "merge": "forward"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Outline:
     about: the file's docstring. split: "split" or "stream" where several programs share an output. one_loop: full and partial
     tiles go through one loop. by_rows: keys are listed row by row, `list_head` is whose list it is. precision: of float32
     products, else nothing. d, dv: the slices of the head dims. large: the size of an lse from which on it is exact
-    no more; guarded: whether the loops run for such rows only. bins: how many elements of a captured tensor a pair may reach.
+    no more. bins: how many elements of a captured tensor a pair may reach.
     """
 
     name: str
@@ -59,7 +59,6 @@ class Outline:
     dv: tuple[Chunk, ...]
     walks: bool
     large: float
-    guarded: bool
     site: Site | None
     bins: str
 
@@ -77,15 +76,15 @@ def render(
     offset_tensor: bool = False,
     site: Site | None = None,
 ) -> Source:
-    """The source of `kernel`: "forward" and for a split one "merge", "delta", "dq", "dkv", or "capture" for one `site` (see
-    `captures`).
+    """The source of `kernel`: "forward" and for a split one "merge", "delta", "dq", "dkv", "capture" for one `site` (see
+    `captures`), and for logits in their natural unit "excess".
 
     schedule: a complete one. aligned: the last dimension of every [B, heads, n, d] tensor has stride 1 and all other
     strides are multiples of 16, so rows are loaded in whole vectors; False takes any strides. offset_tensor: q_offset is
     an int32 tensor [B]. The text does not depend on lengths, batch, head counts, params or the scale.
     """
     by_keys = kernel == "dkv" or (site is not None and site.by_keys)
-    by_rows = isinstance(spec.lists, RowLists) and (kernel != "delta" or facts.natural)
+    by_rows = isinstance(spec.lists, RowLists) and kernel != "delta"
     tile = schedule.tile("dkv" if by_keys else _TILE_OF.get(kernel, kernel))
     if by_rows:  # one query, or key, a tile: its rows are the heads
         tile = replace(tile, **{"block_n" if by_keys else "block_m": ROWS_OF_LISTS})
@@ -154,7 +153,6 @@ def render(
         dv=chunks(head_dim_v),
         walks=lowering.walks,
         large=LARGE,
-        guarded=kernel == "delta" and facts.natural,
         site=site,
         bins="" if site is None else " * ".join(f"{names[site.tensor]}_size_{dim}" for dim in site.dims),
     )

@@ -55,15 +55,14 @@ class Takes:
     """One kernel's row of the table.
 
     tensors: [B, heads, n, d], in the order of the arguments: of a gradient kernel first the two that stay, then the two that
-    are walked, then its results. rows: float32 [B, heads, n_q], contiguous. more_tensors, more_rows: what it takes besides for
-    logits in their natural unit, to find or to use what lse lacks (`Facts.natural`). states: whether a split forward's partial states
-    pass through it; stream_k: what tells its programs which tiles are theirs. scaled: whether it computes logits.
+    are walked, then its results. rows: float32 [B, heads, n_q], contiguous. more_rows: what it takes besides for logits in
+    their natural unit, to use what lse lacks (`Facts.natural`). stream_k: what tells the programs of a split forward which tiles
+    are theirs. scaled: whether it computes logits.
     """
 
     title: str
     tensors: tuple[str, ...]
     rows: tuple[str, ...]
-    more_tensors: tuple[str, ...] = ()
     more_rows: tuple[str, ...] = ()
     stream_k: tuple[str, ...] = ()
     scaled: bool = True
@@ -84,13 +83,9 @@ TABLE = {
         scaled=False,
     ),
     "delta": Takes(
-        "backward, first step: delta = rowsum(dO * O) - dlse",
-        ("out", "do"),
-        ("dlse", "delta"),
-        ("q", "k"),
-        ("lse", "excess"),
-        scaled=False,
+        "backward, first step: delta = rowsum(dO * O) - dlse", ("out", "do"), ("dlse", "delta"), scaled=False
     ),
+    "excess": Takes("backward: what a large lse lacks", ("q", "k"), ("lse", "excess")),
     "dq": Takes(
         "backward: a query tile walks its keys and sums dQ",
         ("q", "do", "k", "v", "dq"),
@@ -150,10 +145,7 @@ _LENGTHS = ("heads", "n_q", "group", "n_k", "batch", "together", "splits", "page
 def takes(kernel: str, natural: bool, site: Site | None = None) -> Takes:
     """What a kernel takes. natural: whether logits keep their natural unit."""
     found = TABLE["capture by keys" if site is not None and site.by_keys else kernel]
-    if not natural:
-        return found
-    tensors, rows = (*found.tensors, *found.more_tensors), (*found.rows, *found.more_rows)
-    return replace(found, tensors=tensors, rows=rows, scaled=found.scaled or bool(found.more_tensors))
+    return replace(found, rows=(*found.rows, *found.more_rows)) if natural else found
 
 
 def shape(tensor: str) -> tuple[str, ...]:

@@ -1,123 +1,178 @@
-"""Plans: the launches of one direction as a DAG over named buffers.
-
-Today's plans are short: summaries of captured data, the kernels, gradients of captures. Preparation (sorting, sampling),
-several pieces and merges are more steps of the same kind; whoever runs a plan needs to know only a step's `kind`.
-"""
+"""Plans: everything a call does in one direction, as a DAG of steps over named buffers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import networkx
 
-from attngen.analysis import Facts
 from attngen.language.spec import Spec
+from attngen.plan.steps import Attend, Delta, Prepare, Step
 
 
 @dataclass(frozen=True)
-class Step:
-    """One launch. kind: "tables" (torch operations that summarise captured data), "runs" (torch operations that share out
-    the tiles, see `balance`), "kernel" (a generated one), or "capture" (a generated kernel for each load of a captured
-    tensor, and torch operations that add up what they leave).
+class Sizes:
+    """What a plan depends on besides its spec. given: the key set's captures that a call has, each with its shape; a number
+    has none. offset: "int" or "tensor", what kind of q_offset the call has.
     """
 
-    name: str
-    kind: str
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
+    batch: int
+    heads_q: int
+    heads_kv: int
+    n_q: int
+    n_k: int
+    head_dim: int
+    head_dim_v: int
+    offset: str = "int"
+    given: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    # Values that decide a plan's form: is a captured tensor of counts float, is a call's q_offset 0.
+    flags: tuple[str, ...] = ()
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.heads_q // self.heads_kv if self.heads_kv else 1
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The first three sizes of q, k and v."""
+        keys = self.batch, self.heads_kv, self.n_k
+        return {"q": (self.batch, self.heads_q, self.n_q), "k": keys, "v": keys}
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.kind}): {', '.join(self.reads)} -> {', '.join(self.writes)}"
+        return (
+            f"B{self.batch} Hq{self.heads_q} Hkv{self.heads_kv} Nq{self.n_q} Nk{self.n_k} D{self.head_dim} "
+            f"Dv{self.head_dim_v}"
+        )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps in an order that respects their reads and writes."""
+    """Steps in an order that respects their reads and writes. results: the buffers that are asked for."""
 
+    spec: Spec
+    sizes: Sizes | None
     steps: tuple[Step, ...]
     results: tuple[str, ...]
+    saved: tuple[
+        str, ...
+    ] = ()  # buffers of the forward that the backward reads, besides inputs, preparation and results
 
     @classmethod
-    def ordered(cls, steps: Iterable[Step], results: Iterable[str]) -> Plan:
-        """Sort the steps; ties keep the given order."""
-        steps = list(steps)
+    def ordered(
+        cls, spec: Spec, sizes: Sizes | None, steps: Iterable[Step], results: Iterable[str], saved: Iterable[str] = ()
+    ) -> Plan:
+        """Sort the steps, leave out those whose writes nobody reads; ties keep the given order."""
+        results, saved = tuple(results), tuple(saved)
+        steps = _needed(list(steps), {*results, *saved})
         position = {step.name: place for place, step in enumerate(steps)}
+        if len(position) < len(steps):
+            raise ValueError(f"two steps of one name: {[step.name for step in steps]}")
         by_name = {step.name: step for step in steps}
-        graph = _graph(steps)
-        order = networkx.lexicographical_topological_sort(graph, key=position.__getitem__)
-        return cls(tuple(by_name[name] for name in order), tuple(results))
+        order = networkx.lexicographical_topological_sort(_graph(steps), key=position.__getitem__)
+        return cls(spec, sizes, tuple(by_name[name] for name in order), results, saved)
 
     @cached_property
-    def graph(self) -> networkx.DiGraph:
+    def graph(self) -> networkx.MultiDiGraph:
         """Edges from the step that writes a buffer to the steps that read it, labelled with the buffer."""
         return _graph(self.steps)
 
     @cached_property
+    def made(self) -> dict[str, Step]:
+        """The (first) step that writes each buffer."""
+        found: dict[str, Step] = {}
+        for step in self.steps:
+            for buffer in step.writes:
+                found.setdefault(buffer, step)
+        return found
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """Buffers that steps read and none writes: a call has to bring them."""
+        return tuple(dict.fromkeys(b for step in self.steps for b in step.reads if b not in self.made))
+
+    @cached_property
+    def attends(self) -> tuple[Attend, ...]:
+        """The ordinary attentions it is made of."""
+        return tuple(step for step in self.steps if isinstance(step, Attend))
+
+    def attend(self, name: str) -> Attend:
+        """The `Attend` of this name, in whichever direction the plan is."""
+        return next(step for step in self.attends if step.name in (name, f"{name}, backward"))
+
+    @cached_property
+    def preparation(self) -> tuple[Prepare, ...]:
+        """The steps that `attn.prepare` runs once for many calls."""
+        return tuple(step for step in self.steps if isinstance(step, Prepare) and not step.each_call)
+
+    @cached_property
+    def prepared(self) -> tuple[str, ...]:
+        """What they leave for the others."""
+        own = {step.name for step in self.preparation}
+        read = {b for step in self.steps if step.name not in own for b in step.reads} | {*self.results, *self.saved}
+        return tuple(b for step in self.preparation for b in step.writes if b in read)
+
+    @cached_property
     def released(self) -> dict[str, tuple[str, ...]]:
         """After which step each buffer made by the plan is needed no more."""
-        made = {buffer for step in self.steps for buffer in step.writes}
         last = {buffer: step.name for step in self.steps for buffer in (*step.reads, *step.writes)}
-        keep = set(self.results)
-        return {step.name: tuple(b for b in sorted(made - keep) if last[b] == step.name) for step in self.steps}
+        keep = {*self.results, *self.saved, *self.prepared}
+        return {
+            step.name: tuple(b for b in sorted(self.made.keys() - keep) if last[b] == step.name) for step in self.steps
+        }
+
+    @cached_property
+    def course(self) -> tuple[tuple[Step, bool, tuple[str, ...]], ...]:
+        """What an executor goes through: each step, whether it may be done already, and what is needed no more after it."""
+        return tuple(
+            (step, isinstance(step, Prepare) and not isinstance(step, Delta), self.released[step.name])
+            for step in self.steps
+        )
+
+    def text(self, about: Mapping[str, str] = {}) -> str:
+        """One line a step; `about`: what else is known of a step, by name, for the lines under it."""
+        lines = []
+        for step in self.steps:
+            lines.append(str(step))
+            lines += [f"{'':<16}{line}" for line in about.get(step.name, "").splitlines()]
+        return "\n".join(lines)
 
     def __str__(self) -> str:
-        return "\n".join(str(step) for step in self.steps)
+        return self.text()
 
 
-def forward_plan(spec: Spec, facts: Facts, split: int | str | None = None) -> Plan:
-    """Tables if the mask reads data, then the forward kernel; with a split, for stream-K who computes what before it, and
-    the merge of the partial states behind it.
-    """
-    captures = (*spec.tensors,)
-    steps = []
-    tables: tuple[str, ...] = ()
-    if spec.lists is None and facts.walk_keys.needs_tables:
-        tables = ("tables of forward",)
-        steps.append(Step("tables of forward", "tables", captures, tables))
-    reads, states = ("q", "k", "v", *captures, *tables), ("states", "maxima")
-    if split in (None, 1):
-        steps.append(Step("forward", "kernel", reads, ("out", "lse")))
-        return Plan.ordered(steps, ("out", "lse"))
-    runs: tuple[str, ...] = ()
-    if split == "stream":
-        runs = ("starts", "begins", "firsts", "owners")
-        steps.append(Step("equal runs of tiles", "runs", (*captures, *tables), runs))
-    steps.append(Step("forward", "kernel", (*reads, *runs), states))
-    steps.append(Step("merge", "kernel", (*states, *captures, *runs), ("out", "lse")))
-    return Plan.ordered(steps, ("out", "lse"))
-
-
-def backward_plan(spec: Spec, facts: Facts, wanted: Iterable[str]) -> Plan:
-    """delta, then the two passes, and for each wanted capture a pass of its own; no atomics between them."""
-    captures = (*spec.tensors,)
-    shared = ("q", "k", "v", "do", "lse", "delta", *captures)
-    steps = [Step("delta", "kernel", ("out", "do", "dlse"), ("delta",))]
-    if facts.natural:  # it may have to sum P again
-        read = ("tables of dq",) if spec.lists is None and facts.walk_keys.needs_tables else ()
-        shared = ("excess", *shared)
-        steps = [Step("delta", "kernel", ("out", "do", "dlse", "q", "k", "lse", *captures, *read), ("delta", "excess"))]
-    for kernel, walk, results in (
-        ("dq", facts.walk_keys, ("dq",)),
-        ("dkv", facts.walk_queries, ("dk", "dv")),
-    ):
-        tables: tuple[str, ...] = ()
-        if spec.lists is None and walk.needs_tables:
-            tables = (f"tables of {kernel}",)
-            steps.append(Step(tables[0], "tables", captures, tables))
-        steps.append(Step(kernel, "kernel", (*shared, *tables), results))
-    made = tuple(buffer for step in steps if step.kind == "tables" for buffer in step.writes)
-    steps.extend(Step(f"gradient of {name}", "capture", (*shared, *made), (f"d {name}",)) for name in wanted)
-    return Plan.ordered(steps, ("dq", "dk", "dv", *(f"d {name}" for name in wanted)))
-
-
-def _graph(steps: Iterable[Step]) -> networkx.DiGraph:
-    graph = networkx.DiGraph()
-    writer = {buffer: step.name for step in steps for buffer in step.writes}
+def _needed(steps: list[Step], wanted: set[str]) -> list[Step]:
+    """The steps that something asked for depends on. A step that adds to a buffer another one made counts for it."""
+    writers: dict[str, list[Step]] = {}
     for step in steps:
-        graph.add_node(step.name)
+        for buffer in step.writes:
+            writers.setdefault(buffer, []).append(step)
+    kept, open_ = set[str](), list(wanted)
+    while open_:
+        for step in writers.pop(open_.pop(), ()):
+            if step.name not in kept:
+                kept.add(step.name)
+                open_ += step.reads
+    return [step for step in steps if step.name in kept]
+
+
+def _graph(steps: Iterable[Step]) -> networkx.MultiDiGraph:
+    """Where several steps write one buffer, each adds to it: the later ones come after the earlier ones."""
+    graph: Any = networkx.MultiDiGraph()
+    writers: dict[str, list[str]] = {}
+    steps = list(steps)
+    for step in steps:
+        graph.add_node(step.name, step=step)
+        for buffer in step.writes:
+            for earlier in writers.setdefault(buffer, []):
+                graph.add_edge(earlier, step.name, buffer=buffer)
+            writers[buffer].append(step.name)
+    for step in steps:
         for buffer in step.reads:
-            if buffer in writer:
-                graph.add_edge(writer[buffer], step.name, buffer=buffer)
+            for writer in writers.get(buffer, ()):
+                if writer != step.name:
+                    graph.add_edge(writer, step.name, buffer=buffer)
     return graph

@@ -70,7 +70,7 @@ def dense(
     table = torch.where(empty, 0.0, table)  # rows that see no key: any finite numbers, replaced at the end
     if table.shape[-1] == 0:
         return values.new_zeros((*logits.shape[:-1], values.shape[-1])), logits.new_full(logits.shape[:-1], -torch.inf)
-    lse = torch.where(empty.squeeze(-1), -torch.inf, torch.logsumexp(table, -1))
+    lse = torch.where(empty.squeeze(-1), -torch.inf, logsumexp(table, -1))
     weights = torch.where(empty, 0.0, torch.softmax(table, -1))[..., : logits.shape[-1]]
     if spec.dropout is not None:
         probability = float(evaluate(spec.dropout, env, real=dtype))
@@ -84,6 +84,15 @@ def dense(
     # A pair that is masked out contributes nothing, whatever the value holds: 0 * inf must not become nan.
     reached = (mask & (weights != 0)).to(dtype) @ broken.to(dtype) > 0
     return torch.where(reached, torch.nan, weights @ torch.where(broken, 0.0, values)), lse
+
+
+def logsumexp(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """torch.logsumexp with a gradient that sums to 1 however large x is: torch takes exp(x - result), whose last digit may be
+    more than the log of the sum.
+    """
+    top = x.detach().amax(dim, keepdim=True)
+    shift = torch.where(top.isfinite(), top, 0.0)
+    return torch.logsumexp(x - shift, dim) + shift.squeeze(dim)
 
 
 def _value(expr: Any, env: dict[str, Any], dtype: torch.dtype, call: Call) -> torch.Tensor:

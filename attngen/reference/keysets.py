@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from attngen.errors import InputError
-from attngen.language.call import Call, bind, offset_column
+from attngen.language.call import Call, bind
 from attngen.language.expression import evaluate, tensor_of
 from attngen.language.spec import Spec
-from attngen.plan.keysets.call import split
-from attngen.plan.keysets.hyper import Draws
+from attngen.plan.forward import split
+from attngen.plan.keysets.hyper import Draws, layout_of
 from attngen.reference.dense import dense_env
 from attngen.reference.edges import DEFINITIONS as OF_EDGES
 from attngen.reference.tiles import DEFINITIONS as OF_TILES
@@ -90,7 +90,7 @@ def _hyper(keys: Any, call: Call, given: Mapping[str, Any]) -> Weights:
     """1 inside a block, (times drawn) * (keys outside) / (draws outside) elsewhere; the random numbers are the call's."""
     n_q, n_k = call.q.shape[2], call.k.shape[2]
     weights = torch.zeros((*call.q.shape[:2], n_q, n_k), dtype=torch.float64)
-    layout = keys.layout(call.spec, n_q, n_k)
+    layout = layout_of(keys, call.spec, n_q, n_k)
     if layout is None or 0 in weights.shape:
         return torch.zeros(weights.shape, dtype=torch.float64), None
     draws = Draws(call, _need(given, "seed"))
@@ -156,7 +156,7 @@ def _sparse_k(keys: Any, call: Call, given: Mapping[str, Any]) -> Weights:
     """
     u = _heads(_need(given, "u"), call).double()
     n_q, n_k = call.q.shape[2], call.k.shape[2]
-    position = torch.arange(n_q).view(1, 1, -1) + offset_column(call)
+    position = torch.arange(n_q).view(1, 1, -1) + call.offset_column
     distance = position.unsqueeze(-1) - torch.arange(n_k)
     seen = distance >= 0 if keys.incremental else torch.ones_like(distance, dtype=torch.bool)
     seen = seen.expand(*u.shape[:2], -1, -1)

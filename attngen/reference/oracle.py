@@ -10,8 +10,8 @@ import torch
 from attngen.language.call import Call, bind
 from attngen.language.expression import evaluate, tensor_of
 from attngen.language.spec import Spec
-from attngen.plan.keysets.call import split
-from attngen.reference.dense import dense, dense_env, written_out
+from attngen.plan.forward import split
+from attngen.reference.dense import dense, dense_env, logsumexp, written_out
 from attngen.reference.edges import COPIED
 from attngen.reference.keysets import DEFINITIONS
 
@@ -30,6 +30,8 @@ def oracle(
     q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] of any dtype. Returns out [B, Hq, Nq, Dv] and lse [B, Hq, Nq],
     both float64; a row that sees no key has out 0 and lse -inf. Raises InputError for arguments that do not fit the spec.
     """
+    if isinstance(captures.get("seed"), torch.Tensor):
+        spec = spec.with_seed_on_device
     if spec.keys is None:
         return written_out(bind(spec, q, k, v, q_offset=q_offset, captures=captures), torch.float64)
     call, given = split(spec, q, k, v, q_offset, captures)
@@ -57,7 +59,8 @@ def _union(call: Call, given: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Te
         results.append((torch.zeros_like(results[0][0]), sink))
     lses = torch.stack([lse for _, lse in results])
     none = lses.isneginf().all(0)
-    lse = torch.where(none, -torch.inf, torch.logsumexp(torch.where(none, 0.0, lses), 0))
-    weights = torch.where(lses.isneginf(), 0.0, torch.exp(lses - torch.where(none, 0.0, lse)))
+    finite = torch.where(none, 0.0, lses)
+    lse = torch.where(none, -torch.inf, logsumexp(finite, 0))
+    weights = torch.where(lses.isneginf(), 0.0, torch.softmax(finite, 0))
     out = sum(weight.unsqueeze(-1) * piece for weight, (piece, _) in zip(weights, results, strict=True))
     return out, lse  # type: ignore[return-value]

@@ -7,15 +7,17 @@ from typing import Any
 import torch
 
 from attngen.errors import InputError
-from attngen.plan.keysets.base import KeySet
+from attngen.language.keyset import KeySet
 from attngen.plan.keysets.estimate import estimate
 
 
-def made_up(keys: KeySet, q: torch.Tensor, k: torch.Tensor, q_offset: int = 0) -> tuple[dict[str, Any], list[str]]:
+def made_up(
+    keys: KeySet, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, q_offset: int = 0
+) -> tuple[dict[str, Any], list[str]]:
     """Values for what a key set takes at the call, and for each what it is, in words. InputError for one it does not know."""
     values: dict[str, Any] = {}
     words = []
-    maker = _Maker(keys, q, k, q_offset)
+    maker = _Maker(keys, q, k, v, q_offset)
     for name in keys.captures():
         if name in keys.optional and (keys.name, name) not in _NEEDED:
             continue
@@ -36,8 +38,8 @@ _NEEDED = {("block_sparse", "layout"), ("graph", "crow"), ("graph", "col")}
 class _Maker:
     """One method per capture: its value, and what it is."""
 
-    def __init__(self, keys: KeySet, q: torch.Tensor, k: torch.Tensor, q_offset: int):
-        self.keys, self.q, self.k, self.q_offset = keys, q, k, q_offset
+    def __init__(self, keys: KeySet, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_offset: int):
+        self.keys, self.q, self.k, self.v, self.q_offset = keys, q, k, v, q_offset
         self.generator = torch.Generator().manual_seed(1)
 
     def _random(self, high: int, *shape: int) -> torch.Tensor:
@@ -81,19 +83,35 @@ class _Maker:
             tiles_q, tiles_k = self._grid()
             return self._random(tiles_k, 1, 1, tiles_q, 4), "4 random tiles a row"
         most = max(1, self.k.shape[2] // 16)
-        return self._random(self.k.shape[2], 1, 1, most), f"{most} random rows"
+        return self._random(self.k.shape[2], *self.k.shape[:2], most), f"{most} random rows"
 
     def vertical(self) -> Any:
-        return self._random(self.k.shape[2], 1, 1, 8), "8 random keys"
+        return self._random(self.k.shape[2], *self.q.shape[:2], 8), "8 random keys"
 
     def slash(self) -> Any:
-        near = torch.arange(self.q.shape[2] // 32).view(1, 1, -1)
-        far = self._random(self.q.shape[2] + self.q_offset, 1, 1, 6)
+        near = torch.arange(self.q.shape[2] // 32).expand(*self.q.shape[:2], -1)
+        far = self._random(self.q.shape[2] + self.q_offset, *self.q.shape[:2], 6)
         return torch.cat([near, far], -1), f"distances below {near.shape[2]} and 6 random ones"
 
     def estimate(self) -> Any:
         block = self.keys.block  # type: ignore[attr-defined]
         return estimate(self.q, self.k, block=block, budget=4 * block, q_offset=self.q_offset), "of these q and k"
+
+    def page_table(self) -> Any:
+        pages, batch = self.k.shape[0] // self.q.shape[0], self.q.shape[0]
+        order = torch.randperm(pages * batch, generator=self.generator)
+        return order.view(batch, pages), "all pages, in a random order"
+
+    def prefix_k(self) -> Any:
+        return self._prefix(self.k), "random, as long as k"
+
+    def prefix_v(self) -> Any:
+        return self._prefix(self.v), "random, as long as v"
+
+    def _prefix(self, own: torch.Tensor) -> Any:
+        levels: int = self.keys.levels  # type: ignore[attr-defined]
+        parts = [torch.randn((1, *own.shape[1:]), generator=self.generator).to(own.dtype) for _ in range(levels)]
+        return parts[0] if len(parts) == 1 else tuple(parts)
 
     def crow(self) -> Any:
         return torch.arange(0, 6 * self.q.shape[2] + 1, 6), "6 edges a row"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from attngen.analysis import tile_map
-from attngen.language.call import Call, offset_column
+from attngen.language.call import Call
 from attngen.language.expression.evaluate import uniform
 
 Weights = tuple[torch.Tensor, torch.Tensor | None]
@@ -94,7 +94,7 @@ def _big_bird(keys: Any, call: Call, given: Mapping[str, Any]) -> Weights:
 
 def _positions(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """i [B or 1, 1, Nq, 1] and j [Nk]."""
-    i = (torch.arange(call.q.shape[2]).view(1, 1, -1) + offset_column(call)).unsqueeze(-1)
+    i = (torch.arange(call.q.shape[2]).view(1, 1, -1) + call.offset_column).unsqueeze(-1)
     return i, torch.arange(call.k.shape[2])
 
 

@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
-from attngen import debug
-from attngen.analysis import Facts, facts
+from attngen import backends, debug
+from attngen.analysis import facts
 from attngen.errors import InputError, SpecError
-from attngen.language.call import Call
+from attngen.language.call import Call, number_of
+from attngen.language.keyset import KeySet
+from attngen.language.keysets.cached import Paged
+from attngen.language.keysets.union import Union
 from attngen.language.spec import Spec
-from attngen.runtime import operators
+from attngen.plan.forward import bound, family_of
+from attngen.plan.keysets.ragged import LENGTHS, ragged_of
+from attngen.plan.plan import Sizes
+from attngen.plan.steps import Attend
+from attngen.reference.disjoint import check_disjoint
+from attngen.runtime import operators, pipeline
+from attngen.runtime.executable import Executable, tensors_of
+from attngen.runtime.executor import Executor
+from attngen.runtime.preparation import Preparation
+from attngen.runtime.signature import MOST, Known, signature_of
+from attngen.runtime.specialise import Specialiser
 from attngen.schedule import Schedule
 
-if TYPE_CHECKING:
-    from attngen.plan.keysets import KeyPlan
-
-LENGTHS = ("k_len", "cu_q", "cu_k")  # of ragged batches, unless the spec has a tensor of that name
 BACKENDS = ("auto", "triton", "interpret", "cpu")
-
-
-@dataclass(frozen=True, eq=False)
-class Specialised:
-    """What the stages made of a spec for one dtype, head dims, shape bucket and device."""
-
-    facts: Facts
-    schedule: Schedule
-    origin: str  # where the schedule came from, in words
-    backend: Any  # the module that runs it: forward(call, specialised), backward(call, specialised, ...)
+MOST_EXECUTABLES = 256  # sizes of a key set's calls that are kept planned
 
 
 def compile(
@@ -62,10 +67,12 @@ class CompiledAttention:
     """attn(q, k, v, *, return_lse=False, q_offset=0, plan=None, group=None, **captures) -> out, or (out, lse).
 
     q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] of one dtype and device, Hkv dividing Hq; any strides. out
-    [B, Hq, Nq, Dv] in that dtype; lse [B, Hq, Nq] float32, natural log, -inf for a row that sees no key (whose out is 0).
+    [B, Hq, Nq, Dv] in that dtype; lse [B, Hq, Nq] float32, natural log, -inf for a row that sees no key (whose out is 0). k and
+    v of batch 1 serve every batch.
     q_offset: what is added to a query's row to get its position, an int or an int tensor [B]. captures: the spec's tensors
-    and params by name, and those of its key set; plan: see `plan`. Ragged batches, without a key set: k_len int [B], keys
-    j >= k_len[b] are not there; or cu_q, cu_k int [S + 1], the ends of S sequences packed into a batch of 1 (b, i and j
+    and params by name, and those of its key set; plan: what `prepare` made. Ragged batches, without a key set: k_len int [B],
+    rows of k from k_len[b] on are not there; k_offset, an int or int [B], is the position of k's first row, as in a sliding cache;
+    or cu_q, cu_k int [S + 1], the ends of S sequences packed into a batch of 1 (b, i and j
     then are a sequence's number and positions in it, q_offset an int or [S], captures [S, ...] along b). group: a process
     group whose ranks hold a contiguous part of the sequence each, see `attngen.ring`. Differentiable in q, k, v and float
     captured tensors. Raises InputError.
@@ -75,8 +82,10 @@ class CompiledAttention:
         self.spec, self.pins, self.backend, self.db = spec, pins, backend, db
         identity = json.dumps([spec.key, pins.decided(), backend, db], sort_keys=True)
         self.handle = hashlib.sha256(identity.encode()).hexdigest()[:32]
-        self._specialised: dict[Any, Specialised] = {}
-        self.pieces: dict[Any, CompiledAttention] = {}  # of a key set, by their role in it
+        self.specialiser = Specialiser(pins, backend, db)
+        self._executor = Executor(self.specialiser)
+        self._executables: dict[Any, Executable] = {}
+        self._known: dict[Any, Known] = {}
         operators.register(self.handle, self)
 
     def __call__(
@@ -87,44 +96,38 @@ class CompiledAttention:
         *,
         return_lse: bool = False,
         q_offset: int | torch.Tensor = 0,
-        plan: KeyPlan | None = None,
+        plan: Preparation | None = None,
         group: Any = None,
         **captures: Any,
     ) -> Any:
         if group is not None:
-            from attngen.distributed.ring import ring
+            return _above("attngen.distributed.ring").ring(self, group)(
+                q, k, v, return_lse=return_lse, q_offset=q_offset, **captures
+            )
+        if isinstance(captures.get("seed"), torch.Tensor) and "seed" in self.spec.params:
+            return self._with_seed_on_device(q, k, v, return_lse=return_lse, q_offset=q_offset, plan=plan, **captures)
+        k, v = self.for_all_batches(q, k, v)
+        result = operators.apply(self, q, k, v, q_offset, plan, captures)
+        return result if return_lse else result[0]
 
-            return ring(self, group)(q, k, v, return_lse=return_lse, q_offset=q_offset, **captures)
-        if self.spec.keys is not None:
-            from attngen.plan.keysets import call
-
-            out, lse = call.run(self, q, k, v, q_offset, plan, captures)
-        elif plan is not None:
-            raise InputError("plan", "nothing, for a spec without keys=", "a plan")
-        elif any(name in captures and name not in self.spec.tensors for name in LENGTHS):
-            from attngen.plan.keysets import ragged
-
-            lengths = {
-                name: captures.pop(name) for name in LENGTHS if name not in self.spec.tensors and name in captures
-            }
-            if all(value is None for value in lengths.values()):
-                out, lse = operators.apply(self, q, k, v, captures, q_offset)
-            else:
-                out, lse = ragged.run(self, q, k, v, q_offset, lengths, captures)
-        else:
-            out, lse = operators.apply(self, q, k, v, captures, q_offset)
-        return (out, lse) if return_lse else out
-
-    def plan(
+    def prepare(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, q_offset: int | torch.Tensor = 0, **captures: Any
-    ) -> KeyPlan:
-        """What the spec's key set prepares (sorting, hashing, sampling) for such a call: pass it as `plan=` to calls of the
+    ) -> Preparation:
+        """What such a call prepares (sorting, hashing, sampling, lists and tables of tiles): pass it as `plan=` to calls of the
         same sizes, in other layers and steps, and leave out the captures that only the preparation reads. Captured tensors
-        that the mask reads have to be the same then: lists of tiles tell which of them it leaves whole.
+        that the mask reads have to be the same then; an InputError names one that is not. Raises InputError for a call that
+        prepares nothing.
         """
-        from attngen.plan.keysets import call
+        k, v = self.for_all_batches(q, k, v)
+        keys, own, rest = self.split(captures)
+        if keys is None and not self._walks_tables():
+            raise InputError("plan", "a spec with keys=, or a mask of captured data", "neither", "nothing is prepared")
+        call, given = self._prepared_call(keys, q, k, v, q_offset, own, rest)
+        executable, sizes = self.executable(keys, call, given)
+        with torch.no_grad():
+            return executable.prepare(call, given, sizes)
 
-        return call.plan(self, q, k, v, q_offset, captures)
+    plan = prepare
 
     def __reduce__(self) -> Any:
         return CompiledAttention, (self.spec, self.pins, self.backend, self.db)
@@ -135,64 +138,221 @@ class CompiledAttention:
     def __repr__(self) -> str:
         return f"<attngen.compile({self.spec!r}, backend={self.backend!r}, schedule: {self.pins})>"
 
-    def specialise(self, call: Call) -> Specialised:
-        """The stages after the spec, in order; cached by everything that may change their outcome."""
-        from attngen import backends
-        from attngen.schedule.choice import choose, shape_bucket
+    def cast(
+        self, dtype: torch.dtype, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Mapping[str, Any]]:
+        """q, k, v, and captures that are rows of k or v, as autocast wants them: float32 ones in `dtype`."""
 
-        name = backends.pick(self.backend, call.q.device)
-        key = (name, call.q.device, call.q.dtype, call.q.shape[3], call.v.shape[3], shape_bucket(call))
-        found = self._specialised.get(key)
-        if found is None:
-            known = facts(self.spec)
-            with debug.timed("choosing a schedule"):
-                schedule, origin = choose(call, known, name, self.pins, self.db)
-            debug.say(1, "choice", f"backend {name}; {origin}")
-            debug.say(3, "schedule", schedule)
-            debug.say(3, "facts", known)
-            debug.say(5, "spec", self.spec)
-            found = self._specialised[key] = Specialised(known, schedule, origin, backends.module(name))
-        return found
+        def low(x: Any) -> Any:
+            return x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x
 
-    def run_forward(self, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-        """out and lse of a checked call."""
-        stages = self.specialise(call)
-        for name in stages.facts.positive:
-            if call.params[name] < 1:
-                raise InputError(name, "at least 1, since the mask divides by it", call.params[name])
-        return stages.backend.forward(call, stages.facts, stages.schedule)
+        rows = () if self.spec.keys is None else self.spec.keys.rows
+        changed = {name: tree_map(low, captures[name]) for name in rows if name in captures}
+        return low(q), low(k), low(v), {**captures, **changed} if changed else captures
 
-    def run_storing(self, call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """out, lse, and the weights P [B, Hq, Nq, Nk] in lse's dtype."""
-        stages = self.specialise(call)
-        return stages.backend.forward_storing(call, stages.facts, stages.schedule)
+    @cached_property
+    def _with_seed_on_device(self) -> CompiledAttention:
+        """The same for calls whose seed= is a tensor."""
+        return CompiledAttention(self.spec.with_seed_on_device, self.pins, self.backend, self.db)
 
-    def run_backward(
+    def for_all_batches(self, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
+        """k and v of a batch of 1 serve every batch of q. InputError for nested tensors."""
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if isinstance(x, torch.Tensor) and x.is_nested:
+                fix = "pack it: x.values() as [1, H, total, D], with cu_q= and cu_k= the offsets()"
+                raise InputError(name, "a tensor [B, H, N, D]", "a nested tensor", fix)
+        if self.spec.page_size is not None or isinstance(self.spec.keys, Paged):
+            return k, v
+        if not all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in (q, k, v)) or q.shape[0] == 1:
+            return k, v
+        if k.shape[0] == 1 == v.shape[0]:
+            return k.expand(q.shape[0], -1, -1, -1), v.expand(q.shape[0], -1, -1, -1)
+        return k, v
+
+    # -- what a call goes through -------------------------------------------------------------------------------------
+
+    def split(self, captures: Mapping[str, Any]) -> tuple[KeySet | None, dict[str, Any], dict[str, Any]]:
+        """The key set that a call has (the spec's, or the lengths of a ragged one), its captures, and the spec's. InputError for
+        a name that neither has.
+        """
+        spec = self.spec
+        present = [name for name, value in captures.items() if value is not None or name not in LENGTHS]
+        keys = spec.keys if spec.keys is not None else ragged_of(spec, present)
+        own = () if keys is None else keys.captures()
+        for name in present:
+            if name not in own and name not in spec.tensors and name not in spec.params:
+                names = ", ".join(sorted({*own, *spec.tensors, *spec.params})) or "it has none"
+                raise InputError(name, f"one of this spec's captures ({names})", "an unknown name")
+        given = {name: value for name, value in captures.items() if name in own}
+        return keys, given, {name: captures[name] for name in present if name not in own}
+
+    def checked(
         self,
-        call: Call,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        grad_out: torch.Tensor,
-        grad_lse: torch.Tensor,
-        wanted: list[str],
-        weights: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """dq, dk, dv and the wanted captures' gradients, each of its tensor's shape. weights: from `run_storing`."""
-        stages = self.specialise(call)
-        if weights is not None:
-            return stages.backend.backward_stored(call, stages.facts, stages.schedule, out, weights, grad_out, grad_lse)
-        return stages.backend.backward(call, stages.facts, stages.schedule, out, lse, grad_out, grad_lse, wanted)
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        q_offset: Any,
+        captures: Mapping[str, Any],
+        preparation: Preparation | None = None,
+    ) -> tuple[Call, dict[str, Any], Executable]:
+        """The checked call, the key set's captures, and what runs it. InputError."""
+        key = signature_of(q, k, v, q_offset, captures, preparation)
+        known = None if key is None else self._known.get(key)
+        if known is not None and not (isinstance(known.keys, Union) and debug.level() >= 1):
+            call = known.call(self.spec, q, k, v, q_offset, captures)
+            if call is not None:
+                given = {} if known.keys is None else self._read(known.keys, known.own(captures), q, k, preparation)
+                if preparation is not None:
+                    preparation.check_values(call, given)
+                return call, given, known.executable
+        keys, given, rest = self.split(captures)
+        if preparation is not None and not isinstance(preparation, Preparation):
+            raise InputError("plan", "what attn.plan(...) returns", type(preparation).__name__)
+        if preparation is not None and keys is None and not self._walks_tables():
+            raise InputError("plan", "nothing, for a spec without keys= that prepares nothing", "a plan")
+        if keys is not None:
+            given = self._read(keys, given, q, k, preparation)
+        call = bound(self.spec, keys, q, k, v, q_offset, rest, given)
+        executable, sizes = self.executable(keys, call, given, preparation)
+        if isinstance(keys, Union) and debug.level() >= 1:
+            check_disjoint(keys.specs, call, given)
+        if preparation is not None:
+            preparation.check(self.spec, keys, sizes, call, given)
+        if key is not None and (keys is None or family_of(keys).bind is None):
+            found = Known.of(call, captures, keys, executable)
+            if found is not None:
+                if len(self._known) >= MOST:
+                    self._known.clear()
+                self._known[key] = found
+        return call, given, executable
 
-    def explain(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, q_offset: Any = 0, **captures: Any) -> str:
-        """Text: the mask's picture, tile counts, cost bound, the schedule and where it came from, alternatives."""
-        from attngen.inspect.explain import explain
-        from attngen.language.call import bind
+    def executable(
+        self, keys: KeySet | None, call: Call, given: Mapping[str, Any], preparation: Preparation | None = None
+    ) -> tuple[Executable, Sizes]:
+        """The plans for a call of these sizes, and the sizes. A closed-form mask has one plan for all."""
+        backend = backends.pick(self.backend, call.q.device)
+        sizes = _sizes(call, given)
+        if preparation is not None:  # what is not given now was then
+            now = dict(sizes.given)
+            sizes = replace(sizes, given=tuple(sorted({**dict(preparation.sizes.given), **now}.items())))
+        key = backend if keys is None else (backend, keys, sizes)
+        found = self._executables.get(key)
+        if found is None:
+            found = self._executables[key] = pipeline.bind(self.spec, keys, sizes, self._executor, backend)
+            if len(self._executables) > MOST_EXECUTABLES:
+                self._executables.pop(next(iter(self._executables)), None)
+        return found, sizes
 
-        if self.spec.keys is not None:
-            from attngen.plan.keysets import call
+    def _read(
+        self, keys: KeySet, given: dict[str, Any], q: Any, k: Any, preparation: Preparation | None
+    ) -> dict[str, Any]:
+        """The key set's captures as tensors and numbers; with a preparation only those that every call reads."""
+        if preparation is not None:
+            for name in given:
+                if name in keys.prepared and name not in keys.used and given[name] is not None:
+                    raise InputError(name, "nothing next to a plan, which holds what was made from it", "a value")
+            if not set(given) & set(keys.used):
+                return {}
+        read = family_of(keys).read
+        found = dict(given) if read is None else read(keys, given, q, k)
+        return {name: value for name, value in found.items() if value is not None}
 
-            return call.explain(self, q, k, v, q_offset, captures)
-        return explain(self, bind(self.spec, q, k, v, q_offset=q_offset, captures=captures))
+    def _prepared_call(
+        self, keys: KeySet | None, q: Any, k: Any, v: Any, q_offset: Any, own: dict[str, Any], rest: dict[str, Any]
+    ) -> tuple[Call, dict[str, Any]]:
+        """The call as far as a preparation needs it: captures that only the score reads may be missing."""
+        given = {} if keys is None else self._read(keys, own, q, k, None)
+        named = {name: value for name, value in rest.items() if value is not None}
+        missing = [name for name in (*self.spec.tensors, *self.spec.params) if name not in named]
+        if not missing:
+            return bound(self.spec, keys, q, k, v, q_offset, named, given), given
+        call = bound(Spec(), keys, q, k, v, q_offset, {}, given)
+        tensors = {name: value for name, value in named.items() if name in self.spec.tensors}
+        params = {name: value for name, value in named.items() if name in self.spec.params}
+        return replace(call, spec=self.spec, captures=tensors, params=params), given
+
+    def _walks_tables(self) -> bool:
+        """Whether tiles are found by summaries of captured data."""
+        return self.spec.lists is None and facts(self.spec).walk_keys.needs_tables
+
+    # -- what traced calls go through, with captures as tensors and numbers --------------------------------------------
+
+    def unfolded(self, captures: Mapping[str, Any], q: Any, k: Any, preparation: Preparation | None) -> dict[str, Any]:
+        """The captures of a call as tensors and numbers, and checked by name. InputError."""
+        keys, given, rest = self.split(captures)
+        if preparation is not None and not isinstance(preparation, Preparation):
+            raise InputError("plan", "what attn.plan(...) returns", type(preparation).__name__)
+        given = {} if keys is None else self._read(keys, given, q, k, preparation)
+        for name in (*self.spec.tensors, *self.spec.params):
+            if rest.get(name) is None:
+                text = self.spec.tensors[name].text() if name in self.spec.tensors else f"param {name}"
+                raise InputError(name, text, "nothing", f"pass {name}=... at the call")
+        for name, param in self.spec.params.items():
+            rest[name] = number_of(param, rest[name])
+        for name in self.spec.tensors:
+            if not isinstance(rest[name], torch.Tensor):
+                raise InputError(name, "a torch.Tensor", type(rest[name]).__name__)
+        return {**rest, **given}
+
+    def is_float(self, name: str) -> bool:
+        """Whether a number is a float by declaration."""
+        return name in self.spec.params and self.spec.params[name].number_kind == "float"
+
+    def bound_unfolded(
+        self, q: Any, k: Any, v: Any, q_offset: Any, named: Mapping[str, Any], values: bool = False
+    ) -> tuple[KeySet | None, Call, dict[str, Any]]:
+        """The call's key set, the checked call and the key set's captures, from what `unfolded` made. values: look at the values
+        of indices too. InputError.
+        """
+        own = [name for name in named if name not in self.spec.tensors and name not in self.spec.params]
+        keys = self.spec.keys if self.spec.keys is not None else ragged_of(self.spec, own)
+        given = {name: named[name] for name in own}
+        rest = {name: value for name, value in named.items() if name not in given}
+        return keys, bound(self.spec, keys, q, k, v, q_offset, rest, given, values), given
+
+    def checked_unfolded(
+        self, q: Any, k: Any, v: Any, q_offset: Any, named: Mapping[str, Any], values: bool = True
+    ) -> tuple[Call, dict[str, Any], Executable]:
+        """`checked`, of what `unfolded` made."""
+        keys, call, given = self.bound_unfolded(q, k, v, q_offset, named, values)
+        return call, given, self.executable(keys, call, given)[0]
+
+    # -- looking inside -----------------------------------------------------------------------------------------------
+
+    def attends(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        q_offset: Any = 0,
+        patient: bool = True,
+        **captures: Any,
+    ) -> list[tuple[Attend, Call]]:
+        """The ordinary attentions that such a call is made of, each with the call that it gets: what tuning, `explain` and
+        counting bytes look at. Prepares and moves rows, and runs no attention. patient: whether sizes may depend on values where
+        a call would let them (on a CPU); False plans as on a GPU. InputError.
+        """
+        k, v = self.for_all_batches(q, k, v)
+        call, given, executable = self.checked(q, k, v, q_offset, captures)
+        call.patient = patient
+        call.wants_grad = torch.is_grad_enabled() and any(t.requires_grad for _, t in tensors_of(call, given))
+        return executable.attends(call, given)[0]
+
+    def explain(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        q_offset: Any = 0,
+        png: str | Path | None = None,
+        **captures: Any,
+    ) -> str:
+        """Text: the plan of both directions, and of each attention in it the mask's picture, tile counts, cost bound, the schedule
+        and where it came from, alternatives. png: a file to draw the plan into.
+        """
+        return _above("attngen.inspect.explain").explain(self, q, k, v, q_offset, captures, png)
 
     def source(
         self,
@@ -204,12 +364,26 @@ class CompiledAttention:
         target: str = "sm_90",
     ) -> str:
         """The generated Triton file of a kernel: "forward", or of the backward "delta", "dq", "dkv"."""
-        from attngen.lowering import render
-        from attngen.schedule.choice import complete_for
-
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
-        schedule = complete_for(self.spec, target, head_dim, head_dim_v, dtype, self.pins)
-        known = facts(self.spec)
-        return render(
-            self.spec, known, kernel, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype, schedule=schedule
-        ).text
+        return pipeline.source_of(self.spec, kernel, head_dim, head_dim_v, dtype, target, self.pins).text
+
+
+def _above(module: str) -> Any:
+    """A layer above this one, which plugs in by name: nothing here depends on it, and it loads when it is asked for."""
+    return importlib.import_module(module)
+
+
+def _sizes(call: Call, given: Mapping[str, Any]) -> Sizes:
+    batch, heads, n_q, head_dim = call.q.shape
+    shapes = {name: tuple(value.shape) if isinstance(value, torch.Tensor) else () for name, value in given.items()}
+    return Sizes(
+        int(batch),
+        int(heads),
+        int(call.k.shape[1]),
+        int(n_q),
+        int(call.k.shape[2]),
+        int(head_dim),
+        int(call.v.shape[3]),
+        "tensor" if isinstance(call.q_offset, torch.Tensor) else "int",
+        tuple(sorted(shapes.items())),
+    )

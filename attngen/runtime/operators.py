@@ -1,170 +1,394 @@
-"""attngen as torch operators: what torch.compile, autograd, opcheck and autocast see.
+"""attngen as torch sees it: autograd, torch.func, torch.compile, opcheck, autocast.
 
-Two operators, `attngen::forward` and `attngen::backward`. A spec's captures travel as lists in the order of
-`spec.tensors` and `spec.params`; the compiled attention they belong to is found by its handle, a string that is the same
-in every process.
+In eager mode a call is one `torch.autograd.Function`, or nothing at all where no gradient is asked for. Whoever traces
+(torch.compile, a fake or other tensor subclass, a dispatch mode) sees two operators, `attngen::forward` and
+`attngen::backward`; a call's captures travel as lists, whose names stand in its handle: a string that is the same in every
+process. Both end in the same `Executable`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
+from torch.autograd import forward_ad
 
 from attngen.errors import InputError
-from attngen.language.call import Call, bind, check_offset, number_of
+from attngen.language.call import Call, check_offset
+from attngen.runtime.executable import Executable, tensors_of
+from attngen.runtime.preparation import Preparation
 
-if TYPE_CHECKING:
-    from attngen.runtime.attention import CompiledAttention
-
-_registry: dict[str, CompiledAttention] = {}
+Result = tuple[torch.Tensor, torch.Tensor]
 
 
-def register(handle: str, attention: CompiledAttention) -> None:
+class Attention(Protocol):
+    """What operators ask of a compiled attention (`attngen.runtime.attention.CompiledAttention`)."""
+
+    handle: str
+
+    def cast(self, dtype: torch.dtype, q: Any, k: Any, v: Any, captures: Mapping[str, Any]) -> tuple[Any, ...]: ...
+
+    def checked(
+        self, q: Any, k: Any, v: Any, q_offset: Any, captures: Mapping[str, Any], preparation: Preparation | None
+    ) -> tuple[Call, dict[str, Any], Executable]: ...
+
+    def unfolded(
+        self, captures: Mapping[str, Any], q: Any, k: Any, preparation: Preparation | None
+    ) -> dict[str, Any]: ...
+
+    def bound_unfolded(self, q: Any, k: Any, v: Any, q_offset: Any, named: Mapping[str, Any]) -> Any: ...
+
+    def checked_unfolded(
+        self, q: Any, k: Any, v: Any, q_offset: Any, named: Mapping[str, Any]
+    ) -> tuple[Call, dict[str, Any], Executable]: ...
+
+    def is_float(self, name: str) -> bool: ...
+
+
+_registry: dict[str, Attention] = {}
+
+
+def register(handle: str, attention: Attention) -> None:
     """Make a compiled attention reachable from the operators."""
     _registry[handle] = attention
 
 
-def _call(
-    attention: CompiledAttention,
+def apply(
+    attention: Attention,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    tensors: list[torch.Tensor],
-    ints: list[int],
-    floats: list[float],
-    q_offset: int,
-    q_offsets: torch.Tensor | None,
-    values: bool = False,
-) -> Call:
-    spec = attention.spec
-    captures: dict[str, Any] = dict(zip(spec.tensors, tensors, strict=True))
-    ints_left, floats_left = iter(ints), iter(floats)
-    for name, param in spec.params.items():
-        captures[name] = next(ints_left if param.number_kind == "int" else floats_left)
-    offset = q_offset if q_offsets is None else q_offsets
-    return bind(spec, q, k, v, q_offset=offset, captures=captures, values=values)
+    q_offset: int | torch.Tensor,
+    preparation: Preparation | None,
+    captures: Mapping[str, Any],
+) -> Result:
+    """out and lse of a call. InputError."""
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(value, torch.Tensor):
+            raise InputError(name, "a torch.Tensor", type(value).__name__)
+    kind = q.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        q, k, v, captures = attention.cast(torch.get_autocast_dtype(kind), q, k, v, captures)
+    if torch.compiler.is_compiling() or _traced(q):
+        out, lse = torch.ops.attngen.forward(*arguments(attention, q, k, v, q_offset, preparation, captures))
+        return out, lse
+    call, given, executable = attention.checked(q, k, v, q_offset, captures, preparation)
+    prepared = {} if preparation is None else preparation.values
+    run = _Run(call, given, executable, prepared)
+    if _transformed():
+        out, lse, *_ = _Transformed.apply(run, *run.tensors)
+        return out, lse
+    if run.wants_grad:
+        out, lse = _Attention.apply(run, *run.tensors)
+        return out, lse
+    call.wants_grad = False
+    return executable.forward(call, given, prepared)
 
 
-# Defined on the library, not with custom_op: that imports all of torch._dynamo at the first call (0.6 s) and costs twice
-# as much at every other one.
+def _traced(q: torch.Tensor) -> bool:
+    """Whether somebody watches operators: a tensor subclass, or a dispatch mode."""
+    return type(q) not in (torch.Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _transformed() -> bool:
+    """Whether the call is inside a torch.func transform, or a level of forward-mode AD."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+# -- eager ------------------------------------------------------------------------------------------------------------
+
+
+_ROWS: tuple[str, ...] = ("q", "k", "v")
+_NONE: frozenset[str] = frozenset()
+
+
+class _Run:
+    """One call on its way: what autograd does not need to see."""
+
+    def __init__(self, call: Call, given: Mapping[str, Any], executable: Executable, prepared: Mapping[str, Any]):
+        self.call, self.given, self.executable, self.kept = call, given, executable, prepared
+        if call.captures or given:
+            named = dict(tensors_of(call, given))
+            self.names, self.tensors = tuple(named), tuple(named.values())
+        else:
+            self.names, self.tensors = _ROWS, (call.q, call.k, call.v)
+        self.wanted = _NONE
+        if torch.is_grad_enabled():
+            self.wanted = frozenset([n for n, t in zip(self.names, self.tensors, strict=True) if t.requires_grad])
+
+    @property
+    def wants_grad(self) -> bool:
+        return bool(self.wanted)
+
+    def of(self, tensors: tuple[torch.Tensor, ...]) -> tuple[Call, dict[str, Any]]:
+        """The call with these tensors in the place of its own."""
+        named, call = dict(zip(self.names, tensors, strict=True)), self.call
+        captures = {name: named.get(name, value) for name, value in call.captures.items()}
+        given = {name: named.get(name, value) for name, value in self.given.items()}
+        q, k, v = tensors[:3]
+        return Call(call.spec, q, k, v, captures, call.params, call.q_offset, known=call.known), given
+
+
+class _Attention(torch.autograd.Function):
+    """out and lse from a run and its floating-point tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, run: _Run, *tensors: torch.Tensor) -> Result:  # type: ignore[override]
+        out, lse, run.kept = run.executable.forward_keeping(run.call, run.given, run.kept, run.wanted)
+        ctx.run = run
+        ctx.save_for_backward(*tensors, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        *tensors, out, lse = ctx.saved_tensors
+        do, dlse = (torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, (out, lse), strict=True))
+        needed = tuple(ctx.needs_input_grad[1:])
+        # With create_graph somebody may differentiate once more, and is told that nobody can.
+        derive = _Gradients.apply if torch.is_grad_enabled() or _transformed() else _gradients
+        found = derive(ctx.run, needed, out, lse, do, dlse, *tensors)
+        found = iter(found if isinstance(found, tuple) else (found,))
+        return None, *(next(found) if need else None for need in needed)
+
+
+class _Transformed(torch.autograd.Function):
+    """The same as torch.func wants it, which costs 30 us more."""
+
+    @staticmethod
+    def forward(run: _Run, *tensors: torch.Tensor) -> Result:
+        call, given = run.of(tensors)
+        out, lse, run.kept = run.executable.forward_keeping(call, given, run.kept, run.wanted or frozenset(run.names))
+        return out, lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        run, *tensors = inputs
+        ctx.run = run
+        ctx.save_for_backward(*tensors, *output)
+
+    backward = _Attention.backward
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            "attngen has no forward-mode AD (torch.func.jvp, torch.autograd.forward_ad): use reverse mode, torch.func.vjp "
+            "or backward()"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        raise NotImplementedError(
+            "attngen does not vmap: fold the mapped dimension into the batch of q, k and v (q.flatten(0, 1)), which is what "
+            "vmap would do"
+        )
+
+
+def _gradients(run: _Run, needed: tuple[bool, ...], out: Any, lse: Any, do: Any, dlse: Any, *tensors: Any) -> Any:
+    call, given = run.of(tensors)
+    wanted = [name for name, need in zip(run.names, needed, strict=True) if need]
+    found = run.executable.backward(call, given, run.kept, out, lse, do, dlse, frozenset(wanted))
+    own = dict(zip(run.names, tensors, strict=True))
+    return tuple(_like(found[name], own[name]) for name in wanted)
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients that are needed; none of them has one itself."""
+
+    forward = staticmethod(_gradients)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            "attngen has first derivatives only: do not differentiate through a gradient (create_graph)"
+        )
+
+    jvp = _Transformed.jvp
+    vmap = _Transformed.vmap
+
+
+def _like(gradient: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A gradient in its tensor's shape and dtype."""
+    if gradient.shape != tensor.shape:
+        gradient = gradient.sum_to_size(tensor.shape)
+    return gradient if gradient.dtype == tensor.dtype else gradient.to(tensor.dtype)
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of lse: float32, and float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# -- traced -----------------------------------------------------------------------------------------------------------
+
+# Defined on the library, not with custom_op: that imports all of torch._dynamo at the first call (0.6 s).
 _library = torch.library.Library("attngen", "DEF")
 _COMMON = (
     "Tensor q, Tensor k, Tensor v, Tensor[] tensors, SymInt[] ints, float[] floats, SymInt q_offset, Tensor? q_offsets, "
-    "str handle"
+    "Tensor[] prepared, str handle"
 )
-# `store`: also the weights P, for a backward that shall not compute them again; else that result is empty.
-_library.define(f"forward({_COMMON}, bool store) -> (Tensor, Tensor, Tensor)")
+_library.define(f"forward({_COMMON}) -> (Tensor, Tensor)")
 _library.define(
-    f"backward({_COMMON}, Tensor out, Tensor lse, Tensor weights, Tensor grad_out, Tensor grad_lse, int[] wanted) "
-    "-> Tensor[]"
+    f"backward({_COMMON}, Tensor out, Tensor lse, Tensor grad_out, Tensor grad_lse, int[] wanted) -> Tensor[]"
 )
+
+
+def arguments(
+    attention: Attention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_offset: int | torch.Tensor,
+    preparation: Preparation | None,
+    captures: Mapping[str, Any],
+) -> tuple[Any, ...]:
+    """A call as `attngen::forward` takes it: captures sorted into lists. InputError for unknown or missing names."""
+    named = attention.unfolded(captures, q, k, preparation)
+    tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+    numbers = {name: value for name, value in named.items() if name not in tensors}
+    ints = {n: x for n, x in numbers.items() if isinstance(x, (int, torch.SymInt)) and not attention.is_float(n)}
+    floats = {name: float(value) for name, value in numbers.items() if name not in ints}
+    values = {} if preparation is None else preparation.values
+    per_batch = isinstance(q_offset, torch.Tensor)
+    if not per_batch:
+        q_offset = check_offset(q_offset, q)
+    names = ";".join(",".join(part) for part in (tensors, ints, floats, values))
+    return (
+        q,
+        k,
+        v,
+        list(tensors.values()),
+        list(ints.values()),
+        list(floats.values()),
+        0 if per_batch else q_offset,
+        q_offset if per_batch else None,
+        list(values.values()),
+        f"{attention.handle};{names}",
+    )
+
+
+class _Names:
+    """What a handle says: the attention, and the names of what is in the operator's lists."""
+
+    def __init__(self, handle: str):
+        key, *parts = handle.split(";")
+        self.attention = _registry[key]
+        self.tensors, self.ints, self.floats, self.prepared = ([n for n in part.split(",") if n] for part in parts)
+
+    def check(
+        self, q: Any, k: Any, v: Any, tensors: Any, ints: Any, floats: Any, q_offset: Any, q_offsets: Any
+    ) -> None:
+        """InputError for tensors that do not fit together; nobody looks at values."""
+        offset = q_offset if q_offsets is None else q_offsets
+        self.attention.bound_unfolded(q, k, v, offset, self._named(tensors, ints, floats))
+
+    def call(
+        self, q: Any, k: Any, v: Any, tensors: Any, ints: Any, floats: Any, q_offset: Any, q_offsets: Any, prepared: Any
+    ) -> tuple[Call, dict[str, Any], Executable, dict[str, torch.Tensor]]:
+        """The checked call, its key set's captures, what runs it, and what was prepared."""
+        offset = q_offset if q_offsets is None else q_offsets
+        named = self._named(tensors, ints, floats)
+        call, given, executable = self.attention.checked_unfolded(q, k, v, offset, named)
+        return call, given, executable, dict(zip(self.prepared, prepared, strict=True))
+
+    def _named(self, tensors: Any, ints: Any, floats: Any) -> dict[str, Any]:
+        return dict(zip((*self.tensors, *self.ints, *self.floats), (*tensors, *ints, *floats), strict=True))
 
 
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    tensors: list[torch.Tensor],
-    ints: list[int],
-    floats: list[float],
-    q_offset: int,
-    q_offsets: torch.Tensor | None,
-    handle: str,
-    store: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    attention = _registry[handle]
-    call = _call(attention, q, k, v, tensors, ints, floats, q_offset, q_offsets, values=True)
-    if store:
-        return attention.run_storing(call)
-    return *attention.run_forward(call), q.new_empty(0)
+def forward(q, k, v, tensors, ints, floats, q_offset, q_offsets, prepared, handle):  # type: ignore[no-untyped-def]
+    call, given, executable, values = _Names(handle).call(q, k, v, tensors, ints, floats, q_offset, q_offsets, prepared)
+    return executable.forward(call, given, values)
 
 
 @torch.library.register_fake("attngen::forward", lib=_library)
-def _(q, k, v, tensors, ints, floats, q_offset, q_offsets, handle, store):  # type: ignore[no-untyped-def]
-    call = _call(_registry[handle], q, k, v, tensors, ints, floats, q_offset, q_offsets)
-    out = call.q.new_empty((*call.q.shape[:3], call.v.shape[3]))
-    lse = call.q.new_empty(call.q.shape[:3], dtype=lse_dtype(call.q.dtype))
-    return out, lse, lse.new_empty((*call.q.shape[:3], call.n_k)) if store else q.new_empty(0)
+def _(q, k, v, tensors, ints, floats, q_offset, q_offsets, prepared, handle):  # type: ignore[no-untyped-def]
+    _Names(handle).check(q, k, v, tensors, ints, floats, q_offset, q_offsets)
+    out = q.new_empty((*q.shape[:3], v.shape[3]))
+    return out, q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
 
 
 @torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
-def backward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    tensors: list[torch.Tensor],
-    ints: list[int],
-    floats: list[float],
-    q_offset: int,
-    q_offsets: torch.Tensor | None,
-    handle: str,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    weights: torch.Tensor,
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor,
-    wanted: list[int],
-) -> list[torch.Tensor]:
-    """Gradients of q, k, v, and of the captured tensors whose positions are in `wanted`."""
-    attention = _registry[handle]
-    call = _call(attention, q, k, v, tensors, ints, floats, q_offset, q_offsets)
-    names = [list(attention.spec.tensors)[place] for place in wanted]
-    dq, dk, dv, captured = attention.run_backward(
-        call, out, lse, grad_out, grad_lse, names, weights if weights.dim() == 4 else None
-    )
-    grads = [captured[name].sum_to_size(tensors[place].shape) for name, place in zip(names, wanted, strict=True)]
-    grads = [g.to(tensors[place].dtype) for g, place in zip(grads, wanted, strict=True)]
-    return [dq, dk, dv, *(g.clone() if g._is_view() else g for g in grads)]
+def backward(  # type: ignore[no-untyped-def]
+    q,
+    k,
+    v,
+    tensors,
+    ints,
+    floats,
+    q_offset,
+    q_offsets,
+    prepared,
+    handle,
+    out,
+    lse,
+    grad_out,
+    grad_lse,
+    wanted,
+):
+    """Gradients of q, k, v, and of the tensors whose positions are in `wanted`. What the forward prepared is prepared again
+    unless the caller gave it.
+    """
+    names = _Names(handle)
+    call, given, executable, values = names.call(q, k, v, tensors, ints, floats, q_offset, q_offsets, prepared)
+    own = ["q", "k", "v", *(names.tensors[place] for place in wanted)]
+    found = executable.backward(call, given, values, out, lse, grad_out, grad_lse, frozenset(own))
+    like = [q, k, v, *(tensors[place] for place in wanted)]
+    grads = [_like(found[name], tensor) for name, tensor in zip(own, like, strict=True)]
+    return [g.clone() if g._is_view() else g for g in grads]
 
 
 @torch.library.register_fake("attngen::backward", lib=_library)
-def _(q, k, v, tensors, ints, floats, q_offset, q_offsets, handle, out, lse, weights, grad_out, grad_lse, wanted):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    q,
+    k,
+    v,
+    tensors,
+    ints,
+    floats,
+    q_offset,
+    q_offsets,
+    prepared,
+    handle,
+    out,
+    lse,
+    grad_out,
+    grad_lse,
+    wanted,
+):
     like = [q, k, v, *(tensors[place] for place in wanted)]
     return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like]
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, v, tensors, ints, floats, q_offset, q_offsets, handle, _ = inputs
-    out, lse, weights = output
-    ctx.mark_non_differentiable(weights)
-    ctx.save_for_backward(q, k, v, *tensors, *([] if q_offsets is None else [q_offsets]), out, lse, weights)
-    ctx.tensor_count, ctx.ints, ctx.floats = len(tensors), ints, floats
+    q, k, v, tensors, ints, floats, q_offset, q_offsets, prepared, handle = inputs
+    ctx.save_for_backward(q, k, v, *tensors, *prepared, *([] if q_offsets is None else [q_offsets]), *output)
+    ctx.counts = len(tensors), len(prepared)
+    ctx.ints, ctx.floats = ints, floats
     ctx.q_offset, ctx.has_offsets, ctx.handle = q_offset, q_offsets is not None, handle
 
 
-def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None, _: Any) -> Any:
+def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> Any:
     q, k, v, *rest = ctx.saved_tensors
-    tensors, rest = rest[: ctx.tensor_count], rest[ctx.tensor_count :]
+    many, made = ctx.counts
+    tensors, prepared, rest = rest[:many], rest[many : many + made], rest[many + made :]
     q_offsets = rest.pop(0) if ctx.has_offsets else None
-    out, lse, weights = rest
+    out, lse = rest
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
     wanted = [place for place, t in enumerate(tensors) if ctx.needs_input_grad[3][place] and t.is_floating_point()]
-    dq, dk, dv, *captured = torch.ops.attngen.backward(
-        q,
-        k,
-        v,
-        tensors,
-        ctx.ints,
-        ctx.floats,
-        ctx.q_offset,
-        q_offsets,
-        ctx.handle,
-        out,
-        lse,
-        weights,
-        grad_out,
-        grad_lse,
-        wanted,
-    )
+    common = (q, k, v, tensors, ctx.ints, ctx.floats, ctx.q_offset, q_offsets, prepared, ctx.handle)
+    dq, dk, dv, *captured = torch.ops.attngen.backward(*common, out, lse, grad_out, grad_lse, wanted)
     grads: list[torch.Tensor | None] = [None] * len(tensors)
     for place, grad in zip(wanted, captured, strict=True):
         grads[place] = grad
     # torch takes an empty list for a list of tensors, and wants one back.
     ints, floats = (None if numbers else list[None]() for numbers in (ctx.ints, ctx.floats))
-    return dq, dk, dv, grads, ints, floats, None, None, None, None
+    return dq, dk, dv, grads, ints, floats, None, None, [None] * made, None
 
 
 def _no_second_derivative(ctx: Any, grads: Any) -> Any:
@@ -175,56 +399,3 @@ def _no_second_derivative(ctx: Any, grads: Any) -> Any:
 
 torch.library.register_autograd("attngen::backward", _no_second_derivative, lib=_library)
 torch.library.register_autograd("attngen::forward", _backward, setup_context=_setup_context, lib=_library)
-
-
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of lse: float32, and float64 for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def apply(
-    attention: CompiledAttention,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    captures: dict[str, Any],
-    q_offset: int | torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sort the captures into the operator's lists and call it. InputError for unknown or missing names."""
-    spec = attention.spec
-    for name in captures:
-        if name not in spec.tensors and name not in spec.params:
-            names = ", ".join([*spec.tensors, *spec.params]) or "it has none"
-            raise InputError(name, f"one of this spec's captures ({names})", "an unknown name")
-    for name in [*spec.tensors, *spec.params]:
-        if captures.get(name) is None:
-            text = spec.tensors[name].text() if name in spec.tensors else f"param {name}"
-            raise InputError(name, text, "nothing", f"pass {name}=... at the call")
-    for name, value in [("q", q), ("k", k), ("v", v), *((n, captures[n]) for n in spec.tensors)]:
-        if not isinstance(value, torch.Tensor):
-            raise InputError(name, "a torch.Tensor", type(value).__name__)
-    ints: list[int] = []
-    floats: list[float] = []
-    for name, param in spec.params.items():
-        numbers: list[Any] = ints if param.number_kind == "int" else floats
-        numbers.append(number_of(param, captures[name]))
-    per_batch = isinstance(q_offset, torch.Tensor)
-    if not per_batch:
-        q_offset = check_offset(q_offset, q)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (t.to(dtype) if t.dtype == torch.float32 else t for t in (q, k, v))
-    store = bool(attention.pins.store) and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    out, lse, _ = torch.ops.attngen.forward(
-        q,
-        k,
-        v,
-        [captures[name] for name in spec.tensors],
-        ints,
-        floats,
-        0 if per_batch else q_offset,
-        q_offset if per_batch else None,
-        attention.handle,
-        store,
-    )
-    return out, lse

@@ -16,6 +16,7 @@ from attngen.language.schedule import Schedule, Tile
 from attngen.language.spec import Spec
 from attngen.schedule.completion import complete, complete_on_cpu, fit
 from attngen.schedule.decode import decode_choice
+from attngen.schedule.identities import IDENTITIES, gpu_named
 from attngen.schedule.legality import check, why_not_stored
 from attngen.schedule.target import Target
 from attngen.store import Device, Found, Key, Shape, Versions, bucket, device_of, open_store
@@ -35,23 +36,39 @@ def choose(call: Call, facts: Facts, backend: str, pins: Schedule, db: str | Non
     """A complete schedule for this call on this backend, and in words where it came from."""
     if pins.store and (reason := why_not_stored(call, backend)):
         raise ScheduleError(f"store: expected False {reason}")
-    if backend == "interpret":
+    if backend in ("interpret", "meta"):
         schedule = complete_for(call.spec, "interpreter", call.q.shape[3], call.v.shape[3], call.q.dtype, pins)
         check(call.spec, facts, schedule)
         return fit(schedule, call.spec.lists, pins), "the interpreter's small tiles"
-    tuned, origins = Schedule(), []
-    for direction, record in _records(call, backend, db).items():
-        tuned = tuned.over(Schedule(**record.record.schedule))
-        origins.append(f"{direction}: {record.record.kind} record, {record.how}")
+    tuned, origins = _tuned(call, device_identity(call.q.device), generator_versions(backend), db)
     if backend == "cpu":
         schedule = complete_on_cpu(call, facts, pins, tuned)
     else:
         target, processors = Target.of_device(call.q.device), multiprocessors(call.q.device)
         schedule = on_gpu(call, facts, target, processors, pins, tuned)
+    return schedule, _origin(origins, pins)
+
+
+def choose_elsewhere(call: Call, facts: Facts, target: str, pins: Schedule, db: str | None) -> tuple[Schedule, str]:
+    """The same for a GPU that is not here: its records, measured or modelled, and then the model. InputError for its name."""
+    gpu = gpu_named(target)
+    identity = IDENTITIES[gpu.name]
+    tuned, origins = _tuned(call, identity, generator_versions("triton"), db)
+    return on_gpu(call, facts, Target.named(gpu.target), identity.units, pins, tuned), _origin(origins, pins)
+
+
+def _tuned(call: Call, device: Device, versions: Versions, db: str | None) -> tuple[Schedule, list[str]]:
+    """What records decide, and which they are, in words."""
+    tuned, origins = Schedule(), []
+    for direction, found in _records(call, device, versions, db).items():
+        tuned = tuned.over(Schedule(**found.record.schedule))
+        origins.append(f"{direction}: {found.record.kind} record, {found.how}")
+    return tuned, origins
+
+
+def _origin(origins: list[str], pins: Schedule) -> str:
     origins = origins or ["the model's choice: no tuned record for this spec, dtype, head dims and device"]
-    if pins.decided():
-        origins.insert(0, f"pinned: {pins}")
-    return schedule, "; ".join(origins)
+    return "; ".join([f"pinned: {pins}", *origins] if pins.decided() else origins)
 
 
 def on_gpu(
@@ -80,14 +97,13 @@ def complete_for(
     return complete(spec, Target.named(target), head_dim, head_dim_v, dtype, pins)
 
 
-def _records(call: Call, backend: str, db: str | None) -> dict[str, Found]:
+def _records(call: Call, device: Device, versions: Versions, db: str | None) -> dict[str, Found]:
     """What the database has for this call, by direction; empty if it can't be read (the store warns once)."""
     batch, heads_q, n_q, head_dim = (int(size) for size in call.q.shape)
     if 0 in (batch, heads_q, n_q, call.n_k):
         return {}
     shape = Shape(batch, heads_q, int(call.k.shape[1]), n_q, int(call.n_k), head_dim, int(call.v.shape[3]))
-    device, versions, store = device_identity(call.q.device), generator_versions(backend), open_store(db)
-    found = {}
+    found, store = {}, open_store(db)
     for direction in DIRECTIONS:
         record = store.lookup(Key.of(call.spec.key, direction, str(call.q.dtype), shape, device, versions))
         if record is not None and not why_not_readable(record.record.schedule):

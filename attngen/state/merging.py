@@ -1,21 +1,25 @@
-"""Merge finished attention results of disjoint key sets, differentiably: the one operation behind unions of pieces.
+"""Merge finished attention results of disjoint key sets: the one operation behind unions of pieces.
 
 A result (out, lse) is a softmax state with o / l and m + log l written out (`attngen.state.softmax`). For disjoint sets
 
-    lse = log sum_p exp(lse_p)        out = sum_p exp(lse_p - lse) * out_p
+    lse = log sum_p exp(lse_p)        out = sum_p w_p out_p,  w_p = exp(lse_p - m) / sum exp(lse_p - m),  m = max lse_p
 
-and lse is never detached: each piece's weights then are its share of the global softmax, in the backward too.
+so that weights sum to 1 wherever lse lies: exp(lse_p - lse) would not where lse is large and its last digit coarse.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from attngen.errors import InputError
 
 Result = tuple[torch.Tensor, torch.Tensor]
+RowPart = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # out, lse, and which rows it has (None: all)
+
+CHUNK = 4096  # rows: on a CPU the pages of a large temporary cost more than the sums made in it
 
 
 def merge(*results: Result) -> Result:
@@ -38,86 +42,97 @@ def merge(*results: Result) -> Result:
             raise InputError(f"merge: argument {place}", wanted, f"out {list(out.shape)}, lse {list(lse.shape)}")
     if len(results) == 1:
         return results[0]
-    return merge_rows(results[0], *[(result, None) for result in results[1:]])
+    outs, lses = zip(*results, strict=True)
+    return _Merge.apply(len(outs), *outs, *lses)
 
 
-def merge_rows(base: Result, *pieces: tuple[Result, torch.Tensor | None]) -> Result:
-    """`merge`, where a piece may have a part of the rows: those of `base` [..., N, Dv] whose numbers in all of its rows are
-    in an int64 tensor without repeats, as many as the piece has; None for all.
+def merge_parts(shape: Sequence[int], parts: Sequence[RowPart], sink: torch.Tensor | None = None) -> Result:
+    """The same where a part may have some of the rows: their numbers among the B * H * N rows of `shape` = (B, H, N), int64
+    without repeats, as many as the part has. sink: logits [B, H, N] of one more key of value 0. Not differentiable.
     """
-    outs, lses = zip(base, *(piece for piece, _ in pieces), strict=True)
-    return _Merge.apply(len(outs), *outs, *lses, None, *(rows for _, rows in pieces))
+    rows = shape[0] * shape[1] * shape[2]
+    flat = [(out.reshape(rows if at is None else -1, out.shape[-1]), at) for out, _, at in parts]
+    found = weigh([(lse.reshape(-1), at) for _, lse, at in parts], rows, sink)
+    width, dtype = flat[0][0].shape[1], parts[0][0].dtype
+    merged = torch.zeros((rows, width), dtype=found.lse.dtype, device=found.lse.device)
+    for (out, at), weight in zip(flat, found.parts, strict=True):
+        for part in _chunks(weight):
+            own = out[part] * weight[part].unsqueeze(-1)
+            if at is None:
+                merged[part] += own
+            else:
+                merged.index_add_(0, at.reshape(-1)[part], own)
+    return merged.to(dtype).view(*shape, width), found.lse.view(*shape)
+
+
+class Weighed(NamedTuple):
+    """The weights w_p of the parts, [rows of each]; the sink's [rows]; and lse of the whole [rows]."""
+
+    parts: list[torch.Tensor]
+    sink: torch.Tensor | None
+    lse: torch.Tensor
+
+
+def weigh(
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor | None]], rows: int, sink: torch.Tensor | None = None
+) -> Weighed:
+    """What a merge weighs its parts with: of each its lse [rows] and which rows these are, as in `merge_parts`."""
+    first = parts[0][0]
+    flat = [(lse, None if at is None else at.reshape(-1)) for lse, at in parts]
+    own = None if sink is None else sink.reshape(-1).to(first.dtype)
+    top = torch.full((rows,), -torch.inf, dtype=first.dtype, device=first.device)
+    if own is not None:
+        top = torch.maximum(top, own)
+    for lse, at in flat:
+        if at is None:
+            torch.maximum(top, lse, out=top)
+        else:
+            top.index_copy_(0, at, torch.maximum(top.index_select(0, at), lse))
+    base = torch.where(top == -torch.inf, 0.0, top)  # a row without a key: exp(-inf - 0) is 0
+    sunk = None if own is None else torch.exp(own - base)
+    total = torch.zeros_like(base) if sunk is None else sunk.clone()
+    weights = []
+    for lse, at in flat:
+        weight = torch.exp(lse - (base if at is None else base.index_select(0, at)))
+        weights.append(weight)
+        total = total + weight if at is None else total.index_add(0, at, weight)
+    norm = torch.where(total == 0, 1.0, total)
+    shares = [
+        weight / (norm if at is None else norm.index_select(0, at))
+        for weight, (_, at) in zip(weights, flat, strict=True)
+    ]
+    lse = torch.where(total == 0, -torch.inf, base + torch.log(norm))
+    return Weighed(shares, None if sunk is None else sunk / norm, lse)
 
 
 class _Merge(torch.autograd.Function):
-    """d out_p = w_p * d_out and d lse_p = w_p * (d_lse + d_out . (out_p - out)), with w_p = exp(lse_p - lse).
-
-    On the CPU it goes by chunks of rows: the pages of a large temporary cost more than the sums made in it.
-    """
+    """d out_p = w_p * d_out and d lse_p = w_p * (d_lse + d_out . (out_p - out))."""
 
     @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Any) -> Result:
-        outs, lses, rows = _flat(tensors[:count], tensors[count : 2 * count], tensors[2 * count :])
-        merged = lses[0].clone()
-        for lse, places in zip(lses[1:], rows[1:], strict=True):
-            if places is None:
-                merged = torch.logaddexp(merged, lse)
-            else:
-                merged[places] = torch.logaddexp(merged[places], lse)
-        base = _finite(merged)
-        out = torch.empty(
-            outs[0].shape, dtype=merged.dtype, device=merged.device
-        )  # half types are rounded once, at the end
-        for part in _parts(merged):
-            out[part] = outs[0][part] * torch.exp(lses[0][part] - base[part]).unsqueeze(-1)
-        for piece, lse, places in zip(outs[1:], lses[1:], rows[1:], strict=True):
-            for part in _parts(lse):
-                at = part if places is None else places[part]
-                out[at] += piece[part] * torch.exp(lse[part] - base[at]).unsqueeze(-1)
-        out, merged = out.to(outs[0].dtype).view(tensors[0].shape), merged.view(tensors[count].shape)
+    def forward(ctx: Any, count: int, *tensors: torch.Tensor) -> Result:
+        outs, lses = tensors[:count], tensors[count:]
+        shape = (1, 1, lses[0].numel())
+        out, lse = merge_parts(shape, [(o, l, None) for o, l in zip(outs, lses, strict=True)])
+        out, lse = out.view(outs[0].shape), lse.view(lses[0].shape)
         ctx.count = count
-        ctx.save_for_backward(*tensors, out, merged)
-        return out, merged
+        ctx.save_for_backward(*tensors, out)
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        *tensors, out, merged = ctx.saved_tensors
-        outs, lses, rows = _flat(tensors[: ctx.count], tensors[ctx.count : 2 * ctx.count], tensors[2 * ctx.count :])
-        out, merged, grad_out, grad_lse = (
-            out.view(outs[0].shape),
-            merged.view(-1),
-            grads[0].reshape(outs[0].shape),
-            grads[1].reshape(-1),
-        )
-        base, shared = _finite(merged), torch.empty_like(merged)
-        for part in _parts(merged):
-            shared[part] = grad_lse[part] - (grad_out[part] * out[part]).sum(-1, dtype=merged.dtype)
-        for_outs, for_lses = [torch.empty_like(x) for x in outs], [torch.empty_like(x) for x in lses]
-        for number, (piece, lse, places) in enumerate(zip(outs, lses, rows, strict=True)):
-            for part in _parts(lse):
-                at = part if places is None else places[part]
-                grad, weight = grad_out[at], torch.exp(lse[part] - base[at])
-                for_outs[number][part] = grad * weight.unsqueeze(-1)
-                for_lses[number][part] = weight * (shared[at] + (grad * piece[part]).sum(-1, dtype=merged.dtype))
-        shaped = [grad.view(x.shape) for grad, x in zip((*for_outs, *for_lses), tensors, strict=False)]
-        return None, *shaped, *(None for _ in rows)
+        *tensors, out = ctx.saved_tensors
+        outs, lses = tensors[: ctx.count], tensors[ctx.count :]
+        grad_out, grad_lse = grads
+        real = lses[0].dtype
+        weights = torch.softmax(torch.stack(list(lses)), 0)
+        weights = torch.where(weights.isnan(), 0.0, weights)  # no set has a key
+        shared = grad_lse - (grad_out * out).sum(-1, dtype=real)
+        for_outs = [(grad_out * w.unsqueeze(-1)).to(out.dtype) for w in weights]
+        for_lses = [w * (shared + (grad_out * o).sum(-1, dtype=real)) for w, o in zip(weights, outs, strict=True)]
+        return None, *for_outs, *for_lses
 
 
-CHUNK = 4096  # rows
-
-
-def _flat(outs: Any, lses: Any, rows: Any) -> tuple[list[torch.Tensor], list[torch.Tensor], list[Any]]:
-    return (
-        [x.reshape(-1, x.shape[-1]) for x in outs],
-        [x.reshape(-1) for x in lses],
-        [r if r is None else r.reshape(-1) for r in rows],
-    )
-
-
-def _parts(lse: torch.Tensor) -> list[slice]:
-    size = CHUNK if lse.device.type == "cpu" else max(1, len(lse))
-    return [slice(start, start + size) for start in range(0, len(lse), size)]
-
-
-def _finite(lse: torch.Tensor) -> torch.Tensor:
-    return lse.masked_fill(lse.isneginf(), 0.0)
+def _chunks(rows: torch.Tensor) -> list[slice]:
+    if rows.device.type != "cpu":
+        return [slice(None)]
+    return [slice(at, at + CHUNK) for at in range(0, rows.shape[0], CHUNK)]

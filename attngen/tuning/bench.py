@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -20,11 +18,10 @@ from attngen.runtime.attention import compile as compile_spec
 from attngen.schedule import Schedule
 from attngen.store import Shape
 from attngen.tuning.captures import make_captures
+from attngen.tuning.sizes import offset_of, small_shape
 from attngen.tuning.space import Point
 from attngen.tuning.stopwatch import Candidate, Clock, Stopwatch, stopwatch_for
 
-CHECK_LENGTH = 1000  # the dense check's longest sequence; no multiple of a tile, so that tails are checked too
-CHECK_PAIRS = 32e6  # the dense check's largest matrix, in elements over all heads
 CHECK_ROWS = 16  # rows in each sample at full length
 ROUNDS = (5, 200)
 LATE = 20.0  # times the patience: then even fewer rounds must do
@@ -47,6 +44,9 @@ class Bench:
 
     build: schedule -> attention; given only in tests, otherwise `attngen.compile` for the device.
     point values override `base`, the complete schedule that pins and the model's choice make.
+    whole: the spec is one that users call. Else it is a part of a call (`attngen.tuning.attends`) whose captures fit this size
+    alone; small: the same part of a smaller call, with its captures, to compare with the oracle. At its own size a part is
+    compared with what the untuned schedule gives.
     """
 
     def __init__(
@@ -59,6 +59,8 @@ class Bench:
         *,
         base: Schedule | None = None,
         captures: Mapping[str, Any] | None = None,
+        small: tuple[Shape, Mapping[str, Any]] | None = None,
+        whole: bool = True,
         seed: int = 0,
         build: Build | None = None,
         clock: Clock = time.perf_counter,
@@ -68,10 +70,16 @@ class Bench:
         self.build = build or self._compile
         self.backward = piece == "backward"
         self.inputs = Inputs.make(spec, shape, dtype, self.device, captures, seed, self.backward)
-        small = small_shape(shape)
-        self._checks = [Check.dense(spec, small, dtype, self.device, captures, seed, self.backward)]
-        if small != shape:
+        self._checks: list[Check] = []
+        if whole:
+            small = small_shape(shape), captures or {}
+        if small is not None:
+            given = small[1]
+            self._checks.append(Check.dense(spec, small[0], dtype, self.device, given, seed, self.backward))
+        if whole and small_shape(shape) != shape:
             self._checks.append(Check.rows(spec, self.inputs))
+        elif not whole and (small is None or small[0] != shape):
+            self._checks.append(Check.like(self.build(self.base), self.inputs, self.backward))
         self._ready: dict[str, Attention] = {}
 
     @cached_property
@@ -138,7 +146,7 @@ class Inputs:
         v: torch.Tensor,
         d_out: torch.Tensor,
         captures: dict[str, Any],
-        q_offset: int = 0,
+        q_offset: int | torch.Tensor = 0,
     ):
         self.q, self.k, self.v, self.d_out = q, k, v, d_out
         self.captures, self.q_offset = captures, q_offset
@@ -156,15 +164,17 @@ class Inputs:
     ) -> Inputs:
         generator = torch.Generator(device=device).manual_seed(seed)
 
-        def random(heads: int, length: int, dim: int) -> torch.Tensor:
-            size = (shape.batch, heads, length, dim)
+        def random(*size: int) -> torch.Tensor:
             return torch.randn(size, generator=generator, device=device).to(dtype).requires_grad_(grads)
 
-        q, k = random(shape.heads_q, shape.n_q, shape.head_dim), random(shape.heads_kv, shape.n_k, shape.head_dim)
-        v, d_out = (
-            random(h, n, shape.head_dim_v) for h, n in ((shape.heads_kv, shape.n_k), (shape.heads_q, shape.n_q))
-        )
-        return cls(q, k, v, d_out.detach(), make_captures(spec, shape, device, captures, seed), offset_of(shape))
+        named = make_captures(spec, shape, device, captures, seed)
+        offset = (captures or {}).get("q_offset", offset_of(shape))
+        q, d_out = (random(shape.batch, shape.heads_q, shape.n_q, dim) for dim in (shape.head_dim, shape.head_dim_v))
+        keys = shape.batch, shape.heads_kv, shape.n_k
+        if spec.page_size is not None:
+            keys = int(named["page_table"].max()) + 1, shape.heads_kv, spec.page_size
+        k, v = (random(*keys, dim) for dim in (shape.head_dim, shape.head_dim_v))
+        return cls(q, k, v, d_out.detach(), named, offset.to(device) if isinstance(offset, torch.Tensor) else offset)
 
     def double(self) -> Inputs:
         """The same values in float64, as leaves of their own."""
@@ -176,8 +186,14 @@ class Inputs:
         return [self.q, self.k, self.v]
 
     def run(self, attention: Attention) -> torch.Tensor:
-        extra = {"q_offset": self.q_offset} if self.q_offset else {}
+        moved = isinstance(self.q_offset, torch.Tensor) or self.q_offset != 0
+        extra = {"q_offset": self.q_offset} if moved else {}
         return attention(self.q, self.k, self.v, **extra, **self.captures)
+
+    def single(self) -> Inputs:
+        """The same values in float32, as leaves of their own."""
+        q, k, v = (t.detach().float().requires_grad_(t.requires_grad) for t in (self.q, self.k, self.v))
+        return Inputs(q, k, v, self.d_out.float(), self.captures, self.q_offset)
 
 
 class Check:
@@ -231,6 +247,15 @@ class Check:
                     plains.append(plain(spec, *args, q_offset=first, **captures)[0])
         check.expected = [torch.cat(expected, dim=2)]
         check._allow([torch.cat(plains, dim=2)] if plains else check.expected, dtype)
+        return check
+
+    @classmethod
+    def like(cls, attention: Attention, inputs: Inputs, backward: bool) -> Check:
+        """What a trusted attention gives: of half types in float32, with the rule's allowance over what it loses in them."""
+        check, dtype = cls(inputs, backward), inputs.q.dtype
+        exact = cls(inputs.single(), backward) if _is_half(dtype) else check
+        check.expected = exact._results(attention)
+        check._allow(check._results(attention) if _is_half(dtype) else check.expected, dtype)
         return check
 
     def error(self, attention: Attention) -> float:
@@ -287,20 +312,6 @@ def _difference(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -
 
 def _is_half(dtype: torch.dtype) -> bool:
     return dtype in (torch.float16, torch.bfloat16)
-
-
-def small_shape(shape: Shape) -> Shape:
-    """The same attention at a size whose dense matrix fits anywhere: heads keep their ratio."""
-    group = shape.heads_q // shape.heads_kv
-    batch, kv = min(shape.batch, 2), min(shape.heads_kv, 2)
-    longest = min(CHECK_LENGTH, int(math.sqrt(CHECK_PAIRS / (batch * kv * group))))
-    n_q, n_k = min(shape.n_q, longest), min(shape.n_k, longest)
-    return replace(shape, batch=batch, heads_q=kv * group, heads_kv=kv, n_q=n_q, n_k=n_k)
-
-
-def offset_of(shape: Shape) -> int:
-    """Where the queries of a tuned shape stand: fewer queries than keys are the last ones, as in decoding."""
-    return max(0, shape.n_k - shape.n_q)
 
 
 def _name(point: Point) -> str:

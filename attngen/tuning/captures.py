@@ -74,6 +74,7 @@ def _extent(index: Any, shape: Shape) -> int:
 
 def save_captures(values: dict[str, Any], folder: Path) -> Path:
     """Captures as a JSON index and raw bytes, nothing that would run code when read."""
+    folder.mkdir(parents=True, exist_ok=True)
     index: dict[str, Any] = {}
     for name, value in values.items():
         if not isinstance(value, torch.Tensor):

@@ -10,10 +10,17 @@ from typing import Any
 
 from attngen.analysis import facts
 from attngen.errors import ScheduleError
+from attngen.language.lists import Lists, RowLists, TileLists
 from attngen.language.schedule import PREFIXES, TILE_FIELDS, Schedule, Tile
 from attngen.language.spec import Spec
 from attngen.schedule.decode import DECODE_ROWS
-from attngen.schedule.legality import why_not_packed, why_not_specialised, why_not_split, why_not_targeted
+from attngen.schedule.legality import (
+    why_not_listed,
+    why_not_packed,
+    why_not_specialised,
+    why_not_split,
+    why_not_targeted,
+)
 from attngen.schedule.target import Target
 from attngen.store import Shape, bucket
 
@@ -90,12 +97,14 @@ def gpu_space(
     start: Schedule,
     pins: Schedule | None = None,
     forms: Mapping[str, tuple[Any, ...]] | None = None,
+    lists: Lists | None = None,
 ) -> Space:
     """Tiles, warps and stages of a piece's kernels on a GPU, and the special forms that it can have (`special_forms`).
 
     element: bytes of q's dtype; start: a complete schedule, the model's choice, whose tile is always legal; pins: what the
-    spec has decided, which is not searched. Legality here is arithmetic: registers for the accumulators, shared memory
-    for the stages; what the compiler really uses decides later. Raises ScheduleError when the pins leave nothing legal.
+    spec has decided, which is not searched; lists: the spec's, whose tiles the blocks have to divide.
+    Legality here is arithmetic: registers for the accumulators, shared memory for the stages; what the compiler really uses
+    decides later. Raises ScheduleError when the pins leave nothing legal.
     """
     pinned = pins.decided() if pins is not None else {}
     begin = pins.over(start).decided() if pins is not None else start.decided()
@@ -112,6 +121,7 @@ def gpu_space(
     for prefix in PIECES[piece]:
         for name, values in every.items():
             full = prefix + name
+            values = _dividing(lists, name, values)
             choices[full] = (pinned[full],) if full in pinned else _ordered({*values, begin[full]})
     choices |= special
     chosen = {
@@ -138,8 +148,12 @@ def gpu_space(
     return _checked(Space(choices, {name: begin[name] for name in choices}, illegal), piece)
 
 
-def cpu_space(piece: str, shape: Shape, start: Schedule, pins: Schedule | None = None) -> Space:
-    """The CPU backend's query and key blocks. `start`: the backend's own choice, with the piece's blocks decided."""
+def cpu_space(
+    piece: str, shape: Shape, start: Schedule, pins: Schedule | None = None, lists: Lists | None = None
+) -> Space:
+    """The CPU backend's query and key blocks. `start`: the backend's own choice, with the piece's blocks decided. lists: the
+    spec's; of listed tiles a query tile is a part, chunks of keys are runs of them; listed rows have no tiles, and one choice.
+    """
     pinned = pins.decided() if pins is not None else {}
     begin = pins.over(start).decided() if pins is not None else start.decided()
     every = {"block_m": _blocks(shape.n_q, 32, 2048), "block_n": _blocks(shape.n_k, 64, 4096)}
@@ -148,7 +162,9 @@ def cpu_space(piece: str, shape: Shape, start: Schedule, pins: Schedule | None =
         for name, values in every.items():
             full = prefix + name
             if full in begin:
-                choices[full] = (pinned[full],) if full in pinned else tuple(sorted({*values, begin[full]}))
+                found = _dividing(lists, name, values) if name == "block_m" else values
+                found = () if isinstance(lists, RowLists) else found
+                choices[full] = (pinned[full],) if full in pinned else tuple(sorted({*found, begin[full]}))
     return _checked(Space(choices, {name: begin[name] for name in choices}), piece)
 
 
@@ -156,6 +172,13 @@ def _blocks(length: int, least: int = 16, most: int = 256) -> tuple[int, ...]:
     """Powers of two; a block beyond the whole length only wastes work."""
     top = max(least, min(most, bucket(length)))
     return tuple(size for size in (2**e for e in range(4, 13)) if least <= size <= top)
+
+
+def _dividing(lists: Lists | None, name: str, values: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a block's values those that walk the listed tiles."""
+    if not isinstance(lists, TileLists) or name not in ("block_m", "block_n"):
+        return values
+    return tuple(value for value in values if not why_not_listed(name, value, getattr(lists, name)))
 
 
 def _ordered(values: set[Any]) -> tuple[Any, ...]:

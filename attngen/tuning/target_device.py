@@ -13,24 +13,17 @@ from attngen.analysis import GPUS, Gpu, facts
 from attngen.analysis.cost import visited_pairs
 from attngen.errors import InputError
 from attngen.language.call import Call, bind
+from attngen.language.lists import TileLists
 from attngen.language.spec import Spec
 from attngen.schedule import Schedule, Target
 from attngen.schedule.choice import device_identity, generator_versions, on_gpu
-from attngen.schedule.defaults import default_on_cpu
+from attngen.schedule.completion import complete_on_cpu
+from attngen.schedule.identities import IDENTITIES, gpu_named
 from attngen.store import Device, Shape, Versions
-from attngen.tuning.bench import offset_of
 from attngen.tuning.measure import Worker
 from attngen.tuning.model import GpuModel, Rates, compiled_by
+from attngen.tuning.sizes import offset_of
 from attngen.tuning.space import PIECES, Space, cpu_space, gpu_space, special_forms
-
-# How the GPUs of `GPUS` call themselves: a modelled record must be found on the real one. Driver unknown.
-IDENTITIES = {
-    "H200": Device("NVIDIA H200", 132, 140),
-    "H100": Device("NVIDIA H100 80GB HBM3", 132, 79),
-    "A100": Device("NVIDIA A100-SXM4-80GB", 108, 79),
-    "B200": Device("NVIDIA B200", 148, 178),
-    "MI300X": Device("AMD Instinct MI300X", 304, 192),
-}
 
 
 class Searched(Protocol):
@@ -72,9 +65,11 @@ class TargetDevice:
         if self.target is not None:
             start = on_gpu(call, known, self.target, self.device.units, pins)
             forms = special_forms(job.spec, shape, self.target, job.piece)
-            return gpu_space(job.piece, shape, job.dtype.itemsize, self.target, start, pins, forms), start
-        start = pins.over(default_on_cpu(call, known))
-        return cpu_space(job.piece, shape, start, pins), start
+            return gpu_space(
+                job.piece, shape, job.dtype.itemsize, self.target, start, pins, forms, job.spec.lists
+            ), start
+        start = complete_on_cpu(call, known, pins)
+        return cpu_space(job.piece, shape, start, pins, job.spec.lists), start
 
     def model(self, job: Searched, worker: Worker) -> GpuModel | None:
         """What is known about schedules beforehand; nothing on a CPU, where measuring costs less than a model."""
@@ -99,7 +94,7 @@ def find_target_device(target: str | None, device: torch.device | str | None) ->
     here = _here(device)
     if target is None:
         return here
-    gpu = _named(target)
+    gpu = gpu_named(target)
     if here.gpu is not None and here.exact and here.gpu.name == gpu.name:
         return here
     versions = generator_versions("triton")
@@ -121,21 +116,22 @@ def _here(device: torch.device | str | None) -> TargetDevice:
     return TargetDevice(identity, generator_versions("triton"), "measured", found, target, like, exact=gpu is not None)
 
 
-def _named(target: str) -> Gpu:
-    wanted = target.strip().lower()
-    for gpu in GPUS.values():
-        if wanted in (gpu.name.lower(), IDENTITIES[gpu.name].name.lower(), gpu.target):
-            return gpu
-    names = ", ".join([*GPUS, *dict.fromkeys(gpu.target for gpu in GPUS.values())])
-    raise InputError("target", f"one of {names}", repr(target), "or measure on the device itself, without target=")
-
-
 def _pairs(spec: Spec, shape: Shape, captures: Mapping[str, Any], m: int, n: int) -> float:
     """Pairs of the visited tiles, on average over batch and heads."""
+    if spec.lists is not None:
+        return _listed(spec, captures)
     heads = shape.heads_q if _varies(spec) else 1
     batch = shape.batch if _varies(spec) else 1
-    pairs = visited_pairs(facts(spec), batch, heads, shape.n_q, shape.n_k, m, n, offset_of(shape), captures)
+    offset = captures.get("q_offset", offset_of(shape))
+    pairs = visited_pairs(facts(spec), batch, heads, shape.n_q, shape.n_k, m, n, offset, captures)
     return shape.n_q * shape.n_k if pairs is None else pairs / (batch * heads)
+
+
+def _listed(spec: Spec, captures: Mapping[str, Any]) -> float:
+    """The same of a spec with lists, whatever the tile."""
+    runs, lists = captures["query_runs"], spec.lists
+    each = lists.block_m * lists.block_n if isinstance(lists, TileLists) else 1
+    return float(runs[..., 1:].sum()) * each / (runs.shape[0] * runs.shape[1])
 
 
 def _varies(spec: Spec) -> bool:
@@ -146,9 +142,14 @@ def _varies(spec: Spec) -> bool:
 def _empty_call(spec: Spec, shape: Shape, dtype: torch.dtype, captures: Mapping[str, Any]) -> Call:
     """A call with the right sizes and no values or memory: enough to choose a schedule for."""
 
-    def sized(heads: int, length: int, dim: int) -> torch.Tensor:
-        return torch.empty((), dtype=dtype).expand(shape.batch, heads, length, dim)
+    def sized(*size: int) -> torch.Tensor:
+        return torch.empty((), dtype=dtype).expand(size)
 
-    q = sized(shape.heads_q, shape.n_q, shape.head_dim)
-    k, v = (sized(shape.heads_kv, shape.n_k, dim) for dim in (shape.head_dim, shape.head_dim_v))
-    return bind(spec, q, k, v, q_offset=offset_of(shape), captures=captures)
+    q = sized(shape.batch, shape.heads_q, shape.n_q, shape.head_dim)
+    keys = shape.batch, shape.heads_kv, shape.n_k
+    if spec.page_size is not None:
+        keys = int(captures["page_table"].max()) + 1, shape.heads_kv, spec.page_size
+    k, v = (sized(*keys, dim) for dim in (shape.head_dim, shape.head_dim_v))
+    named = {name: value for name, value in captures.items() if name != "q_offset"}
+    offset = captures.get("q_offset", offset_of(shape))
+    return bind(spec, q, k, v, q_offset=offset, captures=named, values=False)

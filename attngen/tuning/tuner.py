@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from attngen.errors import AttngenWarning, InputError, StoreError
 from attngen.language.spec import Spec
 from attngen.schedule import Schedule
 from attngen.store import Found, Key, Record, Shape, Store, cache_folder, open_store, utc_now
+from attngen.tuning.attends import Part, check_names, parts_of
 from attngen.tuning.captures import make_captures, save_captures
 from attngen.tuning.measure import Measurer, Worker, WorkerMeasurer
 from attngen.tuning.model import ModelMeasurer
@@ -34,9 +36,12 @@ Shapes = Iterable[Shape | str | Mapping[str, int] | Sequence[Any]]
 
 @dataclass(frozen=True)
 class Tuned:
-    """What became of one shape and piece. record: the best schedule, now in the database, or None if nothing worked;
-    start: the untuned schedule's time in the same final race, if it ran."""
+    """What became of one attention and direction. part: its step in the plan, "" for a plain call. record: the best
+    schedule, now in the database, or None if nothing worked; start: the untuned schedule's time in the same final race, if it
+    ran.
+    """
 
+    part: str
     piece: str
     shape: Shape
     record: Record | None
@@ -49,7 +54,8 @@ class Tuned:
         counts = f"{progress.done} trials, {progress.failed} failed, {progress.pruned} pruned by the model"
         if progress.resumed:
             counts = f"resumed at {progress.resumed}; " + counts
-        lines = [f"{self.piece} {self.shape}: {counts}; {self.seconds:.1f} s, ended by {_ENDED[self.result.ended]}"]
+        name = f"{self.part}, {self.piece}" if self.part else self.piece
+        lines = [f"{name} {self.shape}: {counts}; {self.seconds:.1f} s, ended by {_ENDED[self.result.ended]}"]
         if self.record is None:
             reasons = {tried.outcome.reason for tried in self.result.failures}
             lines.append("  no schedule worked" + "".join(f"\n  - {reason}" for reason in sorted(reasons)[:5]))
@@ -124,7 +130,13 @@ def tune(
         postgresql://...; with one URL, the same command on many machines is one search.
     target: a GPU to model when it is not here ("H200", "sm_90"); records then say modelled. device: where to measure.
     timeout: seconds for the whole call. candidate_timeout: seconds for one candidate, then it counts as failed.
-    captures: values for the spec's tensors and params; others are made up (see `make_captures`).
+    captures: values for the spec's tensors and params, its key set's (layout=, keep_q=, seed=, page_table=, ...), and lengths
+        (k_len=, cu_q=, cu_k=); except for lengths what is not given is made up, by the rules of `make_captures` and
+        `attngen.reference.samples`, and the report names it.
+
+    A call with a key set, ragged lengths or pages is made of several attentions: each is searched at the sizes and with the
+    captures that it really gets, and its record is found by every call that has it. Equal ones are searched once.
+
     tighten: search near the best when suggesting takes longer than measuring. patience: seconds of each race.
 
     Ctrl-C ends the call early: what was learned is kept and reported. Raises InputError, ScheduleError, StoreError.
@@ -137,15 +149,28 @@ def tune(
     store = open_store(db)
     deadline = time.monotonic() + timeout if timeout is not None else float("inf")
     results: list[Tuned] = []
-    interrupted = False
+    interrupted, made_up = False, list[str]()
     for shape in sizes:
-        for piece in pieces:
+        parts, words = parts_of(
+            spec,
+            shape,
+            dtype,
+            captures or {},
+            device=target_device.torch_device or torch.device("cpu"),
+            patient=target_device.target is None,
+            backward="backward" in pieces,
+            seed=seed,
+        )
+        made_up += [word for word in words if word not in made_up]
+        for part, piece in product(parts, pieces):
             if interrupted or (results and time.monotonic() >= deadline):
                 break
-            job = Job(spec, piece, shape, dtype, target_device, captures or {}, seed, candidate_timeout)
+            if piece == "backward" and part.spec.page_size is not None:  # pages are for inference
+                continue
+            job = Job(part, piece, dtype, target_device, seed, candidate_timeout)
             if not job.has_choices():
                 continue
-            with shown(f"{piece} {shape}", progress) as watch:
+            with shown(" ".join(filter(None, [part.name, piece, str(part.shape)])), progress) as watch:
                 tuned = _tune_one(
                     job,
                     store,
@@ -158,22 +183,28 @@ def tune(
                 )
             results.append(tuned)
             interrupted = tuned.result.ended == "interrupted"
-    made_up = tuple(name for name in (*spec.params, *spec.tensors) if name not in (captures or {}))
-    return TuneReport(tuple(results), target_device.device.name, target_device.kind, store.path, interrupted, made_up)
+    device_name, kind = target_device.device.name, target_device.kind
+    return TuneReport(tuple(results), device_name, kind, store.path, interrupted, tuple(made_up))
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One search: what, at which shape, where."""
+    """One search: what, in which direction, where."""
 
-    spec: Spec
+    part: Part
     piece: str
-    shape: Shape
     dtype: torch.dtype
     target_device: TargetDevice
-    captures: Mapping[str, Any]
     seed: int
     limit: float
+
+    @property
+    def spec(self) -> Spec:
+        return self.part.spec
+
+    @property
+    def shape(self) -> Shape:
+        return self.part.shape
 
     @property
     def key(self) -> Key:
@@ -182,8 +213,8 @@ class Job:
 
     @cached_property
     def values(self) -> dict[str, Any]:
-        """The captures, made up where not given, on the CPU."""
-        return make_captures(self.spec, self.shape, "cpu", self.captures, self.seed)
+        """The captures, made up where not given, on the CPU; of a part its q_offset too."""
+        return self.part.captures | make_captures(self.spec, self.shape, "cpu", self.part.captures, self.seed)
 
     @cached_property
     def space(self) -> tuple[Space, Schedule]:
@@ -207,6 +238,9 @@ class Job:
     def request(self, base: Schedule, folder: Path) -> dict[str, Any]:
         """The worker's first request."""
         where, target = self.target_device.torch_device, self.target_device.target
+        small = self.part.small
+        captures = self.part.captures
+        wide = [n for n, x in captures.items() if isinstance(x, torch.Tensor) and x.dtype == torch.int64]
         return {
             "op": "job",
             "spec": self.spec.text,
@@ -218,7 +252,11 @@ class Job:
             "base": base.decided(),
             "seed": self.seed,
             "threads": torch.get_num_threads(),
-            "captures": str(save_captures(dict(self.captures), folder)) if self.captures else None,
+            "captures": str(save_captures(captures, folder / "whole")) if captures else None,
+            "whole": self.part.whole,
+            "wide": [name for name in wide if name in self.spec.tensors],
+            "small": small
+            and {"shape": str(small.shape), "captures": str(save_captures(small.captures, folder / "small"))},
         }
 
 
@@ -242,7 +280,7 @@ def _tune_one(
         finished = count(study.history())
         if finished.done >= trials:  # all is known: the same command again costs nothing
             finished.trials, finished.resumed = trials, finished.done
-            return Tuned(job.piece, job.shape, today, None, Result(None, (), finished, "trials"), 0.0)
+            return Tuned(job.part.name, job.piece, job.shape, today, None, Result(None, (), finished, "trials"), 0.0)
     incumbent = _point(today, space)
     folder = Path(tempfile.mkdtemp(prefix="attngen-tune-"))
     worker = Worker(job.request(base, folder), job.limit)
@@ -275,7 +313,7 @@ def _tune_one(
         shutil.rmtree(folder, ignore_errors=True)
     record = _settle(store, job, result, saved)
     untuned = next((t.outcome.seconds for t in result.final if t.point == space.start and t.outcome.ok), None)
-    return Tuned(job.piece, job.shape, record, untuned, result, time.monotonic() - started)
+    return Tuned(job.part.name, job.piece, job.shape, record, untuned, result, time.monotonic() - started)
 
 
 def _keep(store: Store, job: Job, saved: list[Record], best: Tried) -> None:
@@ -362,7 +400,4 @@ def _check_arguments(
     for piece in pieces:
         if piece not in PIECES:
             raise InputError("pieces", f"some of {', '.join(PIECES)}", repr(piece))
-    for name in captures or {}:
-        if name not in spec.params and name not in spec.tensors:
-            known = ", ".join([*spec.params, *spec.tensors]) or "it has none"
-            raise InputError(name, f"one of this spec's captures ({known})", "an unknown name")
+    check_names(spec, captures or {})

@@ -87,13 +87,15 @@ class Handlers:
         if request.get("threads"):
             torch.set_num_threads(request["threads"])
         self.job, self.bench = request, None
+        if not request.get("whole", True):  # a part's indices are the key set's own
+            os.environ["ATTNGEN_CHECK"] = "0"
         if request["device"] is not None:
             self._bench()
         return {}
 
     def _bench(self) -> Bench:
         if self.bench is None:
-            job = self.job
+            job, small = self.job, self.job.get("small")
             self.bench = Bench(
                 Spec.from_text(job["spec"]),
                 Shape.of(job["shape"]),
@@ -102,6 +104,8 @@ class Handlers:
                 job["piece"],
                 base=Schedule(**job["base"]),
                 captures=load_captures(Path(job["captures"])) if job.get("captures") else None,
+                small=(Shape.of(small["shape"]), load_captures(Path(small["captures"]))) if small else None,
+                whole=job.get("whole", True),
                 seed=job.get("seed", 0),
             )
         return self.bench
@@ -116,6 +120,7 @@ class Handlers:
             head_dim_v=shape.head_dim_v,
             passes=("forward",) if job["piece"] == "forward" else ("dq", "dkv"),
             schedule=Schedule(**point).over(Schedule(**job["base"])),
+            wide=job.get("wide", ()),
         )
         fields = ("name", "registers", "spills", "shared")
         return [{field: getattr(kernel, field) for field in fields} for kernel in kernels]

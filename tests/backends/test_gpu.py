@@ -577,7 +577,7 @@ def test_the_tuner_and_its_records(ordinary: Place, tmp_path: Path):
         )
     q, k, v = (torch.randn(1, 4, n, 64, device=ordinary.device, dtype=dtype) for _ in "qkv")
     attn = ag.compile(spec, db=database)
-    stages = attn.specialise(bind(spec, q, k, v, captures={}))
+    stages = attn.specialiser.of(bind(spec, q, k, v, captures={}))
     assert "measured record" in stages.origin
     tuned = next(r for r in report.records if r.key.piece == "forward").schedule
     assert {name: stages.schedule.decided()[name] for name in tuned} == tuned

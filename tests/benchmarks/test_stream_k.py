@@ -90,7 +90,7 @@ def test_each_row_has_the_split_of_its_name_on_a_gpu(case: Case, monkeypatch: py
     )
     length = torch.empty(len(case.lengths), dtype=torch.int32, device="meta")
     call = bind(SPEC, q, k, v, captures={"length": length})
-    splits = {name: pinned(split).specialise(call).schedule.split for name, split in schedules(case).items()}
+    splits = {name: pinned(split).specialiser.of(call).schedule.split for name, split in schedules(case).items()}
     assert splits == schedules(case)
     assert splits["no split"] == 1 and splits["stream-K"] == "stream" and splits["split-K, 16"] == 16
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import attngen as ag
 from attngen.distributed import nn
-from attngen.runtime.attention import CompiledAttention
+from attngen.runtime.executor import Executor
 
 CAUSAL = ag.Spec(mask=ag.causal() & ag.window(200), score=ag.alibi())
 
@@ -96,8 +96,13 @@ def test_peak_memory_does_not_grow_with_the_feed_forward() -> None:
 
 def test_a_checkpoint_does_not_run_attention_again(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
-    forward = CompiledAttention.run_forward
-    monkeypatch.setattr(CompiledAttention, "run_forward", lambda self, call: runs.append(1) or forward(self, call))
+    run = Executor.run
+
+    def counted(self: Any, plan: Any, *args: Any, **more: Any) -> None:
+        runs.extend(1 for step in plan.attends if step.direction == "forward")
+        run(self, plan, *args, **more)
+
+    monkeypatch.setattr(Executor, "run", counted)
     plain, x = block(None, spec=ag.Spec(mask=ag.causal())), torch.randn(2, 40, 32)
     want = gradients(plain, x)
     assert len(runs) == 1

@@ -53,7 +53,7 @@ FILES: dict[str, tuple[str, str, int, int, torch.dtype, dict[str, Any]]] = {
     "documents_soft_cap_dkv": ("documents_soft_cap", "dkv", 80, 192, torch.float16, {}),
     "alibi_dropout_forward": ("alibi_dropout", "forward", 64, 64, torch.float32, {"offset_tensor": True}),
     "alibi_dropout_dkv": ("alibi_dropout", "dkv", 64, 64, torch.float32, {"offset_tensor": True}),
-    "alibi_dropout_delta": ("alibi_dropout", "delta", 64, 64, torch.bfloat16, {}),
+    "alibi_dropout_excess": ("alibi_dropout", "excess", 64, 64, torch.bfloat16, {}),
     "alibi_dropout_capture": ("alibi_dropout", "capture", 64, 64, torch.bfloat16, {}),
     "global_bias_sink_forward": ("global_bias_sink", "forward", 40, 24, torch.float16, {"aligned": False}),
     "global_bias_sink_dkv": ("global_bias_sink", "dkv", 40, 24, torch.float16, {"aligned": False}),

@@ -1,35 +1,85 @@
-"""Plans: launches in an order that respects their buffers, each buffer kept as long as it is read."""
+"""Plans: steps in an order that respects their buffers, each buffer kept as long as it is read."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import networkx
+import pytest
+import torch
 
 import attngen as ag
 from attngen.analysis import facts
-from attngen.plan.plan import Plan, Step, backward_plan, forward_plan
+from attngen.plan.backward import backward_plan, saved_by
+from attngen.plan.forward import forward_plan
+from attngen.plan.launches import backward_launches
+from attngen.plan.plan import Plan, Sizes
+from attngen.plan.steps import Step
+from tests.keys_work import CASES, case
+
+SIZES = Sizes(1, 4, 2, 96, 96, 16, 16)
+KINDS = {"Prepare", "Take", "Attend", "Merge", "Put", "CaptureGradient"}
 
 
-def test_forward_and_backward_of_documents():
+def names(plan: Plan) -> list[str]:
+    return [step.name for step in plan.steps]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_forward_and_backward_of_documents(backend: str):
     spec = ag.Spec(mask=ag.documents() & ag.causal(), score=ag.alibi())
-    known = facts(spec)
-    assert [s.name for s in forward_plan(spec, known).steps] == ["tables of forward", "forward"]
-    plan = backward_plan(spec, known, ["slope"])
-    names = [s.name for s in plan.steps]
-    assert names.index("delta") < names.index("dq") < names.index("gradient of slope")
-    assert plan.results == ("dq", "dk", "dv", "d slope")
-    assert plan.released[names[-1]] and "delta" in plan.released[names[-1]]
-    assert networkx.is_directed_acyclic_graph(plan.graph)
-    assert plan.graph.edges["delta", "dq"]["buffer"] == "delta"
+    forward = forward_plan(spec, None, SIZES, backend)
+    assert names(forward) == ["tables of attention (forward)", "attention"]
+    backward = backward_plan(forward, frozenset({"q", "k", "v", "slope"}), backend)
+    found = names(backward)
+    assert found.index("delta") < found.index("attention, backward")
+    assert [name for name in found if name.startswith("tables")] == [
+        f"tables of attention ({kernel})" for kernel in (("dq",) if backend == "cpu" else ("dq", "dkv"))
+    ]
+    assert backward.results == ("d k", "d q", "d slope", "d v")
+    assert "delta" in backward.released["attention, backward"]
+    assert networkx.is_directed_acyclic_graph(backward.graph)
+    assert backward.graph.get_edge_data("delta", "attention, backward")[0]["buffer"] == "delta"
+    assert backward_launches(facts(spec), ["slope"]) == ("excess", "dq", "dkv", "gradient of slope")
 
 
 def test_closed_forms_need_no_tables():
     spec = ag.Spec(mask=ag.causal() & ag.window(ag.Param("w")))
-    assert [s.kind for s in forward_plan(spec, facts(spec)).steps] == ["kernel"]
+    plan = forward_plan(spec, None, SIZES, "triton")
+    assert names(plan) == ["attention"] and plan.preparation == () and plan.inputs == ("q", "k", "v")
 
 
 def test_steps_are_sorted_and_results_are_kept():
-    late = Step("late", "kernel", ("x",), ("y",))
-    early = Step("early", "kernel", ("input",), ("x",))
-    plan = Plan.ordered([late, early], ["y"])
-    assert [s.name for s in plan.steps] == ["early", "late"]
+    late = Step("late", ("x",), ("y",))
+    early = Step("early", ("input",), ("x",))
+    idle = Step("idle", ("input",), ("nobody reads it",))
+    plan = Plan.ordered(ag.Spec(), None, [late, early, idle], ["y"])
+    assert names(plan) == ["early", "late"]
     assert plan.released == {"early": (), "late": ("x",)}
+    with pytest.raises(ValueError, match="two steps of one name"):
+        Plan.ordered(ag.Spec(), None, [early, early, late], ["y"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_key_set_is_a_plan_of_six_kinds_of_step(name: str):
+    """Forward and backward: buffers are written before they are read, and released after; the text names every step."""
+    size = (1, 2, 2, 96, 96, 0)
+    keys, captures = case(name, size)
+    q, k, v = (torch.randn(1, heads, 96, 16).requires_grad_() for heads in (4, 2, 2))
+    attn = ag.compile(ag.Spec(keys=keys))
+    call, given, executable = attn.checked(q, k, v, 0, captures)
+    forward = executable.forward_plan
+    backward = executable.backward_plan(frozenset({"q", "k", "v"}))
+    saved = saved_by(forward, backward)
+    there = {"q", "k", "v", *call.captures, *given}
+    for plan, inputs in ((forward, there), (backward, {*there, *saved, *forward.prepared, "out", "lse", "do", "dlse"})):
+        assert {step.kind for step in plan.steps} <= KINDS
+        assert networkx.is_directed_acyclic_graph(plan.graph)
+        alive: set[Any] = {*inputs}
+        for step in plan.steps:
+            assert {*step.reads} <= alive, step
+            alive |= {*step.writes}
+            alive -= {*plan.released[step.name]} - {*plan.results}
+        assert {*plan.results} <= alive
+        assert all(step.name in str(plan) for step in plan.steps)
+    assert forward.attends and len(backward.attends) == len(forward.attends)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import attngen as ag
+from attngen.runtime import operators
 
 SPEC = ag.Spec(mask=ag.causal() & ag.window(ag.Param("width")), score=ag.alibi(), sink=ag.sink())
 
@@ -27,8 +28,7 @@ def inputs(grad: bool = False, n: int = 40):
 def test_opcheck(backend: str):
     attn = ag.compile(SPEC, backend=backend)
     (q, k, v), captures = inputs(grad=True, n=17)
-    arguments = (q, k, v, [captures["sink"], captures["slope"]], [9], [], 0, None, attn.handle, False)
-    torch.library.opcheck(torch.ops.attngen.forward, arguments)
+    torch.library.opcheck(torch.ops.attngen.forward, operators.arguments(attn, q, k, v, 0, None, captures))
 
 
 def test_no_graph_break_and_equal_results():

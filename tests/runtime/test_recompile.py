@@ -49,7 +49,8 @@ def launch(
     call = bind(spec, q, k, v, q_offset=q_offset, captures=captures)
     schedule = complete_for(spec, "sm_90", 64, 64, q.dtype, ag.Schedule())
     out, lse = gpu.forward(call, facts(spec), schedule)
-    gpu.backward(call, facts(spec), schedule, out, lse, out, lse, [n for n in captures if n == "slope"])
+    delta = gpu.delta(out, out, lse)
+    gpu.backward(call, facts(spec), schedule, lse, delta, out, [n for n in captures if n == "slope"])
 
 
 def test_params_lengths_batches_and_heads_compile_nothing(compiled: set[Any]):
@@ -58,7 +59,7 @@ def test_params_lengths_batches_and_heads_compile_nothing(compiled: set[Any]):
     )
     launch(spec, 2, 200, 200, width=7, cap=3.0, slope=torch.zeros(4))
     first = set(compiled)
-    assert {key[0] for key in first} and len(first) == 5  # forward, delta, dq, dkv, the gradient of slope
+    assert {key[0] for key in first} and len(first) == 6  # forward, delta, excess, dq, dkv, the gradient of slope
     for width in (1, 16, 100, 1024):
         launch(spec, 2, 200, 200, width=width, cap=width / 7, slope=torch.zeros(4))
     for n, n_k in ((1, 256), (129, 130), (250, 16), (256, 256)):

@@ -25,11 +25,13 @@ from attngen.language.spec import Spec
 from attngen.reference.oracle import oracle
 from attngen.schedule import Schedule, Target, choice
 from attngen.store import Shape, Store
-from attngen.tuning.bench import Bench, Check, Inputs, WrongResult, offset_of, plain, small_shape
+from attngen.tuning.attends import Part
+from attngen.tuning.bench import Bench, Check, Inputs, WrongResult, plain
 from attngen.tuning.captures import load_captures, make_captures, save_captures
 from attngen.tuning.measure import Outcome, Worker, WorkerDied, WorkerMeasurer, summarise
 from attngen.tuning.model import GpuModel, ModelMeasurer, Rates, Resources, Uncompilable
 from attngen.tuning.search import Search
+from attngen.tuning.sizes import offset_of, small_shape
 from attngen.tuning.space import Space, cpu_space, gpu_space
 from attngen.tuning.stopwatch import DeviceStopwatch
 from attngen.tuning.target_device import _empty_call, find_target_device
@@ -294,7 +296,7 @@ def test_the_untuned_schedule_is_what_a_call_uses(mask, head_dim, pins, dtype, m
     monkeypatch.setattr(choice, "_records", lambda *given: {})
     spec = Spec(mask=MASKS[mask], tensors=TENSORS.get(mask, ()), schedule=pins)
     shape = replace(DECODING, head_dim=head_dim, head_dim_v=head_dim)
-    job = Job(spec, "forward", shape, dtype, find_target_device("H200", None), {}, 0, 1.0)
+    job = Job(Part("", spec, shape, {}), "forward", dtype, find_target_device("H200", None), 0, 1.0)
     call = _empty_call(spec, shape, dtype, job.values)
     used, _ = choice.choose(call, facts(spec), "triton", pins or Schedule(), None)
     if (mask, pins, dtype) == ("full", None, torch.bfloat16):
@@ -468,7 +470,7 @@ def test_the_check_tells_right_from_wrong(piece, dtype):
 
 
 def test_rows_at_full_length_are_checked_too(monkeypatch):
-    monkeypatch.setattr("attngen.tuning.bench.CHECK_LENGTH", 150)
+    monkeypatch.setattr("attngen.tuning.sizes.CHECK_LENGTH", 150)
     shape = replace(SHAPE, n_q=300, n_k=300)
 
     def wrong_when_long(schedule):

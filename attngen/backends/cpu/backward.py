@@ -15,28 +15,27 @@ from attngen.backends.cpu.products import add_products, exponential, product, ro
 from attngen.backends.cpu.scopes import positions
 from attngen.backends.cpu.weights import Normalisers
 from attngen.backends.cpu.work import Unit, Work
-from attngen.backends.memory import empty
 from attngen.language.expression import evaluate
+from attngen.plan.memory import empty
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 
 def differentiate(
     work: Work,
-    out: torch.Tensor,
     norms: Normalisers | None,
     weights: torch.Tensor | None,
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor,
+    delta: torch.Tensor,
+    do: torch.Tensor,
     wanted: list[str],
 ) -> Gradients:
     """dq, dk, dv and the gradients of the wanted captures; sums are made in a fixed order. Either `norms` or `weights`,
-    the stored P [B, Hq, Nq, Nk]; both with a sink.
+    the stored P [B, Hq, Nq, Nk]; both with a sink. delta [B, Hq, Nq], do [B, Hq, Nq, Dv].
     """
     call, real, jobs = work.call, work.real, work.jobs()
     pairs = work.k.shape[0] * work.k.shape[1]
-    delta = _delta(work, out, grad_out).sub_(grad_lse.to(real))
-    given = _Given(grad_out, delta, norms, weights)
+    delta = delta.to(real)
+    given = _Given(do, delta, norms, weights)
     dq, dk, dv = (empty(t.shape, t.dtype) for t in (call.q, call.k, call.v))
     # Else jobs sum the same pairs' gradients, each its own tiles'.
     alone = all(own != jobs[0][0] for own, _ in jobs[1:])
@@ -74,23 +73,10 @@ def differentiate(
     return dq, dk, dv, gradients
 
 
-def _delta(work: Work, out: torch.Tensor, grad_out: torch.Tensor) -> torch.Tensor:
-    """rowsum(dO * out) [B, Hq, Nq]."""
-    delta, real = torch.empty(out.shape[:3], dtype=work.real), work.real
-    if delta.shape[2] <= 1024:
-        return torch.sum(grad_out.to(real) * out.to(real), -1, out=delta)
-    # In parts that stay in the cache: the pages of a large temporary cost more than the sums.
-    for b in range(out.shape[0]):
-        for h in range(out.shape[1]):
-            for rows in zip(*(t.split(1024) for t in (grad_out[b, h], out[b, h], delta[b, h])), strict=True):
-                torch.sum(rows[0].to(real) * rows[1].to(real), -1, out=rows[2])
-    return delta
-
-
 class _Given(NamedTuple):
     """do [B, Hq, Nq, Dv]; delta [B, Hq, Nq]; how P is normalised; P [B, Hq, Nq, Nk] where it was stored."""
 
-    grad_out: torch.Tensor
+    do: torch.Tensor
     delta: torch.Tensor
     norms: Normalisers | None
     weights: torch.Tensor | None
@@ -126,7 +112,7 @@ def _differentiate_units(work: Work, units: list[Unit], given: _Given, sums: _Su
     factor, places = work.scale * work.base, [unit.place for unit in units]
     if given.weights is not None:
         kernels().differentiate_stored(
-            work.q, given.grad_out, work.k, work.v, places, factor, work.scale, given.delta, given.weights,
+            work.q, given.do, work.k, work.v, places, factor, work.scale, given.delta, given.weights,
             chunks.start, chunks.stop, chunks.bundle, sums.dk, sums.dv, sums.dq,
         )  # fmt: skip
         return
@@ -136,7 +122,7 @@ def _differentiate_units(work: Work, units: list[Unit], given: _Given, sums: _Su
             _differentiate_unit(work, unit, given, given.norms, sums)
         return
     kernels().differentiate(
-        work.q, given.grad_out, work.k, work.v, places, factor, work.log_base, work.scale, given.delta,
+        work.q, given.do, work.k, work.v, places, factor, work.log_base, work.scale, given.delta,
         given.norms.top, given.norms.share, chunks.start, chunks.stop, chunks.bundle, caps, chunks.owner, chunks.low,
         chunks.high, sums.dk, sums.dv, sums.dq,
     )  # fmt: skip
@@ -144,7 +130,7 @@ def _differentiate_units(work: Work, units: list[Unit], given: _Given, sums: _Su
 
 def _differentiate_unit(work: Work, unit: Unit, given: _Given, norms: Normalisers, sums: _Sums) -> None:
     chunks, at = unit.chunks, unit.at
-    q, do = rows_of(work.q[at], work.scale * work.base, work.like), rows_of(given.grad_out[at], 1.0, work.like)
+    q, do = rows_of(work.q[at], work.scale * work.base, work.like), rows_of(given.do[at], 1.0, work.like)
     q_t, do_t = q.t().contiguous(), do.t().contiguous()
     delta, top = given.delta[at].reshape(-1, 1), norms.top[at].reshape(-1, 1)
     dq = torch.zeros_like(q)

@@ -90,7 +90,7 @@ def attend(call: Call, facts: Facts) -> Result | None:
 
 
 def differentiate(
-    call: Call, facts: Facts, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor
+    call: Call, facts: Facts, lse: torch.Tensor, delta: torch.Tensor, do: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """dq, dk, dv; None where `attend` would give None, or where P needs more than lse (see `weights`)."""
     keys = Keys(call, facts, call.q.shape[2], call.n_k)
@@ -98,9 +98,8 @@ def differentiate(
         return None
     real, batch, env, scale = real_of(call), call.q.shape[0], environment(call, real_of(call)), _scale(call)
     folded = batch, call.k.shape[1], call.group * call.q.shape[2]
-    q, do, out = (x.to(real).reshape(*folded, -1) for x in (call.q, grad_out, out))
-    delta = (do * out).sum(-1, keepdim=True).sub_(grad_lse.to(real).reshape(*folded, 1))
-    lse, q = lse.reshape(*folded, 1), q * scale
+    q, do = (x.to(real).reshape(*folded, -1) for x in (call.q, do))
+    lse, delta, q = lse.reshape(*folded, 1), delta.reshape(*folded, 1), q * scale
     found, offsets, apart = [], offsets_of(call), keys.by_batch or _differs_by_batch(facts)
     for b in range(batch) if apart else (0,):
         runs = sorted(keys.runs(b, 0, 0))

@@ -14,7 +14,7 @@ from attngen.backends.cpu.logits import dropout_of, logits_of, reaching
 from attngen.backends.cpu.parallel import run_jobs
 from attngen.backends.cpu.products import product, rows_of
 from attngen.backends.cpu.work import Unit, Work
-from attngen.backends.memory import empty
+from attngen.plan.memory import empty
 from attngen.plan.stream_k import stream_k
 from attngen.schedule import Schedule
 from attngen.schedule.defaults import CPU_CHUNK

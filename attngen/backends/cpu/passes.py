@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import torch
 
-from attngen.analysis import Facts
+from attngen.analysis import Axis, Facts
 from attngen.backends.cpu import backward as tiled_backward
 from attngen.backends.cpu import few, rows
 from attngen.backends.cpu import forward as tiled_forward
 from attngen.backends.cpu.parallel import undisturbed
-from attngen.backends.cpu.weights import measured, normalisers
+from attngen.backends.cpu.scopes import walk_scope
+from attngen.backends.cpu.weights import normalisers
 from attngen.backends.cpu.work import Work
-from attngen.errors import InputError
 from attngen.language.call import Call
 from attngen.language.lists import RowLists
 from attngen.schedule import Schedule
@@ -50,54 +50,76 @@ def forward_storing(call: Call, facts: Facts, schedule: Schedule) -> tuple[torch
     return out, lse, weights if work.finite else weights.new_empty(0)
 
 
+def delta(out: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor) -> torch.Tensor:
+    """rowsum(dO * O) - dlse [B, Hq, Nq], in the computing dtype."""
+    real = torch.float64 if out.dtype == torch.float64 else torch.float32
+    found = torch.empty(out.shape[:3], dtype=real)
+    if found.shape[2] <= 1024:
+        return torch.sum(do.to(real) * out.to(real), -1, out=found).sub_(dlse)
+    # In parts that stay in the cache: the pages of a large temporary cost more than the sums.
+    for b in range(out.shape[0]):
+        for h in range(out.shape[1]):
+            for part in zip(*(t.split(1024) for t in (do[b, h], out[b, h], found[b, h])), strict=True):
+                torch.sum(part[0].to(real) * part[1].to(real), -1, out=part[2])
+    return found.sub_(dlse)
+
+
 def backward(
     call: Call,
     facts: Facts,
     schedule: Schedule,
-    out: torch.Tensor,
     lse: torch.Tensor,
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor,
+    delta: torch.Tensor,
+    do: torch.Tensor,
     wanted: list[str],
 ) -> tiled_backward.Gradients:
     """dq, dk, dv and the gradients of the wanted captures, see `attngen.backends`; sums are made in a fixed order."""
-    if call.spec.page_size is not None:
-        raise InputError(
-            "q", "no gradient: a paged cache is for inference", "a backward through it", "use torch.no_grad()"
-        )
     if isinstance(call.spec.lists, RowLists):
-        return rows.backward(call, facts, out, lse, grad_out, grad_lse, wanted)
+        return rows.backward(call, facts, lse, delta, do, wanted)
     if not wanted and few.suits(call, facts, schedule):
         with undisturbed():
-            short = few.differentiate(call, facts, out, lse, grad_out, grad_lse)
+            short = few.differentiate(call, facts, lse, delta, do)
         if short is not None:
             return *short, {}
-    work = _for_backward(call, facts, schedule, grad_out)
-    return tiled_backward.differentiate(
-        work, out, normalisers(work, lse.to(work.real)), None, grad_out, grad_lse, wanted
-    )
+    work = _for_backward(call, facts, schedule, do)
+    return tiled_backward.differentiate(work, normalisers(work, lse.to(work.real)), None, delta, do, wanted)
 
 
 def backward_stored(
     call: Call,
     facts: Facts,
     schedule: Schedule,
-    out: torch.Tensor,
     weights: torch.Tensor,
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    do: torch.Tensor,
 ) -> tiled_backward.Gradients:
     """`backward` from the weights that `forward_storing` left. Of captures only a sink's can want gradients: all are given."""
-    work = _for_backward(call, facts, schedule, grad_out)
-    norms = measured(work) if call.spec.sink is not None else None
-    return tiled_backward.differentiate(work, out, norms, weights, grad_out, grad_lse, list(facts.sink_grads))
+    work = _for_backward(call, facts, schedule, do)
+    norms = normalisers(work, lse.to(work.real)) if call.spec.sink is not None else None
+    return tiled_backward.differentiate(work, norms, weights, delta, do, list(facts.sink_grads))
+
+
+def tables(call: Call, facts: Facts, schedule: Schedule, kernel: str) -> dict[str, torch.Tensor]:
+    """Summaries of captured data for the walk of the forward or, "dq", of the backward."""
+    queries, keys = Axis("i", call.offset_column, call.q.shape[2]), Axis("j", 0, call.n_k)
+    return facts.walk_keys.prepare(walk_scope(call), queries, keys, _rows(schedule, kernel))
+
+
+def table_tiles(call: Call, schedule: Schedule, kernel: str) -> int:
+    """How many tiles those tables are of."""
+    return -(-call.q.shape[2] // _rows(schedule, kernel))
+
+
+def _rows(schedule: Schedule, kernel: str) -> int:
+    return (schedule.dq if kernel == "dq" else schedule.forward).block_m or CPU_ROWS
 
 
 def _for_forward(call: Call, facts: Facts, schedule: Schedule) -> Work:
-    return Work(call, facts, schedule.forward.block_m or CPU_ROWS, schedule.forward.block_n or CPU_CHUNK)
+    return Work(call, facts, _rows(schedule, "forward"), schedule.forward.block_n or CPU_CHUNK, "forward")
 
 
-def _for_backward(call: Call, facts: Facts, schedule: Schedule, grad_out: torch.Tensor) -> Work:
-    work = Work(call, facts, schedule.dq.block_m or CPU_ROWS, schedule.dq.block_n or CPU_CHUNK)
-    work.finite = all(bool(t.sum(dtype=work.real).isfinite()) for t in (work.q, work.k, work.v, grad_out))
+def _for_backward(call: Call, facts: Facts, schedule: Schedule, do: torch.Tensor) -> Work:
+    work = Work(call, facts, _rows(schedule, "dq"), schedule.dq.block_n or CPU_CHUNK, "dq")
+    work.finite = all(bool(t.sum(dtype=work.real).isfinite()) for t in (work.q, work.k, work.v, do))
     return work

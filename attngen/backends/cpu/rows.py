@@ -56,16 +56,14 @@ def forward(call: Call, facts: Facts) -> tuple[torch.Tensor, torch.Tensor]:
 def backward(
     call: Call,
     facts: Facts,
-    out: torch.Tensor,
     lse: torch.Tensor,
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor,
+    delta: torch.Tensor,
+    do: torch.Tensor,
     wanted: list[str],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Gradients, see `attngen.backends`; sums are made in a fixed order."""
     work, real, group = _Work(call, facts), _real(call), call.group
-    do, out, lse = (t.to(real) for t in (grad_out, out, lse))
-    delta = (do * out).sum(-1) - grad_lse.to(real)
+    do, lse, delta = (t.to(real) for t in (do, lse, delta))
     dq, dk, dv = (torch.zeros(t.shape, dtype=real) for t in (call.q, call.k, call.v))
     gradients = {name: torch.zeros(call.captures[name].shape, dtype=real) for name in wanted}
     lock_free = [(b, kv) for b in range(call.q.shape[0]) for kv in range(call.k.shape[1])]

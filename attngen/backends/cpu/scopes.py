@@ -55,7 +55,7 @@ def positions(b: int, heads: range, first: int, rows: int, start: int, stop: int
 
 def axis_scopes(call: Call, env: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What expressions read along all queries, and along all keys: they broadcast to [B, H, N]."""
-    offset = call.q_offset.view(-1, 1, 1) if isinstance(call.q_offset, torch.Tensor) else call.q_offset
+    offset = call.offset_column
     place: dict[str, Any] = {
         "b": torch.arange(call.q.shape[0]).view(-1, 1, 1),
         "h": torch.arange(call.q.shape[1]).view(1, -1, 1),
@@ -63,3 +63,14 @@ def axis_scopes(call: Call, env: dict[str, Any]) -> tuple[dict[str, Any], dict[s
     }
     rows = torch.arange(call.q.shape[2]).view(1, 1, -1) + offset
     return {**env, **place, "i": rows}, {**env, **place, "j": torch.arange(call.n_k).view(1, 1, -1)}
+
+
+def walk_scope(call: Call) -> dict[str, Any]:
+    """What walks and their tables read."""
+    return {
+        **call.captures,
+        **call.params,
+        "b": torch.arange(call.q.shape[0]).view(-1, 1, 1),
+        "h": torch.arange(call.q.shape[1]).view(1, -1, 1),
+        "q_offset": call.offset_column,
+    }

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from attngen.analysis import Axis, Facts, run
+from attngen.analysis.scalars import scalar_program
 from attngen.analysis.tiles import Segments
-from attngen.backends.cpu.scalars import scalar_program
-from attngen.backends.cpu.scopes import offsets_of
+from attngen.backends.cpu.scopes import offsets_of, walk_scope
 from attngen.language.call import Call
 from attngen.language.lists import TileLists
 
@@ -49,7 +49,7 @@ class Keys:
     tensor operation for all.
     """
 
-    def __init__(self, call: Call, facts: Facts, block_m: int, chunk: int):
+    def __init__(self, call: Call, facts: Facts, block_m: int, chunk: int, kernel: str = "forward"):
         self.length, self.chunk, self.block_m, self.rows = call.n_k, max(GRAIN, chunk), block_m, call.q.shape[2]
         # Bounds that are rounded to less than the tile's rows leave no less to the mask.
         self.grain = min(GRAIN, 1 << (min(block_m, self.rows) - 1).bit_length()) if self.rows else GRAIN
@@ -62,7 +62,7 @@ class Keys:
                 self._env, self._offsets = {**call.captures, **call.params}, offsets_of(call)
                 return
         self.scalar = None
-        self._run_all(call, facts)
+        self._run_all(call, facts, kernel)
 
     @property
     def _every(self) -> tuple[int, int, int]:
@@ -79,17 +79,12 @@ class Keys:
         runs = [run for b, h, tile in product(*map(range, self._every)) for run in self.runs(b, h, tile)]
         return sum(stop - start for start, stop, _ in runs) * (1 if self.by_batch else self._places[0])
 
-    def _run_all(self, call: Call, facts: Facts) -> None:
-        offset: Any = call.q_offset.view(-1, 1, 1).long() if isinstance(call.q_offset, torch.Tensor) else call.q_offset
-        env: dict[str, Any] = {
-            **call.captures,
-            **call.params,
-            "b": torch.arange(call.q.shape[0]).view(-1, 1, 1),
-            "h": torch.arange(call.q.shape[1]).view(1, -1, 1),
-            "q_offset": offset,
-        }
-        queries, keys = Axis("i", offset, self.rows), Axis("j", 0, self.length)
-        full, partial = run(facts.walk_keys, facts.program_keys, env, queries, keys, self.block_m, self.grain)
+    def _run_all(self, call: Call, facts: Facts, kernel: str) -> None:
+        queries, keys = Axis("i", call.offset_column, self.rows), Axis("j", 0, self.length)
+        scope, tables = walk_scope(call), call.tables.get(kernel)
+        full, partial = run(
+            facts.walk_keys, facts.program_keys, scope, queries, keys, self.block_m, self.grain, tables=tables
+        )
         self.by_head = any(x.shape[1] > 1 for segment in (*full, *partial) for x in segment)
         self.by_batch = any(x.shape[0] > 1 for segment in (*full, *partial) for x in segment)
         self._counted = (*full, *partial)

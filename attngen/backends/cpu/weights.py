@@ -45,12 +45,6 @@ def normalisers(work: Work, lse: torch.Tensor) -> Normalisers:
     return Normalisers(lse * work.base, None, sink)
 
 
-def measured(work: Work) -> Normalisers:
-    """Without an lse."""
-    everywhere = torch.ones(work.q.shape[:3], dtype=torch.bool)
-    return _measured(work, torch.zeros(work.q.shape[:3], dtype=work.real), everywhere)
-
-
 def _measured(work: Work, lse: torch.Tensor, rows: torch.Tensor) -> Normalisers:
     """Measured for (at least) the chosen `rows`, bool [B, Hq, Nq]; from lse for the others."""
     top, total, found = lse * work.base, torch.ones_like(lse), torch.zeros_like(rows)

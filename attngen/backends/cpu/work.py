@@ -58,7 +58,7 @@ class Unit(NamedTuple):
 class Work:
     """A call made ready: k and v as contiguous rows of the computing dtype, key chunks of every tile, jobs for the cores."""
 
-    def __init__(self, call: Call, facts: Facts, block_m: int, chunk: int):
+    def __init__(self, call: Call, facts: Facts, block_m: int, chunk: int, kernel: str = "forward"):
         self.call, self.facts, self.spec = call, facts, call.spec
         self.real = real_of(call)
         self.q = call.q.detach()
@@ -76,7 +76,7 @@ class Work:
         self.keys: Any = (
             ListedKeys(call, self.spec.lists, block_m, chunk)
             if isinstance(self.spec.lists, TileLists)
-            else Keys(call, facts, block_m, chunk)
+            else Keys(call, facts, block_m, chunk, kernel)
         )
         self.by_offset = isinstance(call.q_offset, torch.Tensor)
         self.offsets = offsets_of(call)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextvars import copy_context
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 
 from attngen import debug
 from attngen.analysis import Facts
+from attngen.analysis import facts as analyse
+from attngen.analysis.scalars import scalar_program
 from attngen.analysis.tables import Axis
 from attngen.errors import InputError, ScheduleError
 from attngen.language.call import Call
@@ -20,17 +23,18 @@ from attngen.language.spec import Spec
 from attngen.lowering import Source, render
 from attngen.lowering.captures import EDGES, Site, collect, sites
 from attngen.lowering.signature import takes
-from attngen.plan.plan import Plan, Step, backward_plan, forward_plan
-from attngen.plan.stream_k import slots, stream_k
+from attngen.lowering.source import Grid
+from attngen.plan.stream_k import Runs, slots, stream_k
 from attngen.reference.dense import dense_env
-from attngen.schedule import Schedule
-from attngen.schedule.choice import multiprocessors
+from attngen.schedule import Schedule, Target
+from attngen.schedule.choice import complete_for, multiprocessors
 
 
 def forward(call: Call, facts: Facts, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse, see `attngen.backends`."""
+    """out and lse, see `attngen.backends`. A split forward writes partial states, which a second launch merges."""
+    _check(call)
     batch, heads, n_q, _ = call.q.shape
-    buffers = {
+    buffers: dict[str, Any] = {
         "q": call.q,
         "k": call.k,
         "v": call.v,
@@ -39,77 +43,105 @@ def forward(call: Call, facts: Facts, schedule: Schedule) -> tuple[torch.Tensor,
     }
     if call.spec.page_size is not None and min(call.k.shape[0], call.n_k) == 0:  # not even a page to load nothing from
         return buffers["out"].zero_(), buffers["lse"].fill_(-torch.inf)
-    _run(forward_plan(call.spec, facts, schedule.split), call, facts, schedule, buffers)
+    walk = walk_tables(call, facts, schedule, "forward")
+    if schedule.split in (None, 1):
+        _launch("forward", call, facts, schedule, {**buffers, **walk})
+        return buffers["out"], buffers["lse"]
+    grid, sizes = _grid_of(call, facts, schedule, buffers), _sizes(call, schedule)
+    if schedule.split == "stream":
+        buffers |= _runs(call, facts, schedule, grid, sizes, walk)
+    buffers |= _states(call, grid, sizes)
+    _launch("forward", call, facts, schedule, {**buffers, **walk})
+    _launch("merge", call, facts, schedule, buffers)
     return buffers["out"], buffers["lse"]
+
+
+def delta(out: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor) -> torch.Tensor:
+    """rowsum(dO * O) - dlse, float32 [B, Hq, Nq]."""
+    schedule = _plain_schedule(out.device, out.shape[3], out.dtype)
+    found = out.new_empty(out.shape[:3], dtype=torch.float32)
+    buffers = {"out": out, "do": do, "dlse": dlse.to(torch.float32).contiguous(), "delta": found}
+    _launch("delta", Call(_PLAIN, out, out, out, {}, {}, 0), analyse(_PLAIN), schedule, buffers)
+    return found
 
 
 def backward(
     call: Call,
     facts: Facts,
     schedule: Schedule,
-    out: torch.Tensor,
     lse: torch.Tensor,
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor,
+    delta: torch.Tensor,
+    do: torch.Tensor,
     wanted: list[str],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Gradients, see `attngen.backends`."""
+    """Gradients, see `attngen.backends`: two passes (three where logits may be large), and for each wanted capture one of its
+    own; no atomics between them.
+    """
+    _check(call)
     buffers = {
         "q": call.q,
         "k": call.k,
         "v": call.v,
-        "out": out,
         "lse": lse.contiguous(),
-        "do": grad_out,
-        "dlse": grad_lse.to(torch.float32).contiguous(),
-        "delta": torch.empty_like(lse, memory_format=torch.contiguous_format),
-        "excess": torch.empty_like(lse, memory_format=torch.contiguous_format),
-        "dq": torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device),
-        "dk": torch.empty(call.k.shape, dtype=call.k.dtype, device=call.k.device),
-        "dv": torch.empty(call.v.shape, dtype=call.v.dtype, device=call.v.device),
+        "do": do,
+        "delta": delta.contiguous(),
+        "dq": call.q.new_empty(call.q.shape),
+        "dk": call.k.new_empty(call.k.shape),
+        "dv": call.v.new_empty(call.v.shape),
     }
-    _run(backward_plan(call.spec, facts, wanted), call, facts, schedule, buffers)
-    return buffers["dq"], buffers["dk"], buffers["dv"], {name: buffers[f"d {name}"] for name in wanted}
+    walks = {kernel: walk_tables(call, facts, schedule, kernel) for kernel in ("dq", "dkv")}
+    if facts.natural:
+        buffers["excess"] = torch.empty_like(buffers["lse"])
+        _launch("excess", call, facts, schedule, {**buffers, **walks["dq"]})
+    own = {**_captures(call), **buffers} if call.captures else buffers
+    described = _described(own)
+    for kernel, walk in walks.items():
+        tables = _described(walk) if walk else ()
+        _launch_described(kernel, call, facts, schedule, {**own, **walk} if walk else own, described + tables)
+    gradients = {name: _capture_gradient(name, call, facts, schedule, buffers, walks) for name in wanted}
+    return buffers["dq"], buffers["dk"], buffers["dv"], gradients
 
 
-# -- running a plan ---------------------------------------------------------------------------------------------------
-
-
-def _run(plan: Plan, call: Call, facts: Facts, schedule: Schedule, buffers: dict[str, Any]) -> None:
-    if call.q.dtype == torch.float64:
-        raise InputError("q", "float32, float16 or bfloat16 on this backend", "torch.float64", "use the CPU backend")
-    debug.say(5, "plan", plan)
-    for step in plan.steps:
-        if step.kind == "tables":
-            buffers[step.writes[0]] = _tables(step, call, facts, schedule)
-        elif step.kind == "runs":
-            buffers |= _runs(call, facts, schedule, buffers)
-        elif step.kind == "kernel":
-            if "states" in step.writes:
-                buffers |= _states(call, facts, schedule, buffers)
-            _launch(step.name, call, facts, schedule, {**buffers, **_tables_of(step.name, buffers)})
-        else:
-            buffers[step.writes[0]] = _capture_gradient(step, call, facts, schedule, buffers)
-        for name in plan.released[step.name]:
-            del buffers[name]
-
-
-def _tables_of(kernel: str, buffers: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return buffers.get(f"tables of {'dq' if kernel == 'delta' else kernel}", {})
-
-
-def _tables(step: Step, call: Call, facts: Facts, schedule: Schedule) -> dict[str, torch.Tensor]:
+def tables(call: Call, facts: Facts, schedule: Schedule, kernel: str) -> dict[str, torch.Tensor]:
     """Summaries of captured data for the walk of one kernel: int32 [B or 1, H or 1, tiles] each."""
-    kernel = step.name.removeprefix("tables of ")
     tile = schedule.tile(kernel)
-    offset: Any = call.q_offset
-    if isinstance(offset, torch.Tensor):
-        offset = offset.view(-1, 1, 1)
-    queries, keys = Axis("i", offset, call.q.shape[2]), Axis("j", 0, call.n_k)
+    queries, keys = Axis("i", call.offset_column, call.q.shape[2]), Axis("j", 0, call.n_k)
     device, env = call.q.device, _environment(call)
     if kernel == "dkv":
         return facts.walk_queries.prepare(env, keys, queries, tile.block_n, device)
     return facts.walk_keys.prepare(env, queries, keys, tile.block_m, device)
+
+
+def table_tiles(call: Call, schedule: Schedule, kernel: str) -> int:
+    """How many tiles those tables are of."""
+    tile = schedule.tile(kernel)
+    return -(-call.n_k // tile.block_n) if kernel == "dkv" else -(-call.q.shape[2] // tile.block_m)
+
+
+def walk_tables(call: Call, facts: Facts, schedule: Schedule, kernel: str) -> dict[str, torch.Tensor]:
+    """The given tables, or those of this call; nothing for a walk that needs none."""
+    walk = facts.walk_queries if kernel == "dkv" else facts.walk_keys
+    if call.spec.lists is not None or not walk.needs_tables:
+        return {}
+    return call.tables.get(kernel) or tables(call, facts, schedule, kernel)
+
+
+_PLAIN = Spec()
+
+
+@lru_cache(maxsize=256)
+def _plain_schedule(device: torch.device, head_dim: int, dtype: torch.dtype) -> Schedule:
+    return complete_for(_PLAIN, target_of(device), head_dim, head_dim, dtype, Schedule())
+
+
+def _check(call: Call) -> None:
+    if call.q.dtype == torch.float64:
+        raise InputError("q", "float32, float16 or bfloat16 on this backend", "torch.float64", "use the CPU backend")
+
+
+def target_of(device: torch.device) -> str:
+    """The name of a device's target; on a CPU it is the interpreter's."""
+    return Target.of_device(device).name if device.type == "cuda" else "interpreter"
 
 
 def _environment(call: Call) -> dict[str, Any]:
@@ -119,33 +151,66 @@ def _environment(call: Call) -> dict[str, Any]:
         **call.params,
         "b": torch.arange(call.q.shape[0], device=call.q.device).view(-1, 1, 1),
         "h": torch.arange(call.q.shape[1], device=call.q.device).view(1, -1, 1),
-        "q_offset": call.q_offset.view(-1, 1, 1) if isinstance(call.q_offset, torch.Tensor) else call.q_offset,
+        "q_offset": call.offset_column,
     }
 
 
-def _runs(call: Call, facts: Facts, schedule: Schedule, buffers: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def _runs(
+    call: Call, facts: Facts, schedule: Schedule, grid: Grid, sizes: dict[str, int], walk: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Equal runs of all outputs' key tiles over the programs of a stream-K launch, without waiting for the device."""
-    source = _source_of("forward", call, facts, schedule, buffers)
-    sizes = _sizes(call, schedule)
-    counts = tile_counts(call, facts, source, schedule, _tables_of("forward", buffers))
-    runs = stream_k(counts, sizes["programs"])
-    assert len(counts) == source.grid.outputs(sizes)
+    counts = _counted(call, facts, grid, grid.tiles(sizes), schedule)
+    if counts is not None:
+        return _equal_runs(counts, grid.outputs(sizes) // len(counts), sizes["programs"], call.q.device)
+    return _named(stream_k(tile_counts(call, facts, grid, schedule, walk), sizes["programs"]))
+
+
+def _named(runs: Runs) -> dict[str, torch.Tensor]:
     return {"starts": runs.starts, "begins": runs.begin, "firsts": runs.first, "owners": runs.owners}
 
 
+def _counted(call: Call, facts: Facts, grid: Grid, tiles: int, schedule: Schedule) -> tuple[int, ...] | None:
+    """How many key tiles each query tile of any head visits, counted here, where that is a matter of few integers: in decoding it
+    changes once in many tokens. Not while a graph is captured, which would keep what `_equal_runs` may forget.
+    """
+    program = scalar_program(facts)
+    if call.spec.lists is not None or program is None or program.loads or program.by_batch or program.by_head:
+        return None
+    if not 0 < tiles <= MOST_COUNTED or isinstance(call.q_offset, torch.Tensor):
+        return None
+    if call.q.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    group, block_n = call.group if grid.rows == "packed" else 1, schedule.tile("forward").block_n
+    found = []
+    for start in range(0, tiles * grid.block, grid.block):
+        last = min((start + grid.block - 1) // group, call.q.shape[2] - 1)
+        edges = start // group + call.q_offset, last + call.q_offset
+        runs = program.runs({**call.params, "q_offset": call.q_offset}, *edges, call.n_k, block_n, 0, 0)
+        found.append(sum(-(-(stop - first) // block_n) for first, stop, _ in runs))
+    return tuple(found)
+
+
+@lru_cache(maxsize=256)
+def _equal_runs(counts: tuple[int, ...], repeat: int, programs: int, device: torch.device) -> dict[str, torch.Tensor]:
+    return _named(stream_k(torch.tensor(counts, dtype=torch.int64, device=device).repeat(repeat), programs))
+
+
+MOST_COUNTED = 64  # query tiles
+
+
 def tile_counts(
-    call: Call, facts: Facts, source: Source, schedule: Schedule, tables: Mapping[str, torch.Tensor]
+    call: Call, facts: Facts, grid: Grid, schedule: Schedule, tables: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
     """How many key tiles each output of the forward kernel visits: int64 [outputs], in the order of its programs."""
     lists, batch, block_n = call.spec.lists, call.q.shape[0], schedule.tile("forward").block_n
-    per_head = source.grid.heads == "q"
+    per_head = grid.heads == "q"
     heads = call.q.shape[1] if per_head else call.k.shape[1]
-    tiles, device = source.grid.tiles(_sizes(call, schedule)), call.q.device
+    tiles, device = grid.tiles(_sizes(call, schedule)), call.q.device
     if lists is None:
-        rows, group = call.q.shape[2], call.group if source.grid.rows == "packed" else 1
-        offset = call.q_offset.view(-1, 1, 1) if isinstance(call.q_offset, torch.Tensor) else call.q_offset
-        start = torch.arange(tiles, device=device).view(1, 1, -1) * source.grid.block
-        last = ((start + source.grid.block - 1) // group).clamp(max=rows - 1)
+        rows, group = call.q.shape[2], call.group if grid.rows == "packed" else 1
+        offset = call.offset_column
+        start = torch.arange(tiles, device=device).view(1, 1, -1) * grid.block
+        last = ((start + grid.block - 1) // group).clamp(max=rows - 1)
         scope = {**_environment(call), **tables}
         found = facts.program_keys.evaluate(start // group + offset, last + offset, 0, call.n_k, block_n, scope)
         counts = sum(
@@ -155,7 +220,7 @@ def tile_counts(
         runs = call.captures["query_runs"]
         if isinstance(lists, TileLists):
             counts = runs[..., 1:].sum(-1) * (lists.block_n // block_n)
-            counts = counts.repeat_interleave(lists.block_m // source.grid.block, -1)[..., :tiles]
+            counts = counts.repeat_interleave(lists.block_m // grid.block, -1)[..., :tiles]
         else:
             counts = (-(-runs[..., 1] // block_n)).repeat_interleave(tiles // max(call.q.shape[2], 1), -1)
         if not per_head and counts.shape[1] == call.q.shape[1] != heads:
@@ -165,17 +230,24 @@ def tile_counts(
     return counts.long().expand(batch, heads, tiles).reshape(-1)
 
 
-def _states(call: Call, facts: Facts, schedule: Schedule, buffers: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def _states(call: Call, grid: Grid, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
     """Buffers for the partial states of a split forward, float32."""
-    source = _source_of("forward", call, facts, schedule, buffers)
-    sizes = _sizes(call, schedule)
-    outputs = source.grid.outputs(sizes)
-    number = outputs * sizes["splits"] if source.grid.sliced == "split" else slots(outputs, sizes["programs"])
+    outputs = grid.outputs(sizes)
+    number = outputs * sizes["splits"] if grid.sliced == "split" else slots(outputs, sizes["programs"])
     new = partial(torch.empty, dtype=torch.float32, device=call.q.device)
-    return {
-        "states": new((number, source.grid.block, call.v.shape[3])),
-        "maxima": new((number, 2, source.grid.block)),
-    }
+    return {"states": new((number, grid.block, call.v.shape[3])), "maxima": new((number, 2, grid.block))}
+
+
+_GRIDS: dict[Any, Grid] = {}
+
+
+def _grid_of(call: Call, facts: Facts, schedule: Schedule, buffers: Mapping[str, Any]) -> Grid:
+    """How the forward's programs lie over its outputs: the same whatever the lengths."""
+    key = facts, schedule, call.q.shape[3], call.v.shape[3], call.q.dtype
+    found = _GRIDS.get(key)
+    if found is None:
+        found = _GRIDS[key] = _source_of("forward", call, facts, schedule, buffers).grid
+    return found
 
 
 def _sizes(call: Call, schedule: Schedule) -> dict[str, int]:
@@ -202,11 +274,65 @@ def heads_together(call: Call) -> int:
     return max(1, cache // 2 // head) * call.group
 
 
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    """A launch for one set of shapes and strides: what is left to a call is to put in its pointers and numbers. programs: 0 if there is
+    nothing to launch. tensors, params: (place, name) of each; offset: where an int q_offset goes.
+    """
+
+    source: Source
+    programs: int
+    arguments: list[Any]
+    tensors: tuple[tuple[int, str], ...]
+    params: tuple[tuple[int, str], ...]
+    offset: int | None
+    options: dict[str, Any]
+
+
+_READY: dict[Any, _Ready] = {}
+MOST_READY = 4096  # then all are forgotten: they cost some 100 us each
+
+
 def _launch(
     kernel: str, call: Call, facts: Facts, schedule: Schedule, tensors: dict[str, Any], site: Site | None = None
 ) -> None:
-    source = _source_of(kernel, call, facts, schedule, tensors, site)
-    launch(source, call, {**_captures(call), **tensors}, schedule)
+    """Launch a kernel on the current stream of the call's device; nothing for an empty grid."""
+    tensors = {**_captures(call), **tensors} if call.captures else tensors
+    _launch_described(kernel, call, facts, schedule, tensors, _described(tensors), site)
+
+
+def _described(tensors: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+    """What a launch depends on besides pointers."""
+    return tuple([(x.dtype, x.shape, x.stride(), x.data_ptr() & 15) for x in tensors.values()])
+
+
+def _launch_described(
+    kernel: str,
+    call: Call,
+    facts: Facts,
+    schedule: Schedule,
+    tensors: dict[str, Any],
+    described: tuple[Any, ...],
+    site: Site | None = None,
+) -> None:
+    offset, q = call.q_offset, call.q
+    key = kernel, facts, schedule, site, type(offset), q.device, q.shape, call.k.shape, described
+    ready = _READY.get(key)
+    if ready is None:
+        if len(_READY) >= MOST_READY:
+            _READY.clear()
+        source = _source_of(kernel, call, facts, schedule, tensors, site)
+        ready = _READY[key] = _made_ready(source, call, tensors, schedule)
+    if ready.programs:
+        arguments = ready.arguments.copy()
+        for place, name in ready.tensors:
+            arguments[place] = tensors[name]
+        for place, name in ready.params:
+            value = call.params[name]
+            arguments[place] = value - 2**32 if name == "seed" and value >= 2**31 else value  # an i32
+        if ready.offset is not None:
+            arguments[ready.offset] = offset.to(torch.int32) if isinstance(offset, torch.Tensor) else offset
+        _run(ready.source, ready.programs, arguments, ready.options, q)
 
 
 def _captures(call: Call) -> dict[str, torch.Tensor]:
@@ -230,10 +356,9 @@ def _source_of(
 
 
 def _capture_gradient(
-    step: Step, call: Call, facts: Facts, schedule: Schedule, buffers: dict[str, Any]
+    name: str, call: Call, facts: Facts, schedule: Schedule, buffers: dict[str, Any], walks: Mapping[str, Any]
 ) -> torch.Tensor:
     """The gradient of one captured tensor, float32 and of its (expanded) shape: from the score's loads, and the sink's."""
-    name = step.name.removeprefix("gradient of ")
     tensor, (batch, heads, n_q, _), n_k = call.captures[name], call.q.shape, call.n_k
     total = torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
     own, of_sink = facts.load_grads.get(name, ()), facts.sink_grads.get(name, ())
@@ -255,7 +380,7 @@ def _capture_gradient(
         shape = site.buffer_shape(batch, heads, n_q, n_k, rows, tuple(tensor.shape))
         make = torch.zeros if site.zeroed or 0 in call.q.shape else torch.empty
         grad = make(shape, dtype=torch.float32, device=tensor.device)
-        _launch("capture", call, facts, schedule, {**buffers, **_tables_of(kernel, buffers), "grad": grad}, site)
+        _launch("capture", call, facts, schedule, {**buffers, **walks[kernel], "grad": grad}, site)
         total += collect(site, grad, tensor, env, shifted)
     for load, slope in of_sink:
         # The sink is a key with value 0: its dS is P * (0 - delta).
@@ -272,33 +397,36 @@ def _capture_gradient(
     return total
 
 
-def launch(source: Source, call: Call, tensors: dict[str, Any], schedule: Schedule) -> None:
-    """Build a kernel's arguments from their description and launch it; nothing is launched for an empty grid."""
-    head_dim, lengths = call.q.shape[3], _sizes(call, schedule)
+def _made_ready(source: Source, call: Call, tensors: Mapping[str, Any], schedule: Schedule) -> _Ready:
+    """A kernel's arguments from their description."""
+    lengths = _sizes(call, schedule)
     programs = source.grid.programs(lengths)
+    arguments: list[Any] = [None] * len(source.args)
+    places: dict[str, list[tuple[int, str]]] = {"tensor": [], "table": [], "param": [], "offset": []}
     if programs * lengths["batch"] * lengths["heads"] == 0:
-        return
-    arguments: list[Any] = []
-    for arg in source.args:
-        if arg.role in ("tensor", "table"):
-            arguments.append(tensors[arg.of])
+        return _Ready(source, 0, arguments, (), (), None, {})
+    for place, arg in enumerate(source.args):
+        if arg.role in places:
+            places[arg.role].append((place, arg.of))
         elif arg.role == "stride":
             tensor = tensors[arg.of]
-            arguments.append(tensor.stride(arg.dim) if tensor.shape[arg.dim] != 1 else 0)
+            arguments[place] = tensor.stride(arg.dim) if tensor.shape[arg.dim] != 1 else 0
         elif arg.role == "size":
-            arguments.append(tensors[arg.of].shape[arg.dim])
+            arguments[place] = tensors[arg.of].shape[arg.dim]
         elif arg.role == "length":
-            arguments.append(lengths[arg.of])
-        elif arg.role == "scale":
-            arguments.append(call.spec.scale_for(head_dim))
-        elif arg.role == "offset":
-            offset = call.q_offset
-            arguments.append(offset.to(torch.int32) if isinstance(offset, torch.Tensor) else offset)
+            arguments[place] = lengths[arg.of]
         else:
-            arguments.append(call.params[arg.of])
+            assert arg.role == "scale", arg
+            arguments[place] = call.spec.scale_for(call.q.shape[3])
     options = {"num_warps": source.num_warps, "num_stages": source.num_stages, "enable_fp_fusion": True}
+    offset = next((place for place, _ in places["offset"]), None)
+    found = (*places["tensor"], *places["table"])
+    return _Ready(source, programs, arguments, found, tuple(places["param"]), offset, options)
+
+
+def _run(source: Source, programs: int, arguments: list[Any], options: dict[str, Any], q: torch.Tensor) -> None:
     try:
-        with torch.cuda.device_of(call.q):  # Triton takes the current device, whichever the pointers are of
+        with torch.cuda.device_of(q):  # Triton takes the current device, whichever the pointers are of
             _start(source, programs, arguments, options)
     except Exception as error:
         if type(error).__name__ == "OutOfResources":

@@ -34,7 +34,7 @@ from attngen.language.expression.canonical import (
     not_equal,
     truth,
 )
-from attngen.language.expression.evaluate import evaluate, tensor_of, uniform
+from attngen.language.expression.evaluate import evaluate, fold_seed, tensor_of, uniform
 from attngen.language.expression.functions import (
     LARGEST_ROUNDED,
     LARGEST_SHIFT,
@@ -117,6 +117,7 @@ __all__ = [
     "exp",
     "exp2",
     "floor",
+    "fold_seed",
     "greater",
     "greater_equal",
     "is_flag",

@@ -73,10 +73,17 @@ def tensor_of(value: Value, device: torch.device) -> torch.Tensor:
 def uniform(seed: Value, b: Value, h: Value, i: Value, j: Value) -> Value:
     """The counter-based random number of `Uniform` as float32; arguments broadcast, integers of any width."""
     state, *counters = _tensors(seed, b, h, i, j)
-    state = _mix(state)
+    state = state.to(torch.int64)
+    state = _mix(state ^ _mix(state >> 32))  # the high bits of a seed of 64; `fold_seed` does the same to a number
     for counter in counters:
         state = _mix(state ^ (counter.to(torch.int64) & _MASK32))
     return (state >> 8).to(torch.float32) * 2.0**-24
+
+
+def fold_seed(seed: int) -> int:
+    """Any int as one of 32 bits that draws the same numbers: below 2**32 itself."""
+    word = seed & (2**64 - 1)
+    return (word ^ int(_mix(torch.tensor(word >> 32)))) & _MASK32 if word >> 32 else word
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

@@ -3,72 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import torch
 
-from attngen.errors import InputError, SpecError
-from attngen.language.checks import check_dims, require
+from attngen.errors import InputError
+from attngen.language.call import Call
+from attngen.language.checks import check_dims, check_tensor, require
 from attngen.language.expression import I, J, conjunction, evaluate
+from attngen.language.keysets.listed import Graph
 from attngen.language.lists import RowLists
-from attngen.plan.keysets.base import KeySet, Pieces, Result, check_tensor, offset_column
-
-if TYPE_CHECKING:
-    from attngen.language.call import Call
-    from attngen.language.spec import Spec
+from attngen.language.spec import Spec
+from attngen.plan.planner import FAMILIES, Family, Planner
+from attngen.plan.steps import Result
 
 LIMIT = 2**31
 
 
-@dataclass(frozen=True)
-class Graph(KeySet):
-    """Edges from queries to keys. crow int [Nq + 1], [B, Nq + 1] or [B, H, Nq + 1]; col int of the same leading dimensions,
-    H the number of kv or query heads; or graph, a networkx graph.
-    """
-
-    name: ClassVar[str] = "graph"
-    prepared: ClassVar[tuple[str, ...]] = ("crow", "col", "graph")
-    optional: ClassVar[tuple[str, ...]] = ("crow", "col", "graph")
-
-    def check_spec(self, spec: Spec) -> None:
-        check_list_names(self.name, spec, RowLists())
-        super().check_spec(spec)
-
-    def prepare(self, spec: Spec, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
-        n_k = call.k.shape[2]
-        crow, col = read_csr(call, given)
-        size = col.shape[-1]
-        # Whatever came, no run reaches past the list and no edge past the keys: the checks may be turned off.
-        crow = crow.long().clamp(0, size if n_k else 0).cummax(-1).values
-        place = row = torch.arange(size, device=col.device).expand_as(col)
-        edges, told = col.clamp(0, max(n_k - 1, 0)), by_position(spec)
-        if call.wants_grad or told is not None:
-            row = torch.searchsorted(crow[..., 1:].contiguous(), place.contiguous(), right=True)
-        if told is not None:
-            seen = evaluate(told, {"i": row + offset_column(call), "j": edges})
-            crow, row, edges = _thinned(crow, row, edges, seen)
-            place = place[..., : edges.shape[-1]]
-        runs = torch.stack([crow[..., :-1], crow.diff(dim=-1)], -1).to(word_for(size))
-        lists = {"query_edges": edges.to(torch.int32), "query_runs": runs}
-        lists |= transposed(torch.where(place < crow[..., -1:], edges, n_k), row, n_k, call.wants_grad)
-        heads = col.shape[1]
-        return {**lists, "by_query_head": heads not in (1, call.k.shape[1])}
-
-    def run(self, pieces: Pieces, plan: Mapping[str, Any], given: Mapping[str, Any]) -> Result:
-        return attend_lists(pieces, plan, RowLists(by_query_head=plan["by_query_head"]))
+def plan_graph(keys: Graph, planner: Planner) -> Result:
+    """The lists of rows in both directions, and one attention along them."""
+    crow = dict(planner.sizes.given).get("crow", ())
+    lists = RowLists(by_query_head=len(crow) == 3 and crow[1] not in (1, planner.sizes.heads_kv))
+    make = partial(list_edges, planner.spec)
+    found = planner.prepare("list edges", make, ("crow", "col"), lists.names)
+    return attend_lists(planner, lists, found)
 
 
-def attend_lists(pieces: Pieces, plan: Mapping[str, Any], lists: RowLists, **more: torch.Tensor) -> Result:
+def list_edges(spec: Spec, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
+    """query_edges, query_runs, and key_edges, key_runs, key_places, from checked crow and col; see `RowLists`."""
+    n_k = call.k.shape[2]
+    crow, col = read_csr(call, given)
+    size = col.shape[-1]
+    # Whatever came, no run reaches past the list and no edge past the keys: the checks may be turned off.
+    crow = crow.long().clamp(0, size if n_k else 0).cummax(-1).values
+    place = row = torch.arange(size, device=col.device).expand_as(col)
+    edges, told = col.clamp(0, max(n_k - 1, 0)), by_position(spec)
+    if call.wants_grad or told is not None:
+        row = torch.searchsorted(crow[..., 1:].contiguous(), place.contiguous(), right=True)
+    if told is not None:
+        seen = evaluate(told, {"i": row + call.offset_column, "j": edges})
+        crow, row, edges = _thinned(crow, row, edges, seen, call.waits)
+        place = place[..., : edges.shape[-1]]
+    runs = torch.stack([crow[..., :-1], crow.diff(dim=-1)], -1).to(word_for(size))
+    lists = {"query_edges": edges.to(torch.int32), "query_runs": runs}
+    return lists | transposed(torch.where(place < crow[..., -1:], edges, n_k), row, n_k, call.wants_grad)
+
+
+def attend_lists(planner: Planner, lists: RowLists, captures: Mapping[str, str]) -> Result:
     """The whole call along its rows' lists, under the spec's own mask and score."""
 
     def build() -> dict[str, Any]:
-        return {"mask": pieces.mask, "score": pieces.score, "lists": lists}
+        return {"mask": planner.mask, "score": planner.score, "lists": lists}
 
-    named = {name: plan[name] for name in lists.names if name not in more}
-    call = pieces.call
-    return pieces.attend(lists, build, call.q, call.k, call.v, call.q_offset, **named, **more)
+    return planner.attend("edges", lists, build, "q", "k", "v", captures, offset=True)
 
 
 def by_position(spec: Spec) -> Any:
@@ -81,7 +70,7 @@ def by_position(spec: Spec) -> Any:
 
 
 def _thinned(
-    crow: torch.Tensor, row: torch.Tensor, edges: torch.Tensor, seen: torch.Tensor
+    crow: torch.Tensor, row: torch.Tensor, edges: torch.Tensor, seen: torch.Tensor, waits: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Row offsets, rows and edges without those that are not `seen` [B', H', E], in the same order. Nobody waits to know how
     many are left: on a GPU the lists stay as long as they were.
@@ -90,7 +79,7 @@ def _thinned(
     total = torch.nn.functional.pad(seen.cumsum(-1), (1, 0))
     crow = total.gather(-1, crow.expand(*shape[:2], -1))
     place = torch.where(seen, total[..., :-1], size)
-    left = int(crow[..., -1].max()) if crow.device.type == "cpu" and crow.numel() else size
+    left = int(crow[..., -1].max()) if waits and crow.numel() else size
 
     def moved(x: torch.Tensor) -> torch.Tensor:
         longer = x.new_zeros((*shape[:2], size + 1))  # the last place takes what goes
@@ -122,23 +111,12 @@ def word_for(size: int) -> torch.dtype:
     return torch.int32 if size < LIMIT else torch.int64
 
 
-def check_list_names(place: str, spec: Spec, lists: RowLists) -> None:
-    """SpecError if the spec has a tensor or param with the name of one of the list's tensors."""
-    for name in lists.names:
-        if name in spec.tensors or name in spec.params:
-            raise SpecError(f"{name!r} is the name of a list that {place}() makes", fix="give it another name")
-
-
 # -- what comes at the call -------------------------------------------------------------------------------------------
 
 
 def read_csr(call: Call, given: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """crow [B', H', Nq + 1] and col [B', H', E] of a call, checked. InputError."""
-    crow, col, graph = (given.get(name) for name in ("crow", "col", "graph"))
-    if graph is not None:
-        if crow is not None or col is not None:
-            raise InputError("graph", "either graph= or crow= and col=", "both")
-        crow, col = from_networkx(graph, call.q.shape[2], call.k.shape[2], call.q.device)
+    crow, col = given.get("crow"), given.get("col")
     for name, own, other in (("crow", crow, col), ("col", col, crow)):
         if own is None:
             got = "nothing" if other is None else f"{'col' if name == 'crow' else 'crow'}= alone"
@@ -166,6 +144,17 @@ def read_csr(call: Call, given: Mapping[str, Any]) -> tuple[torch.Tensor, torch.
     return crow, col
 
 
+def read_graph(keys: Graph, given: Mapping[str, Any], q: Any, k: Any) -> dict[str, Any]:
+    """crow= and col=, or those of graph=. InputError."""
+    graph, found = given.get("graph"), {name: given[name] for name in ("crow", "col") if given.get(name) is not None}
+    if graph is None:
+        return found
+    if found:
+        raise InputError("graph", "either graph= or crow= and col=", "both")
+    crow, col = from_networkx(graph, q.shape[2], k.shape[2], q.device)
+    return {"crow": crow, "col": col}
+
+
 def from_networkx(graph: Any, n_q: int, n_k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """CSR of a networkx graph: edge u-v lets query u see key v, and where the graph is undirected also v see u. InputError."""
     if not (hasattr(graph, "edges") and hasattr(graph, "is_directed")):
@@ -185,16 +174,4 @@ def from_networkx(graph: Any, n_q: int, n_k: int, device: torch.device) -> tuple
     return crow.to(device), table[:, 1].contiguous().to(device)
 
 
-def graph() -> Graph:
-    """Attention along a graph's edges (arXiv 2502.01659): `Spec(keys=ag.graph(), mask=...)`, called with crow= and col=, CSR
-    in int32 or int64 whose rows are queries: crow [Nq + 1] and col [E] for all, [B, Nq + 1] and [B, E] per batch, or
-    [B, H, Nq + 1] and [B, H, E] per kv or query head. What lies behind crow's last value in col is padding of any value.
-
-    Or with graph=, a networkx Graph or DiGraph with nodes 0 .. N - 1: an edge u-v lets query u see key v (undirected:
-    both ways). `attn.plan(...)` converts and sorts once for many calls.
-
-    Rows of any degree, their edges in any order; an edge listed twice counts twice; the spec's mask and score hold on top.
-    Edges that the mask rules out by positions alone (causal, a window) cost nothing. InputError for offsets that do not start
-    at 0, fall, or pass col's length, and for keys out of range; with ATTNGEN_CHECK=0 those are clamped.
-    """
-    return Graph()
+FAMILIES[Graph] = Family(plan_graph, read=read_graph)

@@ -17,163 +17,152 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import partial
+from typing import Any
 
 import torch
 
-from attngen.backends.rows import flat_rows, take_flat
 from attngen.errors import InputError
+from attngen.language.call import Call
 from attngen.language.expression import Expr
-from attngen.plan.keysets.base import (
-    KeySet,
-    Pieces,
-    Result,
-    b,
-    by_distance,
-    h,
-    i,
-    j,
-    moved,
-    moved_by,
-    offset_column,
-    positive,
-    split_causal,
-)
-from attngen.state.merging import merge_rows
-
-if TYPE_CHECKING:
-    from attngen.language.call import Call
-    from attngen.language.spec import Spec
+from attngen.language.keysets.sorted import Hyper
+from attngen.language.moved import b, by_distance, h, i, j, moved, moved_by, split_causal
+from attngen.language.spec import Spec
+from attngen.plan.moves import Pad, Parts, Rows, flat_rows
+from attngen.plan.planner import FAMILIES, Family, Planner
+from attngen.plan.steps import Part, Result
 
 BITS = 7
+SAMPLED = ("s_rows", "s_position", "s_block", "log_weight")
 
 
-@dataclass(frozen=True)
-class Hyper(KeySet):
-    """See the module. Called with seed=, an int: equal seeds draw equal projections and samples on one kind of device."""
-
-    block: int = 256
-    samples: int = 256
-    min_len: int = 4096
-
-    name: ClassVar[str] = "hyper"
-    prepared: ClassVar[tuple[str, ...]] = ("seed",)
-
-    def __post_init__(self) -> None:
-        positive("hyper: block", self.block)
-        positive("hyper: samples", self.samples, 0)
-        positive("hyper: min_len", self.min_len)
-
-    def prepare(self, spec: Spec, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
-        seed = given.get("seed")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-            raise InputError(
-                "seed", "an int of 64 bits", repr(seed), "" if seed is not None else "pass seed=... at the call"
+def plan_hyper(keys: Hyper, planner: Planner) -> Result:
+    """Exact, or of each level of pairs the buckets and the samples, and under a causal mask the leaves; merged."""
+    sizes, queries = planner.sizes, planner.sizes.shapes["q"]
+    layout = layout_of(keys, planner.spec, sizes.n_q, sizes.n_k)
+    if layout is None or 0 in (*queries, sizes.heads_kv, sizes.n_k):
+        return _exact(planner)
+    levels = tuple(_names(keys, pairs, level) for level, pairs in enumerate(layout.pairs))
+    base = ("leaf_start", "leaf_batch") if layout.levels else ()
+    writes = [name for own in levels for name in own.values()]
+    make = partial(_prepare, keys, layout)
+    found = planner.prepare("hash and sample", make, ("q", "k", "seed"), (*writes, *base))
+    q = planner.take("padded queries", "q", Pad(layout.length)) if layout.length != sizes.n_q else "q"
+    k = planner.take("padded keys", "k", Pad(layout.length)) if layout.length != sizes.n_k else "k"
+    v = planner.take("padded values", "v", Pad(layout.length)) if layout.length != sizes.n_k else "v"
+    parts = [Part(_leaves(planner, layout, found, q, k, v))] if layout.levels else []
+    for level, (pairs, names) in enumerate(zip(layout.pairs, levels, strict=True)):
+        own = {name: found[written] for name, written in names.items()}
+        rows = planner.take(f"queries of level {level}", q, Rows(), own["q_rows"])
+        parts.append(Part(_buckets(planner, level, pairs, own, rows, k, v), own["q_rows"]))
+        if "s_rows" in own:
+            sampled = _sampled(planner, level, pairs, own, rows, k, v)
+            (shift,) = planner.derive(
+                f"log-weights of level {level}", partial(_by_query, pairs), (own["log_weight"],), (f"shift.{level}",)
             )
-        n_q, n_k = call.q.shape[2], call.k.shape[2]
-        layout = self.layout(spec, n_q, n_k)
-        if layout is None or call.q.numel() == 0 or call.k.numel() == 0:
-            return {"levels": ()}
-        if layout.levels and (n_q != n_k or isinstance(call.q_offset, torch.Tensor) or call.q_offset != 0):
-            got = f"{n_q} queries, {n_k} keys, q_offset {call.q_offset}"
-            raise InputError("q", "as many queries as keys and no q_offset, for a causal mask from 2 * min_len on", got)
-        draws = Draws(call, seed)
-        q_rank, k_rank = draws.ranks(call.q, layout.length), draws.ranks(call.k, layout.length)
-        plan: dict[str, Any] = {"levels": layout.pairs}
-        for level, pairs in enumerate(layout.pairs):
-            plan |= {
-                f"{name}.{level}": value for name, value in self._level(call, draws, pairs, q_rank, k_rank).items()
-            }
-        if layout.levels:
-            plan["start"] = (torch.arange(layout.leaves, device=call.q.device) * layout.leaf).to(torch.int32)
-            plan["start"] = plan["start"].repeat(call.q.shape[0])
-            plan["batch"] = _batches(call, layout.leaves)
-        return plan
-
-    def layout(self, spec: Spec, n_q: int, n_k: int) -> Layout | None:
-        """How the sequence is cut, None where attention is exact."""
-        if split_causal(spec.mask) is None:
-            if n_k < self.min_len or n_q == 0:
-                return None
-            return Layout(0, n_k, max(n_q, n_k), (Pairs(1, 0, n_q, 0, n_k, -(-n_q * self.block // n_k), self.block),))
-        levels = 0
-        while -(-n_q >> levels) >= 2 * self.min_len:
-            levels += 1
-        return cut(n_q, levels, self.block) if levels else None
-
-    def _level(
-        self, call: Call, draws: Draws, pairs: Pairs, q_rank: torch.Tensor, k_rank: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """Rows and positions of a level's queries and keys in hash order, and its samples."""
-        q_order, k_order = (
-            pairs.sort(q_rank, pairs.q_first, pairs.q_size),
-            pairs.sort(k_rank, pairs.k_first, pairs.k_size),
-        )
-        length, group = q_rank.shape[2], call.group
-        k_for_q = k_order if group == 1 else k_order.repeat_interleave(group, 1)
-        found = {
-            "q_rows": _fold(flat_rows(q_order, length)),
-            "k_rows": _fold(flat_rows(k_order, length)),
-            "q_position": _fold(q_order + _per_pair(offset_column(call))).to(torch.int32),
-            "k_position": _fold(k_for_q).to(torch.int32),
-            "batch": _batches(call, pairs.count),
-        }
-        if self.samples == 0 or pairs.k_size <= pairs.k_block:
-            return found
-        place = draws.samples(pairs, self.samples)  # [B, Hq, pairs, m], places in sorted order
-        block = _fold(place // pairs.k_block)
-        blocks = -(-pairs.k_size // pairs.k_block)
-        inside = torch.zeros((*block.shape[:2], blocks), dtype=torch.int32, device=block.device)
-        inside.scatter_add_(-1, block, torch.ones_like(block, dtype=torch.int32))
-        starts = torch.arange(blocks, device=block.device) * pairs.k_block
-        outside = pairs.k_size - (pairs.k_size - starts).clamp(max=pairs.k_block)
-        drawn = block.shape[-1] - inside
-        rows = k_for_q.gather(-1, place)
-        kv_rows = (
-            flat_rows(rows.view(*k_order.shape[:2], group, *rows.shape[2:]), length)
-            if group > 1
-            else flat_rows(rows, length)
-        )
-        return found | {
-            "s_rows": _fold(kv_rows.flatten(1, 2) if group > 1 else kv_rows),
-            "s_position": _fold(rows).to(torch.int32),
-            "s_block": block.to(torch.int32),
-            "log_weight": torch.where(drawn > 0, torch.log(outside / drawn.clamp(min=1)), 0.0).float(),
-        }
-
-    def run(self, pieces: Pieces, plan: Mapping[str, Any], given: Mapping[str, Any]) -> Result:
-        call = pieces.call
-        if not plan["levels"]:
-            return pieces.attend(
-                "exact", lambda: {"mask": pieces.mask, "score": pieces.score}, call.q, call.k, call.v, call.q_offset
-            )
-        layout = self.layout(call.spec, call.q.shape[2], call.k.shape[2])
-        assert layout is not None
-        q, k, v = (_padded(x, layout.length) for x in (call.q, call.k, call.v))
-        levels = [_at_level(plan, level) for level in range(len(layout.pairs))]
-        rows = [own[name] for name in ("k_rows", "s_rows") for own in levels if name in own]
-        queries = take_flat(q, *(own["q_rows"] for own in levels))
-        keys, values = take_flat(k, *rows), take_flat(v, *rows)
-        sampled = iter(range(len(levels), len(rows)))
-        rest, found = _rest(pieces.mask), []
-        for level, (pairs, own) in enumerate(zip(layout.pairs, levels, strict=True)):
-            inner = (own, pairs, rest, queries[level])
-            found.append((_buckets(pieces, *inner, keys[level], values[level]), own["q_rows"]))
-            if "s_rows" in own:
-                at = next(sampled)
-                found.append((_sampled(pieces, *inner, keys[at], values[at]), own["q_rows"]))
-        if layout.levels:
-            base = _leaves(pieces, plan, layout, q, k, v)
-        else:  # the pieces have all rows between them
-            base = q.new_zeros((*q.shape[:3], v.shape[3])), torch.full(q.shape[:3], -torch.inf, device=q.device)
-            base = base[0], base[1].to(found[0][0][1].dtype)
-        out, lse = merge_rows(base, *found)
-        return out[:, :, : call.q.shape[2]], lse[:, :, : call.q.shape[2]]
+            parts.append(Part(sampled, own["q_rows"], shift))
+    merged = planner.merge(*parts, rows=layout.length)
+    if layout.length == sizes.n_q:
+        return merged
+    return planner.put("without padding", merged, Pad(layout.length), None, queries)
 
 
-def _at_level(plan: Mapping[str, Any], level: int) -> dict[str, Any]:
-    suffix = f".{level}"
-    return {name.removesuffix(suffix): value for name, value in plan.items() if name.endswith(suffix)}
+def _exact(planner: Planner) -> Result:
+    def build() -> dict[str, Any]:
+        return {"mask": planner.mask, "score": planner.score}
+
+    return planner.attend("exact", "exact", build, "q", "k", "v", offset=True)
+
+
+def layout_of(keys: Hyper, spec: Spec, n_q: int, n_k: int) -> Layout | None:
+    """How the sequence is cut, None where attention is exact."""
+    if split_causal(spec.mask) is None:
+        if n_k < keys.min_len or n_q == 0:
+            return None
+        return Layout(0, n_k, max(n_q, n_k), (Pairs(1, 0, n_q, 0, n_k, -(-n_q * keys.block // n_k), keys.block),))
+    levels = 0
+    while -(-n_q >> levels) >= 2 * keys.min_len:
+        levels += 1
+    return cut(n_q, levels, keys.block) if levels else None
+
+
+def _names(keys: Hyper, pairs: Pairs, level: int) -> dict[str, str]:
+    """What is prepared for a level, and the name of each in the plan."""
+    names: tuple[str, ...] = ("q_rows", "k_rows", "q_position", "k_position", "batch")
+    names += SAMPLED if keys.samples and pairs.k_size > pairs.k_block else ()
+    return {name: f"{name}.{level}" for name in names}
+
+
+# -- preparation ------------------------------------------------------------------------------------------------------
+
+
+def read_seed(keys: Hyper, given: Mapping[str, Any], q: Any, k: Any) -> dict[str, Any]:
+    """seed=, checked. InputError."""
+    seed = given.get("seed")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        fix = "" if seed is not None else "pass seed=... at the call"
+        raise InputError("seed", "an int of 64 bits", repr(seed), fix)
+    return {"seed": seed}
+
+
+def _prepare(keys: Hyper, layout: Layout, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows in hash order and samples of every level, and where the leaves start."""
+    n_q, n_k = call.q.shape[2], call.k.shape[2]
+    if layout.levels and (n_q != n_k or isinstance(call.q_offset, torch.Tensor) or call.q_offset != 0):
+        got = f"{n_q} queries, {n_k} keys, q_offset {call.q_offset}"
+        raise InputError("q", "as many queries as keys and no q_offset, for a causal mask from 2 * min_len on", got)
+    draws = Draws(call, given["seed"])
+    q_rank, k_rank = draws.ranks(call.q, layout.length), draws.ranks(call.k, layout.length)
+    found: dict[str, Any] = {}
+    for level, pairs in enumerate(layout.pairs):
+        own = _level(keys, call, draws, pairs, q_rank, k_rank)
+        found |= {written: own[name] for name, written in _names(keys, pairs, level).items()}
+    if layout.levels:
+        start = (torch.arange(layout.leaves, device=call.q.device) * layout.leaf).to(torch.int32)
+        found |= {"leaf_start": start.repeat(call.q.shape[0]), "leaf_batch": _batches(call, layout.leaves)}
+    return found
+
+
+def _level(
+    keys: Hyper, call: Call, draws: Draws, pairs: Pairs, q_rank: torch.Tensor, k_rank: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Rows and positions of a level's queries and keys in hash order, and its samples."""
+    q_order, k_order = (
+        pairs.sort(q_rank, pairs.q_first, pairs.q_size),
+        pairs.sort(k_rank, pairs.k_first, pairs.k_size),
+    )
+    length, group, offset = q_rank.shape[2], call.group, call.offset_column
+    offset = offset.unsqueeze(-1) if isinstance(offset, torch.Tensor) else offset
+    k_for_q = k_order if group == 1 else k_order.repeat_interleave(group, 1)
+    found = {
+        "q_rows": _fold(flat_rows(q_order, length)),
+        "k_rows": _fold(flat_rows(k_order, length)),
+        "q_position": _fold(q_order + offset).to(torch.int32),
+        "k_position": _fold(k_for_q).to(torch.int32),
+        "batch": _batches(call, pairs.count),
+    }
+    if keys.samples == 0 or pairs.k_size <= pairs.k_block:
+        return found
+    place = draws.samples(pairs, keys.samples)  # [B, Hq, pairs, m], places in sorted order
+    block = _fold(place // pairs.k_block)
+    blocks = -(-pairs.k_size // pairs.k_block)
+    inside = torch.zeros((*block.shape[:2], blocks), dtype=torch.int32, device=block.device)
+    inside.scatter_add_(-1, block, torch.ones_like(block, dtype=torch.int32))
+    starts = torch.arange(blocks, device=block.device) * pairs.k_block
+    outside = pairs.k_size - (pairs.k_size - starts).clamp(max=pairs.k_block)
+    drawn = block.shape[-1] - inside
+    rows = k_for_q.gather(-1, place)
+    kv_rows = (
+        flat_rows(rows.view(*k_order.shape[:2], group, *rows.shape[2:]), length)
+        if group > 1
+        else flat_rows(rows, length)
+    )
+    return found | {
+        "s_rows": _fold(kv_rows.flatten(1, 2) if group > 1 else kv_rows),
+        "s_position": _fold(rows).to(torch.int32),
+        "s_block": block.to(torch.int32),
+        "log_weight": torch.where(drawn > 0, torch.log(outside / drawn.clamp(min=1)), 0.0).float(),
+    }
 
 
 # -- how a sequence is cut --------------------------------------------------------------------------------------------
@@ -270,58 +259,68 @@ def gray_decode(code: torch.Tensor) -> torch.Tensor:
 # -- pieces -----------------------------------------------------------------------------------------------------------
 
 
-def _leaves(
-    pieces: Pieces, plan: Mapping[str, Any], layout: Layout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> Result:
+def _leaves(planner: Planner, layout: Layout, found: Mapping[str, str], q: str, k: str, v: str) -> Result:
     """Each part's queries on its own keys, exactly."""
 
     def build() -> dict[str, Any]:
-        start, batch = pieces.tensor("start", 1), pieces.tensor("batch", 1)
+        start, batch = planner.tensor("start", 1), planner.tensor("batch", 1)
         by_batch = {"b": batch[b]}
         there = by_batch | {"i": i + start[b], "j": j + start[b]}
-        mask = moved_by(pieces.mask, lambda atom: by_batch if by_distance(atom) else there)
-        return {"mask": mask, "score": moved(pieces.score, **there)}
+        mask = moved_by(planner.mask, lambda atom: by_batch if by_distance(atom) else there)
+        return {"mask": mask, "score": moved(planner.score, **there)}
 
-    def parts(x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(2, (layout.leaves, layout.leaf)).transpose(1, 2).flatten(0, 1)
+    move = Parts(layout.leaves, layout.leaf)
+    q, k, v = (planner.take(f"{name} of leaves", x, move) for name, x in (("queries", q), ("keys", k), ("values", v)))
+    captures = {"start": found["leaf_start"], "batch": found["leaf_batch"]}
+    result = planner.attend("leaves", "leaves", build, q, k, v, captures)
+    batch, heads, _ = planner.sizes.shapes["q"]
+    return planner.put("leaves in place", result, move, None, (batch, heads, layout.length))
 
-    result = pieces.attend("leaves", build, parts(q), parts(k), parts(v), start=plan["start"], batch=plan["batch"])
-    out, lse = (x.unflatten(0, (-1, layout.leaves)).transpose(1, 2).flatten(2, 3) for x in result)
-    return out, lse
 
+def _buckets(planner: Planner, level: int, pairs: Pairs, own: Mapping[str, str], rows: str, k: str, v: str) -> Result:
+    """In hash order a block of queries attends a block of keys."""
+    rest = _rest(planner.mask)
 
-def _buckets(
-    pieces: Pieces, own: Mapping[str, Any], pairs: Pairs, rest: Expr, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> Result:
     def build() -> dict[str, Any]:
-        places = _places(pieces, "k_position")
+        places = _places(planner, "k_position")
         return {
             "mask": moved(rest, **places) & (i // pairs.q_block == j // pairs.k_block),
-            "score": moved(pieces.score, **places),
+            "score": moved(planner.score, **places),
         }
 
+    k = planner.take(f"keys of level {level}", k, Rows(), own["k_rows"])
+    v = planner.take(f"values of level {level}", v, Rows(), own["k_rows"])
+    captures = {name: own[name] for name in ("q_position", "k_position", "batch")}
     role = ("buckets", pairs.q_block, pairs.k_block)
-    return pieces.attend(role, build, q, k, v, **{n: own[n] for n in ("q_position", "k_position", "batch")})
+    return planner.attend(f"buckets of level {level}", role, build, rows, k, v, captures)
 
 
-def _sampled(
-    pieces: Pieces, own: Mapping[str, Any], pairs: Pairs, rest: Expr, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> Result:
+def _sampled(planner: Planner, level: int, pairs: Pairs, own: Mapping[str, str], rows: str, k: str, v: str) -> Result:
+    """The drawn keys outside of the query's block. That they stand for all others moves a row's lse and leaves its out as it
+    is, since their log-weights are the same: the merge adds it.
+    """
+    rest = _rest(planner.mask)
+
     def build() -> dict[str, Any]:
-        places = _places(pieces, "s_position")
-        s_block = pieces.tensor("s_block", 3)
+        places = _places(planner, "s_position")
+        s_block = planner.tensor("s_block", 3)
         mask = moved(rest, **places) & (s_block[b, h, j] != i // pairs.q_block)
-        return {"mask": mask, "score": moved(pieces.score, **places)}
+        return {"mask": mask, "score": moved(planner.score, **places)}
 
-    names = ("q_position", "s_position", "batch", "s_block")
-    out, lse = pieces.attend(("samples", pairs.q_block), build, q, k, v, **{name: own[name] for name in names})
-    # A log-weight that is the same for all keys of a row moves its lse and leaves its out as it is.
-    block = torch.arange(pairs.q_size, device=q.device) // pairs.q_block
-    return out, lse + own["log_weight"][:, :, block]
+    k = planner.take(f"sampled keys of level {level}", k, Rows(unique=False), own["s_rows"])
+    v = planner.take(f"sampled values of level {level}", v, Rows(unique=False), own["s_rows"])
+    captures = {name: own[name] for name in ("q_position", "s_position", "batch", "s_block")}
+    return planner.attend(f"samples of level {level}", ("samples", pairs.q_block), build, rows, k, v, captures)
 
 
-def _places(pieces: Pieces, keys: str) -> dict[str, Expr]:
-    q_position, k_position, batch = pieces.tensor("q_position", 3), pieces.tensor(keys, 3), pieces.tensor("batch", 1)
+def _by_query(pairs: Pairs, call: Call, log_weight: torch.Tensor) -> tuple[torch.Tensor]:
+    """The log-weights of blocks [*, blocks] for every query of a pair."""
+    block = torch.arange(pairs.q_size, device=log_weight.device) // pairs.q_block
+    return (log_weight[:, :, block],)
+
+
+def _places(planner: Planner, keys: str) -> dict[str, Expr]:
+    q_position, k_position, batch = planner.tensor("q_position", 3), planner.tensor(keys, 3), planner.tensor("batch", 1)
     return {"i": q_position[b, h, i], "j": k_position[b, h, j], "b": batch[b]}
 
 
@@ -330,26 +329,9 @@ def _fold(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def _per_pair(offset: Any) -> Any:
-    return offset.unsqueeze(-1) if isinstance(offset, torch.Tensor) else offset
-
-
 def _batches(call: Call, count: int) -> torch.Tensor:
     """The original batch of each of B * count."""
     return torch.arange(call.q.shape[0], device=call.q.device, dtype=torch.int32).repeat_interleave(count)
 
 
-def _padded(x: torch.Tensor, length: int) -> torch.Tensor:
-    return x if x.shape[2] == length else torch.nn.functional.pad(x, (0, 0, 0, length - x.shape[2]))
-
-
-def hyper(block: int = 256, samples: int = 256, min_len: int = 4096) -> Hyper:
-    """HyperAttention: `Spec(keys=ag.hyper(), mask=ag.causal())` or without a mask, called with seed=.
-
-    block: keys in a bucket's block; samples: keys drawn for the rest; min_len: fewer keys than this are attended exactly.
-    Memory is O(N), time O(N * (block + samples)), with a factor log N where causal. Other conditions in the mask hold
-    pair by pair; the estimate stays unbiased (arXiv 2310.05869).
-
-    A causal mask over 2 * min_len queries or more needs as many queries as keys and no q_offset: InputError else.
-    """
-    return Hyper(block, samples, min_len)
+FAMILIES[Hyper] = Family(plan_hyper, read=read_seed)

@@ -3,137 +3,142 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 
 from attngen.errors import InputError
-from attngen.language.call import bind
-from attngen.language.checks import check_lengths
-from attngen.plan.keysets.base import KeySet, Pieces, Result, b, check_tensor, i, j, moved, positive
-from attngen.state.merging import merge
+from attngen.language.call import Call, bind
+from attngen.language.checks import check_lengths, check_tensor
+from attngen.language.keysets.cached import SharedPrefix
+from attngen.language.moved import b, i, j, moved
+from attngen.language.spec import Spec
+from attngen.plan.moves import Samples
+from attngen.plan.planner import FAMILIES, Family, Planner
+from attngen.plan.steps import Result
 
-if TYPE_CHECKING:
-    from attngen.language.call import Call
-    from attngen.language.spec import Spec
-
-
-@dataclass(frozen=True)
-class SharedPrefix(KeySet):
-    """k, v hold each sample's own suffix. prefix_k, prefix_v [G, Hkv, Mc, *], G dividing B; tuples of `levels` tensors, the
-    outermost context first, where levels > 1. k_len int [B], lengths of the suffixes.
-    """
-
-    levels: int = 1
-
-    name: ClassVar[str] = "shared_prefix"
-    used: ClassVar[tuple[str, ...]] = ("prefix_k", "prefix_v", "k_len")
-    optional: ClassVar[tuple[str, ...]] = ("k_len",)
-
-    def __post_init__(self) -> None:
-        positive("shared_prefix: levels", self.levels)
-
-    def bind(
-        self, spec: Spec, q: Any, k: Any, v: Any, q_offset: Any, captures: Mapping[str, Any], given: Mapping[str, Any]
-    ) -> Call:
-        from attngen.language.spec import Spec as Plain
-
-        bind(Plain(), q, k, v, q_offset=q_offset, captures={})
-        # Captures are indexed by logical positions, so they are checked against as many keys as those are.
-        length = k.shape[2] + sum(key.shape[2] for key, _ in self.contexts(q, k, v, given))
-        long = (t.detach()[:, :, :1, :1].new_empty(()).expand(*t.shape[:2], length, t.shape[3]) for t in (k, v))
-        call = bind(spec, q, *long, q_offset=q_offset, captures=captures)
-        return replace(call, k=k, v=v)
-
-    def contexts(self, q: Any, k: Any, v: Any, given: Mapping[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(k, v) of each context, outermost first. InputError."""
-        found: dict[str, list[torch.Tensor]] = {}
-        for name, like in (("prefix_k", k), ("prefix_v", v)):
-            value = given.get(name)
-            parts = [value] if self.levels == 1 and isinstance(value, torch.Tensor) else value
-            if not isinstance(parts, (tuple, list)) or len(parts) != self.levels:
-                wanted = "a tensor [G, Hkv, Mc, *]" if self.levels == 1 else f"a tuple of {self.levels} tensors"
-                fix = f"pass {name}=... at the call" if value is None else ""
-                raise InputError(name, wanted, type(value).__name__, fix)
-            for level, part in enumerate(parts):
-                place = name if self.levels == 1 else f"{name}[{level}]"
-                shape = tuple(part.shape) if isinstance(part, torch.Tensor) else ()
-                groups, length = (shape[0], shape[2]) if len(shape) == 4 else (1, 0)
-                wanted_shape = (groups, like.shape[1], length, like.shape[3])
-                check_tensor(place, part, "float", wanted_shape, "[G, Hkv, Mc, *]", q.device)
-                if part.dtype != q.dtype:
-                    raise InputError(place, f"{q.dtype} like q", part.dtype)
-                if groups == 0 or q.shape[0] % groups:
-                    raise InputError(place, f"a first dimension that divides the batch {q.shape[0]}", groups)
-            found[name] = list(parts)
-        pairs = list(zip(found["prefix_k"], found["prefix_v"], strict=True))
-        for level, (key, value) in enumerate(pairs):
-            if key.shape[:3] != value.shape[:3]:
-                place = "prefix_v" if self.levels == 1 else f"prefix_v[{level}]"
-                raise InputError(place, f"{list(key.shape[:3])} + [Dv] like prefix_k", f"shape {list(value.shape)}")
-        return pairs
-
-    def run(self, pieces: Pieces, plan: Mapping[str, Any], given: Mapping[str, Any]) -> Result:
-        call, start, results = pieces.call, 0, []
-        for key, value in self.contexts(call.q, call.k, call.v, given):
-            if key.shape[2]:
-                results.append(_context(pieces, key, value, start))
-            start += key.shape[2]
-        batch, device, limited = call.q.shape[0], call.q.device, given.get("k_len") is not None
-        extra = {"k_start": _filled(batch, start, device)}
-        if limited:
-            size = call.k.shape[2]
-            extra["k_len"] = check_lengths("k_len", given["k_len"], batch, size, "rows of k", device)
-
-        def build() -> dict[str, Any]:
-            places = {"j": j + pieces.tensor("k_start", 1)[b]}
-            mask = moved(pieces.mask, **places)
-            if limited:
-                mask = mask & (j < pieces.tensor("k_len", 1)[b])
-            return {"mask": mask, "score": moved(pieces.score, **places)}
-
-        role = ("suffix", limited)
-        return merge(*results, pieces.attend(role, build, call.q, call.k, call.v, call.q_offset, **extra))
+CONTEXT = ("q_sample", "q_position", "k_start")
 
 
-def _context(pieces: Pieces, key: torch.Tensor, value: torch.Tensor, start: int) -> Result:
-    """One context's part: the query rows of the samples that share it, one after the other, are the rows of one call."""
-    call = pieces.call
-    (batch, _, n_q, _), groups, device = call.q.shape, key.shape[0], call.q.device
-    samples = batch // groups
+def plan_prefix(keys: SharedPrefix, planner: Planner) -> Result:
+    """The query rows of all samples of a context are the rows of one call; then each sample's own suffix; merged."""
+    sizes, start, results = planner.sizes, 0, []
+    given = dict(sizes.given)
+    for level in range(keys.levels):
+        groups, _, length, _ = given.get(f"prefix_k.{level}", (1, 0, 0, 0))
+        if length:
+            results.append(_context(planner, level, groups, start))
+        start += length
+    lengths = ("k_len",) if "k_len" in given else ()
+    found = planner.prepare("lengths of suffixes", partial(_suffixes, start), lengths, ("suffix_start", *lengths))
 
     def build() -> dict[str, Any]:
-        sample, position = pieces.tensor("q_sample", 2), pieces.tensor("q_position", 2)
-        k_start = pieces.tensor("k_start", 1)
-        places = {"b": sample[b, i], "i": position[b, i], "j": j + k_start[b]}
-        return {"mask": moved(pieces.mask, **places), "score": moved(pieces.score, **places)}
+        mask = moved(planner.mask, j=j + planner.tensor("suffix_start", 1)[b])
+        if lengths:
+            mask = mask & (j < planner.tensor("k_len", 1)[b])
+        return {"mask": mask, "score": moved(planner.score, j=j + planner.tensor("suffix_start", 1)[b])}
 
+    own = planner.attend("suffix", ("suffix", bool(lengths)), build, "q", "k", "v", found, offset=True)
+    return planner.merge(*results, own)
+
+
+def _context(planner: Planner, level: int, groups: int, start: int) -> Result:
+    samples = planner.sizes.batch // groups
+    make = partial(_context_rows, groups, start, level)
+    found = planner.prepare(f"rows of context {level}", make, (), tuple(f"{name}.{level}" for name in CONTEXT))
+
+    def build() -> dict[str, Any]:
+        sample, position = planner.tensor("q_sample", 2), planner.tensor("q_position", 2)
+        places = {"b": sample[b, i], "i": position[b, i], "j": j + planner.tensor("k_start", 1)[b]}
+        return {"mask": moved(planner.mask, **places), "score": moved(planner.score, **places)}
+
+    q = planner.take(f"samples {level}", "q", Samples(samples))
+    captures = {name: found[f"{name}.{level}"] for name in CONTEXT}
+    part = planner.attend(f"context {level}", "context", build, q, f"prefix_k.{level}", f"prefix_v.{level}", captures)
+    return planner.put(f"by sample {level}", part, Samples(samples), None, planner.sizes.shapes["q"])
+
+
+def _context_rows(groups: int, start: int, level: int, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of each row of a context its sample and position, int32 [G, samples * Nq], and where the context starts."""
+    (batch, _, n_q, _), device = call.q.shape, call.q.device
     offset = call.q_offset.view(-1, 1) if isinstance(call.q_offset, torch.Tensor) else call.q_offset
     position = (torch.arange(n_q, device=device) + offset).expand(batch, n_q)
-    extra = {
-        "q_sample": torch.arange(batch, device=device).repeat_interleave(n_q).view(groups, -1).to(torch.int32),
-        "q_position": position.reshape(groups, -1).to(torch.int32),
-        "k_start": _filled(groups, start, device),
+    sample = torch.arange(batch, device=device).repeat_interleave(n_q).view(groups, -1)
+    return {
+        f"q_sample.{level}": sample.to(torch.int32),
+        f"q_position.{level}": position.reshape(groups, -1).to(torch.int32),
+        f"k_start.{level}": _filled(groups, start, device),
     }
-    folded = call.q.unflatten(0, (groups, samples)).transpose(1, 2).flatten(2, 3)
-    out, lse = pieces.attend("context", build, folded, key, value, **extra)
-    out = out.unflatten(2, (samples, n_q)).transpose(1, 2).flatten(0, 1)
-    lse = lse.unflatten(2, (samples, n_q)).transpose(1, 2).flatten(0, 1)
-    return out, lse
+
+
+def _suffixes(start: int, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
+    batch, device = call.q.shape[0], call.q.device
+    found = {"suffix_start": _filled(batch, start, device)}
+    if given.get("k_len") is not None:
+        found["k_len"] = check_lengths("k_len", given["k_len"], batch, call.k.shape[2], "rows of k", device)
+    return found
 
 
 def _filled(count: int, value: int, device: torch.device) -> torch.Tensor:
     return torch.full((count,), value, dtype=torch.int32, device=device)
 
 
-def shared_prefix(levels: int = 1) -> SharedPrefix:
-    """One context for many samples (bifurcated attention, arXiv 2403.08845): `Spec(keys=ag.shared_prefix(), mask=...)`, with
-    each sample's own keys as k, v [B, Hkv, Md, D], called with prefix_k= and prefix_v= [G, Hkv, Mc, D]: sample b continues
-    context b * G // B. levels > 1: tuples of as many tensors, the outermost context first, each with a G of its own.
-    Optionally k_len= int [B], the suffixes' lengths.
+# -- what comes at the call -------------------------------------------------------------------------------------------
 
-    Logical positions count the contexts one after the other and then the suffix; q_offset, masks, scores and captures are
-    in these. The keys read are Mc + B * Md, not B * (Mc + Md). Differentiable in the contexts. Raises InputError.
-    """
-    return SharedPrefix(levels)
+
+def read_contexts(keys: SharedPrefix, given: Mapping[str, Any], q: Any, k: Any) -> dict[str, Any]:
+    """prefix_k.0, prefix_v.0 and so on, outermost first. InputError."""
+    found = {name: value for name, value in given.items() if name == "k_len" and value is not None}
+    for name in ("prefix_k", "prefix_v"):
+        value = given.get(name)
+        parts = [value] if keys.levels == 1 and isinstance(value, torch.Tensor) else value
+        if not isinstance(parts, (tuple, list)) or len(parts) != keys.levels:
+            wanted = "a tensor [G, Hkv, Mc, *]" if keys.levels == 1 else f"a tuple of {keys.levels} tensors"
+            fix = f"pass {name}=... at the call" if value is None else ""
+            raise InputError(name, wanted, type(value).__name__, fix)
+        found |= {f"{name}.{level}": part for level, part in enumerate(parts)}
+    return found
+
+
+def bind_contexts(
+    keys: SharedPrefix,
+    spec: Spec,
+    q: Any,
+    k: Any,
+    v: Any,
+    q_offset: Any,
+    captures: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> Call:
+    """The checked call. Captures are indexed by logical positions, so they are checked against as many keys as those are."""
+    bind(Spec(), q, k, v, q_offset=q_offset, captures={})
+    length = k.shape[2]
+    for level in range(keys.levels):
+        shapes = {}
+        for name, like in (("prefix_k", k), ("prefix_v", v)):
+            place = name if keys.levels == 1 else f"{name}[{level}]"
+            part = given[f"{name}.{level}"]
+            shape = tuple(part.shape) if isinstance(part, torch.Tensor) else ()
+            groups, size = (shape[0], shape[2]) if len(shape) == 4 else (1, 0)
+            check_tensor(
+                place, part, "float", (groups, like.shape[1], size, like.shape[3]), "[G, Hkv, Mc, *]", q.device
+            )
+            if part.dtype != q.dtype:
+                raise InputError(place, f"{q.dtype} like q", part.dtype)
+            if groups == 0 or q.shape[0] % groups:
+                raise InputError(place, f"a first dimension that divides the batch {q.shape[0]}", groups)
+            shapes[name] = shape
+        if shapes["prefix_k"][:3] != shapes["prefix_v"][:3]:
+            place = "prefix_v" if keys.levels == 1 else f"prefix_v[{level}]"
+            raise InputError(
+                place, f"{list(shapes['prefix_k'][:3])} + [Dv] like prefix_k", f"shape {list(shapes['prefix_v'])}"
+            )
+        length += shapes["prefix_k"][2]
+    long = (t.detach()[:, :, :1, :1].new_empty(()).expand(*t.shape[:2], length, t.shape[3]) for t in (k, v))
+    call = bind(spec, q, *long, q_offset=q_offset, captures=captures)
+    return replace(call, k=k, v=v)
+
+
+FAMILIES[SharedPrefix] = Family(plan_prefix, bind=bind_contexts, read=read_contexts)

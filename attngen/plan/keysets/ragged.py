@@ -1,4 +1,5 @@
-"""Batches of uneven lengths, for any spec without keys: padded caches (k_len) and packed sequences (cu_q, cu_k).
+"""Batches of uneven lengths, for any spec without keys: padded caches (k_len), sliding ones whose first key is not at position 0
+(k_offset), and packed sequences (cu_q, cu_k).
 
 Lengths stay on the device: they are captured tensors of an inner spec whose b, i and j are those of the sequences, so other
 lengths neither wait nor compile anything.
@@ -6,116 +7,166 @@ lengths neither wait nor compile anything.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from attngen.errors import InputError
-from attngen.language.call import Call, bind
-from attngen.language.checks import check_lengths, require
-from attngen.language.expression import evaluate, tensor_of
+from attngen.language.call import LARGEST_POSITION, Call, bind
+from attngen.language.checks import check_lengths, check_tensor, require
+from attngen.language.expression import Expr, evaluate, tensor_of
+from attngen.language.keysets.cached import Ragged
+from attngen.language.moved import b, by_distance, i, j, moved, moved_by, split_causal
 from attngen.language.spec import Spec
-from attngen.plan.keysets.base import Pieces, Result, b, by_distance, check_tensor, i, j, moved, moved_by, split_causal
-from attngen.runtime.attention import LENGTHS
-from attngen.state.merging import merge
-
-if TYPE_CHECKING:
-    from attngen.runtime.attention import CompiledAttention
+from attngen.plan.planner import FAMILIES, Family, Planner
+from attngen.plan.steps import Result
 
 LIMIT = 2**31 - 1
+LENGTHS = ("k_len", "k_offset", "cu_q", "cu_k")  # of ragged batches, unless the spec has a tensor of that name
+PLACES = ("q_sequence", "q_position", "k_position", "q_own_offset", "q_rank", "k_rank", "start", "stop")
 
 
-def run(
-    attention: CompiledAttention,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    q_offset: Any,
-    lengths: Mapping[str, Any],
-    captures: Mapping[str, Any],
-) -> Result:
-    """out and lse of a call with `lengths`: k_len, or cu_q and cu_k. InputError."""
-    spec = attention.spec
-    given = [name for name in LENGTHS if lengths.get(name) is not None]
-    if given not in (["k_len"], ["cu_q", "cu_k"]):
-        raise InputError(
-            given[0], "k_len= for padded caches, or cu_q= and cu_k= for packed sequences", ", ".join(given)
-        )
+def ragged_of(spec: Spec, names: Any) -> Ragged | None:
+    """Which lengths a call with captures of these names has; None without any. InputError."""
+    given = [name for name in LENGTHS if name in names and name not in spec.tensors]
+    if not given or spec.keys is not None:
+        return None
+    packed = given == ["cu_q", "cu_k"]
+    if not packed and {*given} - {"k_len", "k_offset"}:
+        wanted = "k_len= or k_offset= for padded and sliding caches, or cu_q= and cu_k= for packed sequences"
+        raise InputError(given[0], wanted, ", ".join(given))
     if spec.dropout is not None or spec.lists is not None or spec.page_size is not None:
         raise InputError(given[0], "a spec without dropout=, lists= and page_size=", "a spec with one of them")
-    if given == ["k_len"]:
-        return _padded(attention, q, k, v, q_offset, lengths["k_len"], captures)
-    return _packed(attention, q, k, v, q_offset, lengths["cu_q"], lengths["cu_k"], captures)
+    return Ragged("packed" if packed else ", ".join(given))
+
+
+def plan_ragged(keys: Ragged, planner: Planner) -> Result:
+    """One attention whose mask reads the lengths."""
+    return _plan_packed(planner) if keys.kind == "packed" else _plan_padded(keys, planner)
+
+
+def read_ragged(keys: Ragged, given: Mapping[str, Any], q: Any, k: Any) -> dict[str, Any]:
+    """k_offset as a tensor [B]. InputError."""
+    found = dict(given)
+    offset: Any = given.get("k_offset")
+    if "k_offset" in keys.names:
+        if isinstance(offset, torch.Tensor) and offset.dim() == 0:
+            found["k_offset"] = offset.expand(q.shape[:1])
+        elif not isinstance(offset, torch.Tensor):
+            if isinstance(offset, bool) or not isinstance(offset, (numbers.Integral, torch.SymInt)):
+                raise InputError("k_offset", "an int or an int tensor [B]", type(offset).__name__)
+            fill: Any = offset
+            found["k_offset"] = torch.full(q.shape[:1], fill, dtype=torch.int64, device=q.device)
+    return found
+
+
+def bind_ragged(
+    keys: Ragged,
+    spec: Spec,
+    q: Any,
+    k: Any,
+    v: Any,
+    q_offset: Any,
+    captures: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> Call:
+    """The checked call. InputError."""
+    if keys.kind != "packed":
+        call = bind(spec, q, k, v, q_offset=q_offset, captures=captures, values=False)  # the piece knows lengths
+        for name, dims in spec.plain_dims.items() if "k_offset" in keys.names else ():
+            for dim, axis in dims:
+                if axis == "j" and captures[name].shape[dim] == 1:
+                    wanted = f"an element for each position along dimension {dim}, indexed by j, next to k_offset="
+                    raise InputError(name, wanted, f"shape {list(captures[name].shape)}", "expand it")
+        return call
+    return _bind_packed(spec, q, k, v, q_offset, captures, given)
 
 
 # -- padded -----------------------------------------------------------------------------------------------------------
 
 
-def _padded(
-    attention: CompiledAttention, q: Any, k: Any, v: Any, q_offset: Any, k_len: Any, captures: Mapping[str, Any]
-) -> Result:
-    from attngen.plan.keysets.call import _sink
-
-    call = bind(attention.spec, q, k, v, q_offset=q_offset, captures=captures, values=False)  # the piece knows lengths
-    pieces = Pieces(attention, call, trusted=False)
-    k_len = check_lengths("k_len", k_len, q.shape[0], k.shape[2], "rows of k", q.device)
+def _plan_padded(keys: Ragged, planner: Planner) -> Result:
+    found = planner.prepare("lengths", _lengths, keys.names, keys.names)
 
     def build() -> dict[str, Any]:
-        return {"mask": pieces.mask & (j < pieces.tensor("k_len", 1)[b]), "score": pieces.score}
+        spec, mask, score = planner.spec, planner.mask, planner.score
+        sink = None if spec.sink is None else Expr(spec.sink, {**spec.tensors, **spec.params})
+        if "k_offset" in keys.names:
+            position = j + planner.tensor("k_offset", 1)[b]
+            mask, score = moved(mask, j=position), moved(score, j=position)
+        if "k_len" in keys.names:
+            mask = mask & (j < planner.tensor("k_len", 1)[b])
+        return {"mask": mask, "score": score, "sink": sink}
 
-    result = pieces.attend("k_len", build, q, k, v, q_offset, k_len=k_len)
-    return result if attention.spec.sink is None else _with_sink(result, _sink(call, result[1]))
+    return planner.attend("padded", keys.kind, build, "q", "k", "v", found, offset=True, looks=True)
 
 
-def _with_sink(result: Result, sink: torch.Tensor) -> Result:
-    return merge(result, (result[0].new_zeros(()).expand(result[0].shape), sink))
+def _lengths(call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
+    (batch, _, length, _), device, found = call.k.shape, call.q.device, dict[str, Any]()
+    if "k_len" in given:
+        found["k_len"] = check_lengths("k_len", given["k_len"], batch, length, "rows of k", device)
+    if "k_offset" in given:
+        offset = check_tensor("k_offset", given["k_offset"], "int", (batch,), "[B]", device)
+        most = LARGEST_POSITION - length
+        require("k_offset", (offset > -most) & (offset < most), f"positions of at most {most}", offset, "in row")
+        found["k_offset"] = offset.clamp(1 - most, most - 1).to(torch.int32)
+    return found
 
 
 # -- packed -----------------------------------------------------------------------------------------------------------
 
 
-def _packed(
-    attention: CompiledAttention,
-    q: Any,
-    k: Any,
-    v: Any,
-    q_offset: Any,
-    cu_q: Any,
-    cu_k: Any,
-    captures: Mapping[str, Any],
-) -> Result:
-    bind(Spec(), q, k, v, captures={})
-    if q.shape[0] != 1:
-        raise InputError("q", "packed sequences [1, Hq, total_q, D]", f"shape {list(q.shape)}")
-    count = cu_q.shape[0] - 1 if isinstance(cu_q, torch.Tensor) and cu_q.dim() == 1 else 0
-    if count < 1:
-        got = f"shape {list(cu_q.shape)}" if isinstance(cu_q, torch.Tensor) else type(cu_q).__name__
-        raise InputError("cu_q", "int [S + 1], S >= 1", got)
-    cu_q, cu_k = (
-        _checked(name, cu, count, x.shape[2], q.device) for name, cu, x in (("cu_q", cu_q, q), ("cu_k", cu_k, k))
-    )
-    call = _bound(attention.spec, q, k, v, q_offset, count, captures)
-    _check_room(call, captures, {"i": cu_q.diff(), "j": cu_k.diff()})
-    places = _places(call, cu_q, cu_k, count)
-    pieces = Pieces(attention, call, trusted=False)
+def _plan_packed(planner: Planner) -> Result:
+    found = planner.prepare("places", _prepare_packed, ("cu_q", "cu_k"), (*PLACES, "cu_q"))
 
     def build() -> dict[str, Any]:
-        named = {name: pieces.tensor(name, 1) for name in places}
+        named = {name: planner.tensor(name, 1) for name in PLACES}
         offset = {"q_offset": named["q_own_offset"][i]}
         positions = {"b": named["q_sequence"][i], "i": named["q_position"][i], "j": named["k_position"][j], **offset}
         ranks = {"b": positions["b"], "i": named["q_rank"][i], "j": named["k_rank"][j], **offset}
         # Ranks rise over the whole row and differ like positions inside a sequence: what depends on the distance alone
         # finds tight ranges by them.
-        mask = moved_by(pieces.mask, lambda atom: ranks if by_distance(atom) else positions)
+        mask = moved_by(planner.mask, lambda atom: ranks if by_distance(atom) else positions)
         mask = mask & (ranks["j"] >= named["start"][i])
-        if split_causal(pieces.spec.mask) is None:  # a causal mask ends the sequence itself
+        if split_causal(planner.spec.mask) is None:  # a causal mask ends the sequence itself
             mask = mask & (ranks["j"] < named["stop"][i])
-        return {"mask": mask, "score": moved(pieces.score, **positions)}
+        return {"mask": mask, "score": moved(planner.score, **positions)}
 
-    result = pieces.attend("packed", build, q, k, v, **places)
-    return result if attention.spec.sink is None else _with_sink(result, _packed_sink(call, result[1], places, cu_q))
+    result = planner.attend(
+        "packed", "packed", build, "q", "k", "v", {name: found[name] for name in PLACES}, looks=True
+    )
+    if planner.spec.sink is None:
+        return result
+    sink = planner.sink(_packed_sink, [found[name] for name in ("q_sequence", "q_position", "q_own_offset", "cu_q")])
+    return planner.merge(result, sink=sink)
+
+
+def _prepare_packed(call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Checked offsets, and the place of every row in its sequence."""
+    count = given["cu_q"].shape[0] - 1
+    cu_q, cu_k = (
+        _checked(name, given[name], count, x.shape[2], call.q.device)
+        for name, x in (("cu_q", call.q), ("cu_k", call.k))
+    )
+    _check_room(call, call.captures, {"i": cu_q.diff(), "j": cu_k.diff()})
+    return {**_places(call, cu_q, cu_k, count), "cu_q": cu_q}
+
+
+def _bind_packed(
+    spec: Spec, q: Any, k: Any, v: Any, q_offset: Any, captures: Mapping[str, Any], given: Mapping[str, Any]
+) -> Call:
+    bind(Spec(), q, k, v, captures={})
+    if q.shape[0] != 1:
+        raise InputError("q", "packed sequences [1, Hq, total_q, D]", f"shape {list(q.shape)}")
+    cu_q = given["cu_q"]
+    count = cu_q.shape[0] - 1 if isinstance(cu_q, torch.Tensor) and cu_q.dim() == 1 else 0
+    if count < 1:
+        got = f"shape {list(cu_q.shape)}" if isinstance(cu_q, torch.Tensor) else type(cu_q).__name__
+        raise InputError("cu_q", "int [S + 1], S >= 1", got)
+    return _bound(spec, q, k, v, q_offset, count, captures)
 
 
 def _checked(name: str, cu: Any, count: int, total: int, device: torch.device) -> torch.Tensor:
@@ -160,7 +211,7 @@ def _check_room(call: Call, captures: Mapping[str, Any], lengths: Mapping[str, t
     a load past the end reads the last element.
     """
     for name, dims in call.spec.plain_dims.items():
-        for dim, axis in dims:
+        for dim, axis in dims if name in captures else ():
             size = captures[name].shape[dim]
             if axis not in "ijr" or size == 1:
                 continue
@@ -202,12 +253,24 @@ def _places(call: Call, cu_q: torch.Tensor, cu_k: torch.Tensor, count: int) -> d
     return {n: t.to(word) for n, t in found.items()} | {n: t.to(torch.int32) for n, t in near.items()}
 
 
-def _packed_sink(call: Call, lse: torch.Tensor, places: Mapping[str, torch.Tensor], cu_q: torch.Tensor) -> torch.Tensor:
-    """The sink's logits [1, Hq, total_q]; rows of no sequence have none."""
-    env: dict[str, Any] = {**call.captures, **call.params}
-    env |= {"b": places["q_sequence"].long(), "i": places["q_position"].long()}
-    env |= {"q_offset": places["q_own_offset"].long()}
-    env |= {"h": torch.arange(lse.shape[1], device=lse.device).view(1, -1, 1)}
-    value = tensor_of(evaluate(call.spec.sink, env, real=lse.dtype), lse.device).to(lse.dtype)
-    here = torch.arange(lse.shape[2], device=lse.device) < cu_q[-1]
-    return torch.where(here, value.expand(lse.shape), -torch.inf)
+def _packed_sink(
+    spec: Spec,
+    names: Any,
+    call: Call,
+    *values: torch.Tensor,
+) -> tuple[torch.Tensor]:
+    """The sink's logits [1, Hq, total_q]; rows of no sequence have none. values: the sink's captures, then the rows' sequences,
+    positions and offsets, and the ends of the sequences.
+    """
+    *values, sequence, position, offset, cu_q = values  # type: ignore[assignment]
+    heads, rows, device = call.q.shape[1], call.q.shape[2], call.q.device
+    real = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+    env: dict[str, Any] = {**call.params, **dict(zip(names, values, strict=True))}
+    env |= {"b": sequence.long(), "i": position.long(), "q_offset": offset.long()}
+    env |= {"h": torch.arange(heads, device=device).view(1, -1, 1)}
+    value = tensor_of(evaluate(spec.sink, env, real=real), device).to(real)
+    here = torch.arange(rows, device=device) < cu_q[-1]
+    return (torch.where(here, value.expand(1, heads, rows), -torch.inf),)
+
+
+FAMILIES[Ragged] = Family(plan_ragged, bind=bind_ragged, read=read_ragged)

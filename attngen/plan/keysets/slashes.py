@@ -7,123 +7,114 @@ tile (r, c) depends on r - c only, and masks inside them by distance, without th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import partial
+from typing import Any
 
 import torch
 
-from attngen.backends.rows import take
-from attngen.errors import InputError, SpecError
-from attngen.language.checks import check_dims
+from attngen.errors import InputError
+from attngen.language.call import Call
+from attngen.language.checks import check_dims, check_range, check_tensor
+from attngen.language.keysets.tiles import Adaptive, Slashes, VerticalSlash
 from attngen.language.lists import TileLists
-from attngen.plan.keysets.base import (
-    KeySet,
-    Pieces,
-    Result,
-    b,
-    check_range,
-    check_tensor,
-    h,
-    i,
-    j,
-    moved,
-    offset_column,
-    positive,
-)
+from attngen.language.moved import b, h, i, j, moved
+from attngen.language.spec import Spec
 from attngen.plan.keysets.estimate import A_SHAPE, CLUSTER, Estimate
-from attngen.plan.keysets.tiles import Live, check_params, tile_lists
-from attngen.state.merging import merge
+from attngen.plan.keysets.tiles import Live, tile_lists
+from attngen.plan.moves import Rows, shared_rows
+from attngen.plan.planner import FAMILIES, Family, Planner
+from attngen.plan.steps import Result
 
-if TYPE_CHECKING:
-    from attngen.language.call import Call
-    from attngen.language.spec import Spec
+LINES = ("column_hit", "slash_hit", "base")
+COLUMNS = ("column", "shift", "count")
+ESTIMATED = ("kind", "vertical", "band", "index", "sink", "window")  # what is read of an `Estimate`
 
 
-@dataclass(frozen=True)
-class Slashes(KeySet):
-    """Base: heads that attend to columns, distances and whole tiles, in square tiles of `block`."""
+def plan_lines(keys: Slashes, planner: Planner) -> Result:
+    """Tiles that slash lines touch, and the columns, gathered."""
+    adaptive = isinstance(keys, Adaptive)
+    whole = ("whole",) if adaptive else ()
+    prepare: Any = prepare_estimated if adaptive else prepare_lines
+    make = partial(prepare, keys, planner.spec)
+    own = tuple(f"estimate.{name}" for name in ESTIMATED) if adaptive else keys.prepared
+    writes = (*TileLists.names, *LINES, *whole, *COLUMNS, "column_rows")
+    found = planner.prepare("find lines", make, (*own, *planner.mask_reads), writes, planner.mask_params)
 
-    def prepare_from(
-        self,
-        spec: Spec,
-        call: Call,
-        vertical: torch.Tensor,
-        slash: torch.Tensor,
-        diagonal: torch.Tensor,
-        clusters: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> dict[str, Any]:
-        """The plan for vertical int64 [B, H, Kv] and slash int64 [B, H, Ks], -1 for none, and tile diagonals int64
-        [B, H, T]: numbers r - c + tiles_k - 1 of those that the slash lines touch, tiles_q + tiles_k - 1 for none, any of
-        them several times.
-
-        clusters: (whole bool [B, H], index int64 [B, H, tiles_q, K], -1 for none): heads that see whole tiles instead.
-        """
-        block: int = self.block  # type: ignore[attr-defined]
-        device, (batch, heads, n_q, _), n_k = call.q.device, call.q.shape, call.k.shape[2]
-        tiles_q, tiles_k = -(-n_q // block), -(-n_k // block)
-        # A distance i - j has the place i - j - base; no pair that exists is outside of the table.
-        base = offset_column(call) - (n_k - 1)
-        slash_hit = _marked(torch.where(slash < 0, -1, slash - base), n_q + n_k - 1)
-        column = _once(torch.where(vertical < 0, n_k, vertical), n_k).sort(dim=-1).values  # the missing ones last
-        none = tiles_q + tiles_k - 1
-        diagonal = _once(diagonal, none).unsqueeze(-2)
-        row = torch.arange(tiles_q, device=device)
-        listed = row.unsqueeze(-1) + (tiles_k - 1) - diagonal
-        listed = torch.where((diagonal < none) & (listed >= 0) & (listed < tiles_k), listed, -1)
-        if clusters is not None:
-            whole, index = clusters
-            wide = max(listed.shape[3], index.shape[3])
-            index, listed = (torch.nn.functional.pad(x, (0, wide - x.shape[3]), value=-1) for x in (index, listed))
-            listed = torch.where(whole.view(batch, heads, 1, 1), index, listed)
-        live = Live(row.repeat_interleave(listed.shape[3]).view(1, 1, -1), listed.flatten(2))
-        offset = call.q_offset
-        offsets = offset if isinstance(offset, torch.Tensor) else torch.full((batch,), offset, device=device)
+    def lines() -> dict[str, Any]:
+        column, slash = (planner.tensor(name, 3, torch.bool) for name in ("column_hit", "slash_hit"))
+        hit = slash[b, h, i - j - planner.tensor("base", 1)[b]]
+        if adaptive:
+            hit = hit | planner.tensor("whole", 2, torch.bool)[b, h]
         return {
-            **tile_lists(live, spec, call, (block, block), masked_inside=True),
-            "column_hit": _marked(vertical, n_k),
-            "slash_hit": slash_hit,
-            "base": (offsets - (n_k - 1)).to(torch.int32),
-            "shift": offsets.to(torch.int32),
-            "column": column.clamp(max=max(n_k - 1, 0)).to(torch.int32),
-            "count": (column < n_k).sum(-1).to(torch.int32),
-            **({} if clusters is None else {"whole": clusters[0]}),
+            "mask": planner.mask & hit & ~column[b, h, j],
+            "score": planner.score,
+            "lists": TileLists(keys.block, keys.block),  # type: ignore[attr-defined]
         }
 
-    def run(self, pieces: Pieces, plan: Mapping[str, Any], given: Mapping[str, Any]) -> Result:
-        call, block = pieces.call, self.block  # type: ignore[attr-defined]
-        check_params(plan, call)
-        with_whole = "whole" in plan
+    names = (*TileLists.names, *LINES, *whole)
+    listed = planner.attend("lines", "lines", lines, "q", "k", "v", {n: found[n] for n in names}, offset=True)
+    if planner.sizes.n_k == 0:
+        return listed
 
-        def tiles() -> dict[str, Any]:
-            column, slash = (pieces.tensor(name, 3, torch.bool) for name in ("column_hit", "slash_hit"))
-            hit = slash[b, h, i - j - pieces.tensor("base", 1)[b]]
-            if with_whole:
-                hit = hit | pieces.tensor("whole", 2, torch.bool)[b, h]
-            return {
-                "mask": pieces.mask & hit & ~column[b, h, j],
-                "score": pieces.score,
-                "lists": TileLists(block, block),
-            }
+    def columns() -> dict[str, Any]:
+        column = planner.tensor("column", 3)
+        there = j < planner.tensor("count", 2)[b, h]
+        places = {"i": i + planner.tensor("shift", 1)[b], "j": column[b, h, j]}
+        return {"mask": moved(planner.mask, **places) & there, "score": moved(planner.score, **places)}
 
-        names = (*TileLists.names, "column_hit", "slash_hit", "base", *(("whole",) if with_whole else ()))
-        listed = pieces.attend(
-            ("slashes", block, with_whole), tiles, call.q, call.k, call.v, call.q_offset, **{n: plan[n] for n in names}
-        )
-        if plan["column"].shape[2] == 0 or 0 in call.q.shape or call.k.shape[2] == 0:
-            return listed
+    # The heads of a group take their rows from the keys that they share.
+    k = planner.take("column keys", "k", Rows(unique=False), found["column_rows"])
+    v = planner.take("column values", "v", Rows(unique=False), found["column_rows"])
+    gathered = planner.attend("columns", "columns", columns, "q", k, v, {n: found[n] for n in COLUMNS})
+    return planner.merge(listed, gathered)
 
-        def columns() -> dict[str, Any]:
-            column = pieces.tensor("column", 3)
-            there = j < pieces.tensor("count", 2)[b, h]
-            places = {"i": i + pieces.tensor("shift", 1)[b], "j": column[b, h, j]}
-            return {"mask": moved(pieces.mask, **places) & there, "score": moved(pieces.score, **places)}
 
-        # The heads of a group take their rows from the keys that they share, one after the other.
-        rows = plan["column"].long()
-        shared = rows.view(*call.k.shape[:2], -1)
-        k, v = (take(x, shared, unique=False).view(*rows.shape, x.shape[3]) for x in (call.k, call.v))
-        names = ("column", "shift", "count")
-        return merge(listed, pieces.attend("columns", columns, call.q, k, v, **{n: plan[n] for n in names}))
+def prepare_from(
+    block: int,
+    spec: Spec,
+    call: Call,
+    vertical: torch.Tensor,
+    slash: torch.Tensor,
+    diagonal: torch.Tensor,
+    clusters: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> dict[str, Any]:
+    """What is prepared for vertical int64 [B, H, Kv] and slash int64 [B, H, Ks], -1 for none, and tile diagonals int64
+    [B, H, T]: numbers r - c + tiles_k - 1 of those that the slash lines touch, tiles_q + tiles_k - 1 for none, any of
+    them several times.
+
+    clusters: (whole bool [B, H], index int64 [B, H, tiles_q, K], -1 for none): heads that see whole tiles instead.
+    """
+    device, (batch, heads, n_q, _), n_k = call.q.device, call.q.shape, call.k.shape[2]
+    tiles_q, tiles_k = -(-n_q // block), -(-n_k // block)
+    # A distance i - j has the place i - j - base; no pair that exists is outside of the table.
+    base = call.offset_column - (n_k - 1)
+    slash_hit = _marked(torch.where(slash < 0, -1, slash - base), n_q + n_k - 1)
+    column = _once(torch.where(vertical < 0, n_k, vertical), n_k).sort(dim=-1).values  # the missing ones last
+    none = tiles_q + tiles_k - 1
+    diagonal = _once(diagonal, none).unsqueeze(-2)
+    row = torch.arange(tiles_q, device=device)
+    listed = row.unsqueeze(-1) + (tiles_k - 1) - diagonal
+    listed = torch.where((diagonal < none) & (listed >= 0) & (listed < tiles_k), listed, -1)
+    if clusters is not None:
+        whole, index = clusters
+        wide = max(listed.shape[3], index.shape[3])
+        index, listed = (torch.nn.functional.pad(x, (0, wide - x.shape[3]), value=-1) for x in (index, listed))
+        listed = torch.where(whole.view(batch, heads, 1, 1), index, listed)
+    listed_tiles = Live(row.repeat_interleave(listed.shape[3]).view(1, 1, -1), listed.flatten(2))
+    there = column.clamp(max=max(n_k - 1, 0))
+    offset = call.q_offset
+    offsets = offset if isinstance(offset, torch.Tensor) else torch.full((batch,), offset, device=device)
+    return {
+        **tile_lists(listed_tiles, spec, call, (block, block), masked_inside=True),
+        "column_hit": _marked(vertical, n_k),
+        "slash_hit": slash_hit,
+        "base": (offsets - (n_k - 1)).to(torch.int32),
+        "shift": offsets.to(torch.int32),
+        "column": there.to(torch.int32),
+        "column_rows": shared_rows(there, call.k.shape[1], n_k),
+        "count": (column < n_k).sum(-1).to(torch.int32),
+        **({} if clusters is None else {"whole": clusters[0]}),
+    }
 
 
 def _once(numbers: torch.Tensor, none: int) -> torch.Tensor:
@@ -146,104 +137,65 @@ def touched(first: torch.Tensor, last: torch.Tensor, block: int, call: Call, mos
     """
     tiles_q, tiles_k = -(-call.q.shape[2] // block), -(-call.k.shape[2] // block)
     # Pairs of tile (r, c) are offset + (r - c) * block - (block - 1) .. offset + (r - c) * block + (block - 1) apart.
-    low = torch.div(first - offset_column(call), block, rounding_mode="floor")
-    high = torch.div(last - offset_column(call) + block - 1, block, rounding_mode="floor")
+    low = torch.div(first - call.offset_column, block, rounding_mode="floor")
+    high = torch.div(last - call.offset_column + block - 1, block, rounding_mode="floor")
     found = low.unsqueeze(-1) + torch.arange(most, device=first.device)
     place = found + (tiles_k - 1)
     real = (found <= high.unsqueeze(-1)) & (first >= 0).unsqueeze(-1) & (place >= 0) & (place < tiles_q + tiles_k - 1)
     return torch.where(real, place, tiles_q + tiles_k - 1).flatten(2)
 
 
-@dataclass(frozen=True)
-class VerticalSlash(Slashes):
-    """Columns and distances given at the call."""
-
-    block: int = 64
-
-    name: ClassVar[str] = "vertical_slash"
-    prepared: ClassVar[tuple[str, ...]] = ("vertical", "slash")
-
-    def __post_init__(self) -> None:
-        _square(self.name, self.block)
-
-    def prepare(self, spec: Spec, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
-        found = []
-        for name, size, what in (("vertical", "Kv", "rows of k"), ("slash", "Ks", "distances i - j")):
-            value = check_dims(name, given.get(name), (3,), f"int [B, H, {size}]")
-            shape = (*call.q.shape[:2], value.shape[2])
-            value = check_tensor(name, value, "int", shape, f"[B, H, {size}]", call.q.device)
-            check_range(name, value, -1, call.k.shape[2] if name == "vertical" else 2**28, f"{what}, or -1 for none")
-            found.append(value.long())
-        vertical, slash = found
-        return self.prepare_from(spec, call, vertical, slash, touched(slash, slash, self.block, call, 2))
+def prepare_lines(keys: VerticalSlash, spec: Spec, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
+    found = []
+    for name, size, what in (("vertical", "Kv", "rows of k"), ("slash", "Ks", "distances i - j")):
+        value = check_dims(name, given.get(name), (3,), f"int [B, H, {size}]")
+        shape = (*call.q.shape[:2], value.shape[2])
+        value = check_tensor(name, value, "int", shape, f"[B, H, {size}]", call.q.device)
+        check_range(name, value, -1, call.k.shape[2] if name == "vertical" else 2**28, f"{what}, or -1 for none")
+        found.append(value.long())
+    vertical, slash = found
+    return prepare_from(keys.block, spec, call, vertical, slash, touched(slash, slash, keys.block, call, 2))
 
 
-@dataclass(frozen=True)
-class Adaptive(Slashes):
-    """Per head an A-shape, vertical lines and slashes, or clusters of tiles, as an `Estimate` says."""
+def prepare_estimated(keys: Adaptive, spec: Spec, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name.removeprefix("estimate."): value for name, value in given.items()}
+    block, (batch, heads) = keys.block, call.q.shape[:2]
+    a_shape = (found["kind"] == A_SHAPE).unsqueeze(-1)
+    cluster = (found["kind"] == CLUSTER).unsqueeze(-1)
 
-    block: int = 64
+    def per_head(near: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
+        """Of a-shape heads `near` [K], of the others `far` [B, H, K'], none for clusters: [B, H, larger K]."""
+        wide = max(near.shape[0], far.shape[2])
+        near = torch.nn.functional.pad(near, (0, wide - near.shape[0]), value=-1)
+        far = torch.nn.functional.pad(far, (0, wide - far.shape[2]), value=-1)
+        return torch.where(cluster, -1, torch.where(a_shape, near, far))
 
-    name: ClassVar[str] = "adaptive"
-    prepared: ClassVar[tuple[str, ...]] = ("estimate",)
-
-    def __post_init__(self) -> None:
-        _square(self.name, self.block)
-
-    def prepare(self, spec: Spec, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
-        found = given.get("estimate")
-        if not isinstance(found, Estimate):
-            fix = "pass estimate=ag.estimate(q, k, ...) at the call"
-            raise InputError("estimate", "what ag.estimate returns", type(found).__name__, fix)
-        tiles_q = -(-call.q.shape[2] // self.block)
-        sizes = (self.block, *call.q.shape[:2], tiles_q, call.k.shape[2], str(call.q.device))
-        if found.sizes != sizes:
-            names = "(block, B, Hq, tiles_q, Nk, device)"
-            raise InputError("estimate", f"one for {names} = {sizes}", f"one for {found.sizes}")
-        block, (batch, heads) = self.block, call.q.shape[:2]
-        a_shape = (found.kind == A_SHAPE).unsqueeze(-1)
-        cluster = (found.kind == CLUSTER).unsqueeze(-1)
-
-        def per_head(near: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
-            """Of a-shape heads `near` [K], of the others `far` [B, H, K'], none for clusters: [B, H, larger K]."""
-            wide = max(near.shape[0], far.shape[2])
-            near = torch.nn.functional.pad(near, (0, wide - near.shape[0]), value=-1)
-            far = torch.nn.functional.pad(far, (0, wide - far.shape[2]), value=-1)
-            return torch.where(cluster, -1, torch.where(a_shape, near, far))
-
-        device = call.q.device
-        sink = torch.arange(min(found.sink, call.k.shape[2]), device=device)
-        vertical = per_head(sink, found.vertical)
-        inside = torch.arange(block, device=device)
-        lines = (found.band.unsqueeze(-1) * block + inside).flatten(2)
-        slash = per_head(torch.arange(found.window, device=device), torch.where(lines < 0, -1, lines))
-        # The same distances as runs: the window in runs of `block`, the last one shorter.
-        start = torch.arange(0, found.window, block, device=device)
-        first = per_head(start, torch.where(found.band < 0, -1, found.band * block))
-        length = torch.where(a_shape, (found.window - first).clamp(max=block), block)
-        diagonal = touched(first, first + length - 1, block, call, 3)
-        return self.prepare_from(spec, call, vertical, slash, diagonal, (cluster.view(batch, heads), found.index))
+    device = call.q.device
+    sink = torch.arange(min(found["sink"], call.k.shape[2]), device=device)
+    vertical = per_head(sink, found["vertical"])
+    inside = torch.arange(block, device=device)
+    lines = (found["band"].unsqueeze(-1) * block + inside).flatten(2)
+    slash = per_head(torch.arange(found["window"], device=device), torch.where(lines < 0, -1, lines))
+    # The same distances as runs: the window in runs of `block`, the last one shorter.
+    start = torch.arange(0, found["window"], block, device=device)
+    first = per_head(start, torch.where(found["band"] < 0, -1, found["band"] * block))
+    length = torch.where(a_shape, (found["window"] - first).clamp(max=block), block)
+    diagonal = touched(first, first + length - 1, block, call, 3)
+    return prepare_from(keys.block, spec, call, vertical, slash, diagonal, (cluster.view(batch, heads), found["index"]))
 
 
-def vertical_slash(block: int = 64) -> VerticalSlash:
-    """Key columns and distances, chosen per head (MInference, arXiv 2407.02490; SparseAccelerate, 2412.06198):
-    `Spec(keys=ag.vertical_slash(), mask=ag.causal())`, called with vertical= int [B, H, Kv], keys j, and slash=
-    int [B, H, Ks], distances i - j of at least 0; -1 for none, H query heads. A pair is attended iff j is in vertical or
-    i - j is in slash, and the mask holds; what is named twice counts once. Work goes with the tiles (`block` a side, a
-    multiple of 16) that slash lines touch, and with Kv. Raises SpecError, and InputError at the call.
-    """
-    return VerticalSlash(_square("vertical_slash", block))
+def read_estimate(keys: Adaptive, given: Mapping[str, Any], q: Any, k: Any) -> dict[str, Any]:
+    """The tensors and numbers of estimate=. InputError."""
+    found = given.get("estimate")
+    if not isinstance(found, Estimate):
+        fix = "pass estimate=ag.estimate(q, k, ...) at the call"
+        raise InputError("estimate", "what ag.estimate returns", type(found).__name__, fix)
+    sizes = (keys.block, *q.shape[:2], -(-q.shape[2] // keys.block), k.shape[2], str(q.device))
+    if found.sizes != sizes:
+        names = "(block, B, Hq, tiles_q, Nk, device)"
+        raise InputError("estimate", f"one for {names} = {sizes}", f"one for {found.sizes}")
+    return {f"estimate.{name}": getattr(found, name) for name in ESTIMATED}
 
 
-def adaptive(block: int = 64) -> Adaptive:
-    """Per head the pattern that `ag.estimate` chose for it, all heads in one call: `Spec(keys=ag.adaptive(64),
-    mask=ag.causal())`, called with estimate=ag.estimate(q, k, block=64, ...). Raises SpecError, and InputError at the call.
-    """
-    return Adaptive(_square("adaptive", block))
-
-
-def _square(place: str, block: Any) -> int:
-    try:
-        return TileLists(positive(place, block), block).block_m
-    except SpecError:
-        raise SpecError(f"{place}: block is a multiple of 16, got {block!r}") from None
+FAMILIES[VerticalSlash] = Family(plan_lines)
+FAMILIES[Adaptive] = Family(plan_lines, read=read_estimate)

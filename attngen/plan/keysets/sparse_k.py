@@ -10,186 +10,202 @@ dropped stays dropped: a chunk of queries needs the keys that were alive at its 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
-from attngen.backends.rows import flat_rows, take, take_flat
-from attngen.errors import InputError, SpecError
-from attngen.language.checks import checked, require
+from attngen.errors import InputError
+from attngen.language.call import MAX_HEAD_DIM, Call
+from attngen.language.checks import check_tensor, checked, require
 from attngen.language.expression import absolute
-from attngen.plan.keysets.base import (
-    KeySet,
-    Pieces,
-    Result,
-    b,
-    check_tensor,
-    h,
-    i,
-    j,
-    moved,
-    offset_column,
-    positive,
-    s,
-    to_query_heads,
-)
-from attngen.plan.keysets.permuted import attend_kept, kept_first
-from attngen.state.merging import merge
-
-if TYPE_CHECKING:
-    from attngen.language.call import Call
-    from attngen.language.spec import Spec
+from attngen.language.keysets.listed import SparseK
+from attngen.language.moved import b, h, i, j, moved, s
+from attngen.plan.keysets.permuted import KEPT, attend_kept, kept_first, to_query_heads
+from attngen.plan.moves import Parts, Rows, flat_rows
+from attngen.plan.planner import FAMILIES, Family, Planner
+from attngen.plan.steps import Result
 
 CHUNK = 128  # queries that share a list of keys in the incremental form
 STEP = 8  # chunks whose lists are found at once
 LARGEST = 2**20  # entries for which thresholds are found at once, per (batch, head) at least one chunk's
+CHUNKED = ("k_position", "start", "batch", "length")  # what the mask of a chunk reads of its list
 
 
-@dataclass(frozen=True)
-class SparseK(KeySet):
-    """See `sparse_k`."""
+def plan_sparse_k(keys: SparseK, planner: Planner) -> Result:
+    """The chosen keys, and with a window those near the query, merged."""
+    if 0 in (planner.sizes.n_q, planner.sizes.n_k):
+        return _window(keys, planner)
+    chosen = _plan_incremental(keys, planner) if keys.incremental else _plan_chosen(keys, planner)
+    return chosen if keys.window is None else planner.merge(_window(keys, planner), chosen)
 
-    k: int
-    window: int | None = None
-    incremental: bool = False
-    capacity: int | None = None
 
-    name: ClassVar[str] = "sparse_k"
-    prepared: ClassVar[tuple[str, ...]] = ("u",)
-    used: ClassVar[tuple[str, ...]] = ("u",)
+def _window(keys: SparseK, planner: Planner) -> Result:
+    """The window's piece; nothing without one."""
 
-    def __post_init__(self) -> None:
-        positive("sparse_k: k", self.k)
-        if self.window is not None:
-            positive("sparse_k: window", self.window)
-        if not isinstance(self.incremental, bool):
-            raise SpecError(f"sparse_k: incremental is True or False, got {self.incremental!r}")
-        if self.capacity is not None:
-            positive("sparse_k: capacity", self.capacity)
-            if not self.incremental:
-                raise SpecError("sparse_k: capacity is for incremental=True, which makes lists of earlier keys")
+    def build() -> dict[str, Any]:
+        near = absolute(i - j) < (keys.window or 0)
+        mask = planner.mask & near & (j <= i) if keys.incremental else planner.mask & near
+        return {"mask": mask, "score": planner.score}
 
-    def prepare(self, spec: Spec, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
-        u = self._scores(call, given)
-        if checked() and u.numel():
-            require("u", u < torch.inf, "scores that are finite, or -inf for keys that are not there", u.detach())
-        if 0 in (call.q.shape[2], call.k.shape[2]):
-            return {}
-        if self.incremental:
-            if call.q.shape[2] != call.k.shape[2] or isinstance(call.q_offset, torch.Tensor) or call.q_offset != 0:
-                got = f"{call.q.shape[2]} queries, {call.k.shape[2]} keys, q_offset {call.q_offset}"
-                raise InputError("q", "as many queries as keys and no q_offset, for incremental=True", got)
-            return {"past": survivors(u, self.k, CHUNK, self.capacity), "planned": u.detach()}
-        rows, position, count = kept_first(weights(u, self.k) > 0)
-        queries = torch.arange(call.q.shape[2], device=u.device) + offset_column(call)
-        heads = call.q.shape[:2]
-        return {
-            "planned": u.detach(),
-            "k_rows": rows,
-            "k_position": to_query_heads(position, call).to(torch.int32),
-            "k_count": to_query_heads(count, call),
-            "q_position": queries.expand(*heads, -1).to(torch.int32),
-            "q_count": torch.full(heads, call.q.shape[2], dtype=torch.int32, device=u.device),
-        }
+    return planner.attend("window", "window", build, "q", "k", "v", offset=True)
 
-    def run(self, pieces: Pieces, plan: Mapping[str, Any], given: Mapping[str, Any]) -> Result:
-        call = pieces.call
-        u = self._scores(call, given)
-        if 0 in (call.q.shape[2], call.k.shape[2]):
-            return pieces.attend("window", self._near(pieces), call.q, call.k, call.v, call.q_offset)
-        require(
-            "u", u.detach() == plan["planned"], "the scores that the plan was made from: it holds what they chose", u
+
+def _scores(call: Call, u: Any) -> torch.Tensor:
+    u = check_tensor("u", u, "float", tuple(call.k.shape[:3]), "[B, Hkv, Nk]", call.q.device)
+    return u if u.dtype == torch.float64 else u.float()
+
+
+def _checked_scores(call: Call, given: Mapping[str, Any]) -> torch.Tensor:
+    u = _scores(call, given.get("u"))
+    if checked() and u.numel():
+        require("u", u < torch.inf, "scores that are finite, or -inf for keys that are not there", u.detach())
+    return u.detach()
+
+
+# -- one choice for all queries ---------------------------------------------------------------------------------------
+
+
+def _plan_chosen(keys: SparseK, planner: Planner) -> Result:
+    found = planner.prepare("choose keys", partial(_choose, keys.k), ("u",), ("k_rows", *KEPT))
+    k = planner.take("chosen keys", "k", Rows(), found["k_rows"])
+    v = planner.take("chosen values", "v", Rows(), found["k_rows"])
+    k, v = planner.derive("times p", partial(_scaled, keys.k), (k, v, "u", found["k_rows"]), ("keys p", "values p"))
+    far = None if keys.window is None else absolute(i - j) >= keys.window
+    return attend_kept(planner, found, "q", k, v, far)
+
+
+def _choose(k: int, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys with p > 0 first, in order."""
+    u = _checked_scores(call, given)
+    rows, position, count = kept_first(weights(u, k) > 0, call.waits)
+    queries = torch.arange(call.q.shape[2], device=u.device) + call.offset_column
+    heads = call.q.shape[:2]
+    return {
+        "k_rows": flat_rows(rows, call.k.shape[2]),
+        "k_position": to_query_heads(position, call).to(torch.int32),
+        "k_count": to_query_heads(count, call),
+        "q_position": queries.expand(*heads, -1).to(torch.int32),
+        "q_count": torch.full(heads, call.q.shape[2], dtype=torch.int32, device=u.device),
+    }
+
+
+def _scaled(
+    size: int, call: Call, k: torch.Tensor, v: torch.Tensor, u: torch.Tensor, rows: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """The chosen keys and values times their p."""
+    p = weights(_scores(call, u), size).reshape(-1)[rows].unsqueeze(-1)
+    return (k * p).to(k.dtype), (v * p).to(v.dtype)
+
+
+# -- a choice for every query -----------------------------------------------------------------------------------------
+
+
+def _plan_incremental(keys: SparseK, planner: Planner) -> Result:
+    """Chunks of queries as batches, on their own lists of keys. p depends on the pair, and values times p are no attention:
+    where p is u - tau the values u * v and v are summed apart, as out = sum P u v - tau sum P v, with u and tau less a
+    reference near them, so that only what tau changes within a chunk cancels.
+    """
+    sizes = planner.sizes
+    chunks = -(-sizes.n_q // CHUNK)
+    lists = ("index", "rows", *CHUNKED)
+    found = planner.prepare("list alive keys", partial(_list_alive, keys), ("u",), lists)
+    thresholds = ("u of pairs", "tau", "tau + 1", "tau over reference", "factors")
+    derived = planner.derive(
+        "thresholds", partial(_thresholds, keys.k), ("u", found["index"], found["rows"]), thresholds
+    )
+    u, tau, whole, above, factors = derived
+    q = planner.take("query chunks", "q", Parts(chunks, CHUNK))
+    k = planner.take("alive keys", "k", Rows(unique=False), found["rows"])
+    v = planner.take("alive values", "v", Rows(unique=False), found["rows"])
+    names = {"u": u, "tau": tau, "tau_whole": whole, **{name: found[name] for name in CHUNKED}}
+
+    def build(full: bool) -> Any:
+        u_, tau_, whole_ = (planner.tensor(name, 3, None) for name in ("u", "tau", "tau_whole"))
+        position, start, length_ = (
+            planner.tensor(name, d) for name, d in (("k_position", 3), ("start", 1), ("length", 1))
         )
-        chosen = self._incremental(pieces, plan, u) if self.incremental else self._chosen(pieces, plan, u)
-        if self.window is None:
-            return chosen
-        return merge(pieces.attend("window", self._near(pieces), call.q, call.k, call.v, call.q_offset), chosen)
+        places = {"b": planner.tensor("batch", 1)[b], "i": i + start[b], "j": position[b, h, j]}
+        distance = places["i"] - places["j"]
+        p = u_[b, h, j] - tau_[b, h, i]
+        mask = moved(planner.mask, **places) & (distance >= (keys.window or 0)) & (places["j"] < length_[b])
+        score = moved(planner.score, **places)
+        if not full:
+            score = type(score)(score.sym.xreplace({s.sym: s.sym * p.sym}), {**score.declared, **p.declared})
+        above_, below = u_[b, h, j] >= whole_[b, h, i], u_[b, h, j] < whole_[b, h, i]
+        return lambda: {"mask": mask & (above_ if full else (p > 0) & below), "score": score}
 
-    def _scores(self, call: Call, given: Mapping[str, Any]) -> torch.Tensor:
-        u = check_tensor("u", given.get("u"), "float", tuple(call.k.shape[:3]), "[B, Hkv, Nk]", call.q.device)
-        return u if u.dtype == torch.float64 else u.float()
+    whole_part = planner.attend("p = 1", "p = 1", build(True), q, k, v, names)
+    (weighed,) = planner.derive("values p", _weighed, (v, factors), ("values u",))
+    if 2 * sizes.head_dim_v <= MAX_HEAD_DIM:
+        (both,) = planner.derive("both values", _beside, (weighed, v), ("values u, values",))
+        part = planner.attend("p < 1", "p < 1", build(False), q, k, both, names)
+        firsts: tuple[str, ...] = (part.out,)
+        lse = part.lse
+    else:
+        first = planner.attend("p < 1, u", "p < 1", build(False), q, k, weighed, names)
+        second = planner.attend("p < 1", "p < 1", build(False), q, k, v, names)
+        firsts, lse = (first.out, second.out), first.lse
+    part = planner.difference("p v", firsts, lse, above)
+    merged = planner.merge(whole_part, part, name="merge chunks")
+    return planner.put("in place", merged, Parts(chunks, CHUNK), None, sizes.shapes["q"])
 
-    def _near(self, pieces: Pieces) -> Any:
-        """The window's piece; nothing without one."""
-        near = absolute(i - j) < (self.window or 0)
-        mask = pieces.mask & near & (j <= i) if self.incremental else pieces.mask & near
-        return lambda: {"mask": mask, "score": pieces.score}
 
-    def _chosen(self, pieces: Pieces, plan: Mapping[str, Any], u: torch.Tensor) -> Result:
-        call, rows = pieces.call, plan["k_rows"]
-        p = weights(u, self.k).gather(-1, rows).unsqueeze(-1)
-        k, v = ((take(x, rows) * p).to(x.dtype) for x in (call.k, call.v))
-        far = None if self.window is None else absolute(i - j) >= self.window
-        return attend_kept(pieces, plan, call.q, k, v, far)
+def _list_alive(keys: SparseK, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of each chunk of queries the keys that were alive at its start and its own, and where chunks lie."""
+    u, (batch, heads, n, _) = _checked_scores(call, given), call.k.shape
+    if call.q.shape[2] != n or isinstance(call.q_offset, torch.Tensor) or call.q_offset != 0:
+        got = f"{call.q.shape[2]} queries, {n} keys, q_offset {call.q_offset}"
+        raise InputError("q", "as many queries as keys and no q_offset, for incremental=True", got)
+    past = survivors(u, keys.k, CHUNK, keys.capacity)
+    own = _own(n, u.device)
+    chunks = own.shape[0]
+    index = torch.cat([past, own.expand(batch, heads, -1, -1)], -1)  # [B, Hkv, chunks, past + CHUNK]
+    # What is not there comes last, in tiles that nobody visits.
+    index = torch.where((index >= 0) & (index < n), index, n).sort(-1).values
+    rows = flat_rows(index.clamp(max=n - 1), n)
+    word: dict[str, Any] = {"dtype": torch.int32, "device": u.device}
+    return {
+        "index": index,
+        "rows": rows.transpose(1, 2).flatten(0, 1),
+        "k_position": _folded(index, call).to(torch.int32),
+        "start": own[:, 0].to(torch.int32).repeat(batch),
+        "batch": torch.arange(batch, **word).repeat_interleave(chunks),
+        "length": torch.full((batch * chunks,), n, **word),
+    }
 
-    def _incremental(self, pieces: Pieces, plan: Mapping[str, Any], u: torch.Tensor) -> Result:
-        """Chunks of queries as batches, on their own lists of keys. p depends on the pair, and values times p are no
-        attention: where p is u - tau the values u * v and v are summed apart, as out = sum P u v - tau sum P v, with u and
-        tau less a reference near them, so that only what tau changes within a chunk cancels.
-        """
-        call, past = pieces.call, plan["past"]
-        batch, heads_kv, n = u.shape
-        chunks = -(-n // CHUNK)
-        length = chunks * CHUNK
-        q = torch.nn.functional.pad(call.q, (0, 0, 0, length - n))
-        own = torch.arange(length, device=u.device).view(chunks, CHUNK)
-        index = torch.cat([past, own.expand(batch, heads_kv, -1, -1)], -1)  # [B, Hkv, chunks, past + CHUNK]
-        # What is not there comes last, in tiles that nobody visits.
-        index = torch.where((index >= 0) & (index < n), index, n).sort(-1).values
-        rows = index.clamp(max=n - 1)
-        scores = u.gather(-1, rows.flatten(2)).view(rows.shape)
-        tau = _Thresholds.apply(scores, index, own, self.k)  # [B, Hkv, chunks, CHUNK]
-        flat = flat_rows(rows, n).transpose(1, 2).flatten(0, 1)
-        (k,), (v,) = (take_flat(x, flat) for x in (call.k, call.v))
 
-        def fold(x: torch.Tensor) -> torch.Tensor:
-            """[B, Hkv, chunks, ...] -> [B * chunks, Hq, ...]."""
-            return to_query_heads(x, call).transpose(1, 2).flatten(0, 1)
+def _own(n: int, device: torch.device) -> torch.Tensor:
+    """The positions of each chunk's queries, [chunks, CHUNK]."""
+    chunks = -(-n // CHUNK)
+    return torch.arange(chunks * CHUNK, device=device).view(chunks, CHUNK)
 
-        q = q.unflatten(2, (chunks, CHUNK)).transpose(1, 2).flatten(0, 1)
-        reference, lowest = _reference(tau, own < n)
-        factors = torch.maximum(scores - reference, lowest).clamp(max=1).transpose(1, 2).flatten(0, 1)
-        above_reference = torch.where(tau.isfinite(), tau - reference, 0.0)
-        scores, tau, above_reference = fold(scores), fold(tau), fold(above_reference)
-        extra = {
-            "u": scores,
-            "tau": tau,
-            # Compared with u as it is, so that rounding puts no pair in both pieces or in neither.
-            "tau_whole": tau.detach() + 1,
-            "k_position": fold(index).to(torch.int32),
-            "start": own[:, 0].to(torch.int32).repeat(batch),
-            "batch": torch.arange(batch, device=u.device, dtype=torch.int32).repeat_interleave(chunks),
-            "length": torch.full((batch * chunks,), n, dtype=torch.int32, device=u.device),
-        }
 
-        def build(full: bool) -> Any:
-            u_, tau_, whole_ = (pieces.tensor(name, 3, None) for name in ("u", "tau", "tau_whole"))
-            position, start, length_ = (
-                pieces.tensor(name, d) for name, d in (("k_position", 3), ("start", 1), ("length", 1))
-            )
-            places = {"b": pieces.tensor("batch", 1)[b], "i": i + start[b], "j": position[b, h, j]}
-            distance = places["i"] - places["j"]
-            p = u_[b, h, j] - tau_[b, h, i]
-            mask = moved(pieces.mask, **places) & (distance >= (self.window or 0)) & (places["j"] < length_[b])
-            score = moved(pieces.score, **places)
-            if not full:
-                score = type(score)(score.sym.xreplace({s.sym: s.sym * p.sym}), {**score.declared, **p.declared})
-            above, below = u_[b, h, j] >= whole_[b, h, i], u_[b, h, j] < whole_[b, h, i]
-            return lambda: {"mask": mask & (above if full else (p > 0) & below), "score": score}
+def _folded(x: torch.Tensor, call: Call) -> torch.Tensor:
+    """[B, Hkv, chunks, ...] -> [B * chunks, Hq, ...]."""
+    return to_query_heads(x, call).transpose(1, 2).flatten(0, 1)
 
-        whole = pieces.attend("p = 1", build(True), q, k, v, **extra)
-        weighed = (v * factors.unsqueeze(-1)).to(v.dtype)
-        if 2 * v.shape[-1] <= 256:
-            out, lse = pieces.attend("p < 1", build(False), q, k, torch.cat([weighed, v], -1), **extra)
-            first, second = out.chunk(2, -1)
-        else:
-            first, lse = pieces.attend("p < 1", build(False), q, k, weighed, **extra)
-            second, _ = pieces.attend("p < 1", build(False), q, k, v, **extra)
-        part = (first - above_reference.unsqueeze(-1) * second).to(v.dtype)
-        out, lse = merge(whole, (part, lse))
-        out, lse = (x.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3) for x in (out, lse))
-        return out[:, :, :n], lse[:, :, :n]
+
+def _thresholds(k: int, call: Call, u: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> tuple[Any, ...]:
+    """Scores of the listed keys, tau of every query, tau + 1, tau less a reference near it, and scores less the same."""
+    u, n = _scores(call, u), call.k.shape[2]
+    own = _own(n, u.device)
+    scores = u.gather(-1, index.clamp(max=n - 1).flatten(2)).view(index.shape)
+    tau = _Thresholds.apply(scores, index, own, k)  # [B, Hkv, chunks, CHUNK]
+    reference, lowest = _reference(tau, own < n)
+    factors = torch.maximum(scores - reference, lowest).clamp(max=1).transpose(1, 2).flatten(0, 1)
+    above = torch.where(tau.isfinite(), tau - reference, 0.0)
+    tau = _folded(tau, call)
+    # tau + 1 is compared with u as it is, so that rounding puts no pair in both pieces or in neither.
+    return _folded(scores, call), tau, tau.detach() + 1, _folded(above, call), factors
+
+
+def _weighed(call: Call, v: torch.Tensor, factors: torch.Tensor) -> tuple[torch.Tensor]:
+    return ((v * factors.unsqueeze(-1)).to(v.dtype),)
+
+
+def _beside(call: Call, weighed: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor]:
+    return (torch.cat([weighed, v], -1),)
 
 
 class _Thresholds(torch.autograd.Function):
@@ -343,18 +359,4 @@ def _scan(u: torch.Tensor, k: int, chunk: int, size: int) -> tuple[torch.Tensor,
     return torch.cat(lists, -2), longest
 
 
-def sparse_k(k: int, window: int | None = None, incremental: bool = False, capacity: int | None = None) -> SparseK:
-    """SPARSEK: `Spec(keys=ag.sparse_k(512, window=256, incremental=True), mask=ag.causal())`, called with
-    u= float [B, Hkv, Nk], a score per key.
-
-    k: how much is chosen: sum p = k (everything, as it is, where there are no more than k keys). window: keys closer than
-    this are attended besides, as they are, and not chosen. incremental: p is made for every query from the keys up to it
-    (causal language models); else once from all keys. A score of -inf stands for a key that is not there. Gradients flow to u
-    (arXiv 2406.16747).
-
-    incremental=True makes, for every 128 queries, a list of the earlier keys that they may choose: about k of them, more
-    where many scores differ by less than 1. capacity: the longest list; longer ones raise an InputError, asserted on the
-    device. Without it lists are as long as the scores need, for which `plan` (or each call, without a plan) waits for the
-    device once.
-    """
-    return SparseK(k, window, incremental, capacity)
+FAMILIES[SparseK] = Family(plan_sparse_k)

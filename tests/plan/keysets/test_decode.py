@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import attngen as ag
-from attngen.plan.keysets.base import b, j
+from attngen.language.moved import b, j
 from tests.check import relative
 
 LENGTHS = torch.tensor([5, 17, 38])

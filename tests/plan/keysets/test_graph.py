@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import attngen as ag
 from attngen.language.call import bind
 from attngen.language.listed_pairs import as_log_weight
-from attngen.plan.keysets import base
-from attngen.plan.keysets import call as keyset_call
+from attngen.plan.forward import split
+from attngen.plan.keysets.graph import list_edges
 from attngen.reference.keysets import DEFINITIONS
 from tests.keys_cases import MASKS, SIZES, compare, inputs
 
@@ -40,9 +40,8 @@ def csr(lead: tuple[int, ...], n_q: int, n_k: int, seed: int = 0) -> dict[str, t
 
 def lists_agree(spec: ag.Spec, q: Any, k: Any, v: Any, captures: dict[str, Any], offset: int = 0) -> None:
     """The lists of both directions say what the definition says."""
-    attn = ag.compile(spec)
-    plan = attn.plan(q, k, v, q_offset=offset, **captures).values
-    call, own = keyset_call.split(spec, q, k, v, offset, captures)
+    call, own = split(spec, q, k, v, offset, captures)
+    plan = list_edges(spec, call, own)
     want = DEFINITIONS[spec.keys.name](spec.keys, call, own)[0].exp()
     names = ("query_edges", "query_runs", "key_edges", "key_runs")
     inner = ag.Spec(lists="rows()" if not plan.get("by_query_head") else "rows(by_query_head)")
@@ -156,13 +155,8 @@ def test_random_graphs(data: st.DataObject):
 
 def lists_given(attn: Any, q: Any, k: Any, v: Any, **captures: Any) -> dict[str, torch.Tensor]:
     """The captures that the call's only piece ran with."""
-    base.RECORD = []
-    try:
-        attn(q, k, v, **captures)
-        ((*_, named),) = base.RECORD
-    finally:
-        base.RECORD = None
-    return named
+    ((_, call),) = attn.attends(q, k, v, **captures)
+    return call.captures
 
 
 @pytest.mark.parametrize("keys", ["graph", "gather", "block_sparse"])

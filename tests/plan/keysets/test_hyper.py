@@ -11,7 +11,7 @@ import torch
 
 import attngen as ag
 from attngen.language.call import bind
-from attngen.plan.keysets.hyper import Draws, cut, gray_decode
+from attngen.plan.keysets.hyper import Draws, cut, gray_decode, layout_of
 from tests.check import check
 from tests.keys_cases import MASKS, SIZES, compare, inputs, visited
 from tests.keys_work import memory
@@ -185,7 +185,8 @@ def test_the_parts_cover_the_triangle_once(n: int, levels: int, block: int):
 def test_pairs_are_few():
     """3.2 times fewer than causal at 16384, 10.7 times at 65536, with block and samples 256 and min_len 4096."""
     for n, fewer in ((16384, 3.2), (65536, 10.7)):
-        layout = ag.hyper().layout(ag.Spec(keys=ag.hyper(), mask=ag.causal()), n, n)
+        layout = layout_of(ag.hyper(), ag.Spec(keys=ag.hyper(), mask=ag.causal()), n, n)
+        assert layout is not None
         pairs = layout.leaves * layout.leaf**2 / 2 + sum(p.count * p.q_size * 512 for p in layout.pairs)
         assert abs(n * n / 2 / pairs - fewer) < 0.1
 

@@ -15,9 +15,9 @@ from attngen.backends.cpu.tiles import GRAIN
 from attngen.inspect import traffic
 from attngen.language.call import bind
 from attngen.language.expression import evaluate
+from attngen.language.moved import b as keys_b
+from attngen.language.moved import j as keys_j
 from attngen.plan.keysets import paged
-from attngen.plan.keysets.base import b as keys_b
-from attngen.plan.keysets.base import j as keys_j
 from attngen.reference.dense import dense_env
 from tests.check import check
 

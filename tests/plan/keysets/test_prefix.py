@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import attngen as ag
-from attngen.plan.keysets.call import recorded
 from tests.check import check
 from tests.keys_cases import inputs
 
@@ -74,7 +73,7 @@ def test_contexts_are_read_once():
     q, k, v = inputs((16, 2, 4, 1, 8, 0))
     captures = {name: parts[0] for name, parts in contexts((1,), (64,), 2).items()}
     attn = ag.compile(ag.Spec(keys=ag.shared_prefix()))
-    rows = sum(piece[3].shape[0] * piece[3].shape[2] for piece in recorded(attn, q, k, v, 72, captures))
+    rows = sum(call.k.shape[0] * call.k.shape[2] for _, call in attn.attends(q, k, v, q_offset=72, **captures))
     assert rows == 64 + 16 * 8
 
 

@@ -12,9 +12,9 @@ import attngen as ag
 from attngen.backends.cpu.tiles import GRAIN, Keys
 from attngen.language.call import bind
 from attngen.language.expression import evaluate
-from attngen.plan.keysets import base
-from attngen.plan.keysets.base import b as keys_b
-from attngen.plan.keysets.base import j as keys_j
+from attngen.language.moved import b as keys_b
+from attngen.language.moved import j as keys_j
+from tests import keys_work
 from tests.check import relative
 
 MASKS: dict[str, Any] = {
@@ -152,17 +152,8 @@ def test_positions_before_a_capture():
 
 def tile_maps(attn: Any, q: Any, k: Any, v: Any, block: int, transposed: bool, **given: Any) -> torch.Tensor:
     """Tiles that the call's piece visits, bool [B, Hq, tiles_q, tiles_k]."""
-    base.RECORD = []
-    try:
-        attn(q, k, v, **given)
-        ((_, piece, pq, pk, _, offset, named),) = base.RECORD
-    finally:
-        base.RECORD = None
-    read = {name: value for name, value in named.items() if name in {x.name for x in piece.spec.mask.free_symbols}}
-    more: dict[str, Any] = dict(q_offset=offset, transposed=transposed, **read)
-    sizes = (pq.shape[2], pk.shape[2], block, block)
-    maps = [[ag.tile_map(piece.spec, *sizes, b=b, h=h, **more) for h in range(pq.shape[1])] for b in range(len(pq))]
-    return torch.stack([torch.stack(own) for own in maps]) > 0
+    ((_, call),) = attn.attends(q, k, v, **given)
+    return keys_work.tile_maps(call, block, transposed) > 0
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -218,7 +209,7 @@ def test_other_lengths_compile_nothing():
         cu = torch.tensor(ends)
         attn(q, q, q, cu_q=cu, cu_k=cu)
         attn(q, q, q, k_len=cu[1:2])
-    assert len(attn.pieces) == 2
+    assert len(attn.specialiser.known) == 2
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import torch
 
 import attngen as ag
 from attngen.inspect.cross import cross_compile
-from attngen.plan.keysets import base
 from attngen.schedule import Target
 from tests.keys_work import CASES
 from tests.keys_work import case as case_of
@@ -65,24 +64,18 @@ NAMES = [
 
 def pieces(name: str) -> Pieces:
     """The specs that a pattern's calls run, by key, and which of their captured tensors have 64-bit integers."""
-    base.RECORD, found = [], {}
-    try:
-        for mask in (CAUSAL, ALL) if name in WITHOUT_CAUSALITY else (CAUSAL,):
-            for offset in (0, torch.tensor([3])):  # which may widen what positions are told by
-                if not (isinstance(offset, int) or name.startswith("hash_sparse")):
-                    continue
-                q, k, v = (torch.randn(1, heads, N, 16).requires_grad_() for heads in (4, 2, 2))
-                keys, captures = given(name, q, k)
-                ag.compile(ag.Spec(keys=keys, mask=None if name == "union" else mask))(
-                    q, k, v, q_offset=offset, **captures
-                )
-        for _, piece, *_, named in base.RECORD:
-            wide = frozenset(n for n, x in named.items() if isinstance(x, torch.Tensor) and x.dtype == torch.int64)
-            if piece.spec.keys is None:
-                found[piece.spec.key + ",".join(sorted(wide))] = piece.spec, wide
-        return found
-    finally:
-        base.RECORD = None
+    found = {}
+    for mask in (CAUSAL, ALL) if name in WITHOUT_CAUSALITY else (CAUSAL,):
+        for offset in (0, torch.tensor([3])):  # which may widen what positions are told by
+            if not (isinstance(offset, int) or name.startswith("hash_sparse")):
+                continue
+            q, k, v = (torch.randn(1, heads, N, 16).requires_grad_() for heads in (4, 2, 2))
+            keys, captures = given(name, q, k)
+            attn = ag.compile(ag.Spec(keys=keys, mask=None if name == "union" else mask))
+            for step, call in attn.attends(q, k, v, q_offset=offset, **captures):
+                wide = frozenset(name for name, x in call.captures.items() if x.dtype == torch.int64)
+                found[step.spec.key + ",".join(sorted(wide))] = step.spec, wide
+    return found
 
 
 @pytest.mark.slow

@@ -122,5 +122,5 @@ def test_a_plan_is_for_its_scores(incremental: bool):
     u = scores(1.0)
     plan = attn.plan(q, k, v, u=u)
     assert torch.equal(attn(q, k, v, u=u.clone(), plan=plan), attn(q, k, v, u=u))
-    with pytest.raises(ag.InputError, match="u: expected the scores that the plan was made from"):
+    with pytest.raises(ag.InputError, match="u: expected what the plan was made from"):
         attn(q, k, v, u=u + 0.1, plan=plan)

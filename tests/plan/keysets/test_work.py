@@ -11,9 +11,7 @@ import torch
 import attngen as ag
 from attngen.analysis import facts
 from attngen.backends.triton import launch as gpu
-from attngen.language.call import bind
 from attngen.lowering import render
-from attngen.plan.plan import forward_plan
 from attngen.schedule import Target, complete, fit
 from tests.keys_cases import inputs
 from tests.keys_work import (
@@ -25,7 +23,6 @@ from tests.keys_work import (
     of_piece,
     on_the_meta_device,
     pairs_of,
-    pieces_of,
     to_meta,
     without_copies,
 )
@@ -60,21 +57,17 @@ def test_the_kernels_plan_has_as_many_tiles(name: str):
     size, block = (1, 2, 1, 300, 300, 0), 32
     keys, captures = case(name, size)
     pinned = ag.Schedule(block_m=block, block_n=block, pack=False, split=1)
-    for piece, q, k, v, offset, named in pieces_of(
-        ag.compile(ag.Spec(keys=keys, mask=MASKS["none" if name == "union" else "causal"])), *inputs(size), **captures
-    ):
-        call, known = bind(piece.spec, q, k, v, q_offset=offset, captures=named), facts(piece.spec)
-        dims = q.shape[3], v.shape[3]
-        schedule = fit(complete(call.spec, Target.named("sm_90"), *dims, q.dtype, pinned), call.spec.lists, pinned)
+    attn = ag.compile(ag.Spec(keys=keys, mask=MASKS["none" if name == "union" else "causal"]))
+    for _, call in attn.attends(*inputs(size), **captures):
+        known, (head_dim, head_dim_v), dtype = facts(call.spec), (call.q.shape[3], call.v.shape[3]), call.q.dtype
+        schedule = complete(call.spec, Target.named("sm_90"), head_dim, head_dim_v, dtype, pinned)
+        schedule = fit(schedule, call.spec.lists, pinned)
         source = render(
-            call.spec, known, "forward", head_dim=dims[0], head_dim_v=dims[1], dtype=q.dtype, schedule=schedule
+            call.spec, known, "forward", head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype, schedule=schedule
         )
-        tables: dict[str, torch.Tensor] = {}
-        for step in forward_plan(call.spec, known, 1).steps:
-            tables |= gpu._tables(step, call, known, schedule) if step.kind == "tables" else {}
-        counts = gpu.tile_counts(call, known, source, schedule, tables)
-        found = of_piece(piece, q, k, v, offset, named, block)
-        assert int(counts.sum()) == found.forward
+        tables = gpu.walk_tables(call, known, schedule, "forward")
+        counts = gpu.tile_counts(call, known, source.grid, schedule, tables)
+        assert int(counts.sum()) == of_piece(call, block).forward
 
 
 def test_a_graph_is_walked_where_positions_let_it():
@@ -107,7 +100,11 @@ def test_preparation_memory_doubles_with_the_length(name: str, mask: str):
         keys, captures = case(name, size)
         attn = ag.compile(ag.Spec(keys=keys, mask=None if name == "union" else MASKS[mask]))
         x = inputs(size)
-        levels = len(attn.plan(*x, **captures).values["levels"]) if name == "hyper" else 1
+        levels = (
+            len([name for name in attn.plan(*x, **captures).values if name.startswith("q_rows.")])
+            if name == "hyper"
+            else 1
+        )
         held.append(attn.plan(*x, **captures).nbytes / levels)
         found.append(memory(lambda: attn.plan(*x, **captures)))  # noqa: B023
     assert held[1] <= 2.1 * held[0]

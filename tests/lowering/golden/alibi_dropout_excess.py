@@ -1,4 +1,4 @@
-"""attngen backward, first step: delta = rowsum(dO * O) - dlse.
+"""attngen backward: what a large lse lacks.
 
 spec 99dfc587a8cf28a7
     tensor slope: float[1]
@@ -28,21 +28,11 @@ LARGE = tl.constexpr(8192.0)  # the size of an lse from which on it is off by mo
         "q_offset",
     ]
 )
-def delta(
-    out,  # [B, heads, n_q, Dv]
-    do,  # [B, heads, n_q, Dv]
+def excess(
     q,  # [B, heads, n_q, D]
     k,  # [B, heads // group, n_k, D]
-    dlse,  # [B, heads, n_q]
-    delta,  # [B, heads, n_q]
     lse,  # [B, heads, n_q]
     excess,  # [B, heads, n_q]
-    out_stride_b,
-    out_stride_h,
-    out_stride_n,
-    do_stride_b,
-    do_stride_h,
-    do_stride_n,
     q_stride_b,
     q_stride_h,
     q_stride_n,
@@ -72,19 +62,9 @@ def delta(
     lane_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     slope_h = tl.load(slope + h.to(tl.int64) * slope_stride_0).to(tl.float32)
     d_0 = tl.arange(0, 64)  # [64]
-    out_head = out + b.to(tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h
-    do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h
-    out_rows = out_head + row.to(tl.int64)[:, None] * out_stride_n
-    out_0 = tl.load(out_rows + d_0[None, :], mask=row_in[:, None], other=0.0)  # [BLOCK_M, 64]
-    do_rows = do_head + row.to(tl.int64)[:, None] * do_stride_n
-    do_0 = tl.load(do_rows + d_0[None, :], mask=row_in[:, None], other=0.0)  # [BLOCK_M, 64]
-
-    rows_at = (b.to(tl.int64) * heads + h) * n_q + row
-    total = -tl.load(dlse + rows_at, mask=row_in, other=0.0)  # [BLOCK_M]
-    total += tl.sum(out_0.to(tl.float32) * do_0.to(tl.float32), 1)
-    tl.store(delta + rows_at, total, mask=row_in)
 
     # P summed again for rows whose lse is large
+    rows_at = (b.to(tl.int64) * heads + h) * n_q + row
     lse_row = tl.load(lse + rows_at, mask=row_in, other=0.0)  # [BLOCK_M]
     large = (tl.abs(lse_row) >= LARGE) & (tl.abs(lse_row) < float("inf"))
     total = tl.zeros([BLOCK_M], tl.float32)

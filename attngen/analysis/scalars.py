@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import sympy
 import torch
 
-from attngen.analysis import BEGIN, BLOCK, END, FIRST, LAST, Facts, WalkProgram
+from attngen.analysis.facts import Facts
+from attngen.analysis.order import BEGIN, BLOCK, END, FIRST, LAST
+from attngen.analysis.walk import WalkProgram
 from attngen.language.expression import Absolute, FloorDiv, Load, Maximum, Minimum, PyMod, Where
 
 
@@ -32,7 +34,7 @@ class ScalarProgram:
         self._values: list[Any] = []
         self._inputs: list[int] = []
         self._names: list[str] = []
-        self._loads = False
+        self.loads = False  # whether it reads captured tensors
         self._steps: list[Step] = []
         self._places: dict[Any, int] = {}
         for symbol, expr in program.lines:
@@ -59,7 +61,7 @@ class ScalarProgram:
             "h": h,
         }
         inputs = tuple(given[name] if name in given else env[name] for name in self._names)
-        return self._evaluate(inputs, length, grain) if self._loads else self._known(inputs, length, grain)
+        return self._evaluate(inputs, length, grain) if self.loads else self._known(inputs, length, grain)
 
     def _evaluate(self, inputs: tuple[Any, ...], length: int, grain: int) -> list[tuple[int, int, bool]]:
         values = self._values.copy()
@@ -78,7 +80,7 @@ class ScalarProgram:
         if expr in self._places:
             return self._places[expr]
         function, args = _operation(expr)
-        self._loads |= function is _element
+        self.loads |= function is _element
         places = [self._place(arg) for arg in args]
         self._places[expr] = place = len(self._values)
         self._values.append(None)

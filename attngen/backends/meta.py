@@ -1,0 +1,42 @@
+"""Shapes without values: calls of tensors on the meta device. What a call prepares and moves runs as on a GPU; no kernel does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from attngen.backends.triton.launch import table_tiles, tables
+from attngen.language.call import Call
+from attngen.schedule import Schedule
+
+__all__ = ["backward", "delta", "forward", "table_tiles", "tables"]
+
+
+def forward(call: Call, facts: Any, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse, see `attngen.backends`."""
+    lse = call.q.new_empty(call.q.shape[:3], dtype=_real(call.q.dtype))
+    return call.q.new_empty((*call.q.shape[:3], call.v.shape[3])), lse
+
+
+def delta(out: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor) -> torch.Tensor:
+    """rowsum(dO * O) - dlse, see `attngen.backends`."""
+    return torch.empty_like(dlse)
+
+
+def backward(
+    call: Call,
+    facts: Any,
+    schedule: Schedule,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    do: torch.Tensor,
+    wanted: list[str],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Gradients, see `attngen.backends`."""
+    captured = {name: torch.empty_like(call.captures[name], dtype=lse.dtype) for name in wanted}
+    return torch.empty_like(call.q), torch.empty_like(call.k), torch.empty_like(call.v), captured
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

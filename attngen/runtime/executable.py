@@ -1,0 +1,124 @@
+"""A spec's plans bound to one signature of calls: what `attn(...)` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from attngen import debug
+from attngen.language.call import Call
+from attngen.language.keyset import KeySet
+from attngen.language.spec import Spec
+from attngen.plan.backward import backward_plan, saved_by
+from attngen.plan.plan import Plan, Sizes
+from attngen.plan.steps import Attend
+from attngen.runtime.executor import Executor, inputs_of
+from attngen.runtime.preparation import Preparation
+
+Gradients = dict[str, torch.Tensor]
+
+
+class Executable:
+    """The forward's plan, the backward's (made when first asked for), and the executor that runs both.
+
+    keys: the spec's key set, or the lengths of a ragged call.
+    """
+
+    def __init__(self, spec: Spec, keys: KeySet | None, plan: Plan, executor: Executor, backend: str):
+        self.spec, self.keys, self.executor, self.backend = spec, keys, executor, backend
+        self.forward_plan = plan
+        debug.say(5, "plan", plan)
+        self._backward: dict[frozenset[str], Plan] = {}
+        self._training: dict[frozenset[str], Plan] = {}
+
+    def backward_plan(self, wanted: frozenset[str]) -> Plan:
+        """The plan of these gradients."""
+        found = self._backward.get(wanted)
+        if found is None:
+            found = self._backward[wanted] = backward_plan(self.forward_plan, wanted, self.backend)
+            debug.say(5, "plan", found)
+        return found
+
+    def training_plan(self, wanted: frozenset[str]) -> Plan:
+        """The forward that keeps what the backward of these gradients reads."""
+        found = self._training.get(wanted)
+        if found is None:
+            saved = saved_by(self.forward_plan, self.backward_plan(wanted))
+            found = self._training[wanted] = replace(self.forward_plan, saved=saved)
+        return found
+
+    @cached_property
+    def everything(self) -> Plan:
+        """The backward of all inputs that can have a gradient."""
+        return self.backward_plan(frozenset({"q", "k", "v"}))
+
+    def prepare(self, call: Call, given: Mapping[str, Any], sizes: Sizes) -> Preparation:
+        """What serves other calls too, in both directions unless the call wants no gradient."""
+        buffers = inputs_of(call, given)
+        have = {*buffers}
+        plans = [self.forward_plan, *([self.everything] if call.wants_grad and call.spec.page_size is None else [])]
+        for plan in plans:
+            self.executor.prepare(plan, call, given, buffers)
+        steps = [step for plan in plans for step in plan.preparation]
+        made = {write: buffers[write] for s in steps for write in s.writes if write in buffers and write not in have}
+        done = [step for step in steps if {*step.writes} & made.keys()]
+        reads = {n: buffers[n] for s in done for n in s.reads if n in have and n not in ("q", "k", "v", "q_offset")}
+        params = {n: call.params[n] for s in done for n in s.params if n in call.params}
+        return Preparation.of(self.spec, self.keys, sizes, call, reads, params, made)
+
+    def forward(
+        self, call: Call, given: Mapping[str, Any], prepared: Mapping[str, Any] = {}
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """out and lse."""
+        buffers = {**inputs_of(call, given), **prepared}
+        self.executor.run(self.forward_plan, call, buffers)
+        out, lse = (buffers[name] for name in self.forward_plan.results)
+        return out, lse
+
+    def forward_keeping(
+        self, call: Call, given: Mapping[str, Any], prepared: Mapping[str, Any], wanted: frozenset[str]
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """out, lse, and what a backward of these gradients reads besides the inputs."""
+        plan = self.training_plan(wanted)
+        buffers = {**inputs_of(call, given), **prepared}
+        self.executor.run(plan, call, buffers)
+        weights = tuple(name for name in buffers if name.endswith(".weights"))
+        kept = {name: buffers[name] for name in (*plan.prepared, *plan.saved, *weights) if name in buffers}
+        out, lse = (buffers[name] for name in plan.results)
+        return out, lse, {**prepared, **kept}
+
+    def backward(
+        self,
+        call: Call,
+        given: Mapping[str, Any],
+        kept: Mapping[str, Any],
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        do: torch.Tensor,
+        dlse: torch.Tensor,
+        wanted: frozenset[str],
+    ) -> Gradients:
+        """The wanted gradients, each of its tensor's shape and dtype."""
+        plan = self.backward_plan(wanted)
+        if any(name not in kept for name in self.training_plan(wanted).saved):
+            *_, kept = self.forward_keeping(call, given, kept, wanted)
+        buffers = {**inputs_of(call, given), **kept, "out": out, "lse": lse, "do": do, "dlse": dlse}
+        self.executor.run(plan, call, buffers)
+        return {name: buffers[f"d {name}"] for name in wanted}
+
+    def attends(self, call: Call, given: Mapping[str, Any]) -> tuple[list[tuple[Attend, Call]], dict[str, Any]]:
+        """The attentions of a forward, each with the call that it gets, and every buffer that was made for them. None runs."""
+        buffers = inputs_of(call, given)
+        with torch.no_grad():
+            return self.executor.look(self.forward_plan, call, buffers), buffers
+
+
+def tensors_of(call: Call, given: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The call's tensors that could have a gradient, by buffer."""
+    for name, value in (("q", call.q), ("k", call.k), ("v", call.v), *call.captures.items(), *given.items()):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            yield name, value
