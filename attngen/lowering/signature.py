@@ -16,6 +16,7 @@ from attngen.language.lists import RowLists
 from attngen.lowering.captures import Site
 
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+CAPTURED = "captured "  # before the name of a captured tensor in `Arg.of`: it may be called like a kernel's own tensors
 _CAPTURED = {"float": "*fp32", "int": "*i32", "bool": "*i1", "wide": "*i64"}
 
 
@@ -41,7 +42,7 @@ class Arg:
     def triton_type(self, dtype: torch.dtype, captured: Mapping[str, str]) -> str:
         """Its type for a compilation. dtype: of q, k, v. captured: the kind of each captured tensor, "wide" for int64."""
         if self.type == "*capture":
-            return _CAPTURED[captured.get(self.of, "float")]
+            return _CAPTURED[captured.get(self.of.removeprefix(CAPTURED), "float")]
         return _POINTERS[dtype] if self.type == "*q" else self.type
 
     @property
@@ -199,11 +200,12 @@ def arguments(
     lists = () if spec.lists is None else spec.lists.names
     for name in lists:
         if name in own:
-            out.append(Arg(name, "tensor", name, "*capture", comment=f"[B or 1, heads or 1, {_listed(name, spec)}]"))
-            out += strides(name, "bh", "i64")
+            comment = f"[B or 1, heads or 1, {_listed(name, spec)}]"
+            out.append(Arg(name, "tensor", CAPTURED + name, "*capture", comment=comment))
+            out += strides(CAPTURED + name, "bh", "i64", called=name)
     if "page_table" in own:
-        out.append(Arg("page_table", "tensor", "page_table", "*capture", comment="[B, pages of a row]"))
-        out += strides("page_table", "b", "i32")
+        out.append(Arg("page_table", "tensor", CAPTURED + "page_table", "*capture", comment="[B, pages of a row]"))
+        out += strides(CAPTURED + "page_table", "b", "i32", called="page_table")
     for name in tables:
         if f"{names[name]}_table" in own:
             out.append(Arg(f"{names[name]}_table", "table", name, "*i32", comment="[B or 1, heads or 1, tiles]"))
@@ -222,6 +224,7 @@ def strides(of: str, axes: str, type: str, *, specialize: bool = False, called: 
 
 def _captured(name: str, called: str, ndim: int, reads: set[str]) -> list[Arg]:
     """A captured tensor: its last stride is 1 in the usual case. Sizes where an index has to be clamped."""
+    name = CAPTURED + name
     out = [Arg(called, "tensor", name, "*capture")]
     out += [
         Arg(f"{called}_stride_{dim}", "stride", name, "i32", dim, specialize=dim == ndim - 1) for dim in range(ndim)

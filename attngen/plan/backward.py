@@ -19,6 +19,11 @@ from attngen.plan.moves import Rows
 from attngen.plan.plan import Plan
 from attngen.plan.planner import tables_of
 from attngen.plan.steps import (
+    DELTA,
+    DLSE,
+    DO,
+    LSE,
+    OUT,
     Attend,
     CaptureGradient,
     Delta,
@@ -35,14 +40,14 @@ from attngen.state.merging import weigh
 
 def backward_plan(forward: Plan, wanted: frozenset[str], backend: str) -> Plan:
     """The gradients of the inputs in `wanted` (q, k, v, captures): buffers "d NAME". Besides inputs and what was prepared it
-    reads out, lse, do, dlse, and the forward's `saved` buffers. Rows are taken again, not kept.
+    reads `OUT`, `LSE`, `DO`, `DLSE`, and the forward's `saved` buffers. Rows are taken again, not kept.
     """
     return _Backward(forward, wanted, backend).plan()
 
 
 def saved_by(forward: Plan, backward: Plan) -> tuple[str, ...]:
     """Buffers that a forward has to keep for the backward, besides its preparation and results."""
-    kept = {*forward.prepared, *forward.results, "out", "lse"}
+    kept = {*forward.prepared, *forward.results, OUT, LSE}
     return tuple(buffer for buffer in backward.inputs if buffer in forward.made and buffer not in kept)
 
 
@@ -60,8 +65,8 @@ class _Backward:
     def plan(self) -> Plan:
         again = [s for s in self.forward.steps if not isinstance(s, (Attend, Merge, Put, Difference))]
         self.steps += again
-        self.steps.append(Delta("delta", ("out", "do", "dlse"), ("delta",)))
-        self.given[self.forward.results[0]] = Given("do", "lse", "delta")
+        self.steps.append(Delta("delta", (OUT, DO, DLSE), (DELTA,)))
+        self.given[self.forward.results[0]] = Given(DO, LSE, DELTA)
         for step in reversed(self.forward.steps):
             match step:
                 case Merge():

@@ -187,7 +187,7 @@ class Planner:
             for part in ("mask", "score", "sink"):
                 if parts.get(part) is not None:
                     parts[part] = Expr(parts[part].sym, {**declared, **parts[part].declared})
-            inner = Spec(**parts, scale=self.spec.scale, schedule=self.spec.schedule, name=self.spec.name)
+            inner = Spec(**parts, scale=self.spec.scale, name=self.spec.name)  # pins are the compiled attention's
             found = _INNER.setdefault(key, inner)
             if len(_INNER) > MOST_INNER:
                 _INNER.pop(next(iter(_INNER)), None)

@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 from attngen.language.spec import Spec
 from attngen.plan.moves import Move
 
+# What a backward reads of the call as a whole, and its delta. No capture has a name like these.
+OUT, LSE, DO, DLSE, DELTA = "the out", "the lse", "the do", "the dlse", "the delta"
+
 
 class Result(NamedTuple):
     """The buffers of a finished softmax state: out [B, H, N, Dv] and lse [B, H, N]."""

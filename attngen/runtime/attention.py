@@ -104,7 +104,7 @@ class CompiledAttention:
             return _above("attngen.distributed.ring").ring(self, group)(
                 q, k, v, return_lse=return_lse, q_offset=q_offset, **captures
             )
-        if isinstance(captures.get("seed"), torch.Tensor) and "seed" in self.spec.params:
+        if self._seeded_on_device(captures):
             return self._with_seed_on_device(q, k, v, return_lse=return_lse, q_offset=q_offset, plan=plan, **captures)
         k, v = self.for_all_batches(q, k, v)
         result = operators.apply(self, q, k, v, q_offset, plan, captures)
@@ -118,6 +118,8 @@ class CompiledAttention:
         that the mask reads have to be the same then; an InputError names one that is not. Raises InputError for a call that
         prepares nothing.
         """
+        if self._seeded_on_device(captures):
+            return self._with_seed_on_device.prepare(q, k, v, q_offset=q_offset, **captures)
         k, v = self.for_all_batches(q, k, v)
         keys, own, rest = self.split(captures)
         if keys is None and not self._walks_tables():
@@ -149,6 +151,9 @@ class CompiledAttention:
         rows = () if self.spec.keys is None else self.spec.keys.rows
         changed = {name: tree_map(low, captures[name]) for name in rows if name in captures}
         return low(q), low(k), low(v), {**captures, **changed} if changed else captures
+
+    def _seeded_on_device(self, captures: Mapping[str, Any]) -> bool:
+        return isinstance(captures.get("seed"), torch.Tensor) and "seed" in self.spec.params
 
     @cached_property
     def _with_seed_on_device(self) -> CompiledAttention:
@@ -333,6 +338,8 @@ class CompiledAttention:
         counting bytes look at. Prepares and moves rows, and runs no attention. patient: whether sizes may depend on values where
         a call would let them (on a CPU); False plans as on a GPU. InputError.
         """
+        if self._seeded_on_device(captures):
+            return self._with_seed_on_device.attends(q, k, v, q_offset=q_offset, patient=patient, **captures)
         k, v = self.for_all_batches(q, k, v)
         call, given, executable = self.checked(q, k, v, q_offset, captures)
         call.patient = patient
@@ -352,7 +359,8 @@ class CompiledAttention:
         """Text: the plan of both directions, and of each attention in it the mask's picture, tile counts, cost bound, the schedule
         and where it came from, alternatives. png: a file to draw the plan into.
         """
-        return _above("attngen.inspect.explain").explain(self, q, k, v, q_offset, captures, png)
+        own = self._with_seed_on_device if self._seeded_on_device(captures) else self
+        return _above("attngen.inspect.explain").explain(own, q, k, v, q_offset, captures, png)
 
     def source(
         self,

@@ -15,7 +15,7 @@ from attngen.language.keyset import KeySet
 from attngen.language.spec import Spec
 from attngen.plan.backward import backward_plan, saved_by
 from attngen.plan.plan import Plan, Sizes
-from attngen.plan.steps import Attend
+from attngen.plan.steps import DLSE, DO, LSE, OUT, Attend
 from attngen.runtime.executor import Executor, inputs_of
 from attngen.runtime.preparation import Preparation
 
@@ -106,7 +106,7 @@ class Executable:
         plan = self.backward_plan(wanted)
         if any(name not in kept for name in self.training_plan(wanted).saved):
             *_, kept = self.forward_keeping(call, given, kept, wanted)
-        buffers = {**inputs_of(call, given), **kept, "out": out, "lse": lse, "do": do, "dlse": dlse}
+        buffers = {**inputs_of(call, given), **kept, OUT: out, LSE: lse, DO: do, DLSE: dlse}
         self.executor.run(plan, call, buffers)
         return {name: buffers[f"d {name}"] for name in wanted}
 

@@ -32,6 +32,9 @@ from attngen.state.merging import merge_parts
 Buffers = dict[str, Any]
 
 
+MOST_KNOWN = 256  # sizes of the attentions of one signature's calls, where they depend on values
+
+
 class Executor:
     """Runs plans for one compiled attention. `specialise` decides how each of its `Attend` steps is computed."""
 
@@ -101,6 +104,8 @@ class Executor:
         key = step.name, inner.q.shape, inner.k.shape
         found: Specialised | None = call.known.get(key)
         if found is None:
+            if len(call.known) >= MOST_KNOWN:
+                call.known.clear()
             found = call.known[key] = self.specialiser.of(inner)
         elif found.facts.positive:
             check_positive_params(found.facts, inner)
@@ -258,9 +263,12 @@ def _capture_gradient(executor: Executor, plan: Plan, step: CaptureGradient, cal
         }
         made = derive.make(call, *(leaves.get(n, value) for n, value in zip(derive.reads, reads, strict=True)))
         named = dict(zip(derive.writes, made, strict=True))
-        outputs = [named[name] for name in step.made]
-        grads = [buffers[f"d {name}"].to(named[name].dtype) for name in step.made]
-        found = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
+        # Of what it made some may depend on nothing that is wanted.
+        pairs = [(named[name], buffers[f"d {name}"]) for name in step.made if named[name].requires_grad]
+        outputs, grads = [x for x, _ in pairs], [grad.to(x.dtype) for x, grad in pairs]
+        found: Any = [None] * len(leaves)
+        if outputs:
+            found = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
     for name, leaf, gradient in zip(step.writes, leaves.values(), found, strict=True):
         _add(buffers, name, torch.zeros_like(leaf) if gradient is None else gradient)
 

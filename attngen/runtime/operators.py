@@ -8,8 +8,9 @@ process. Both end in the same `Executable`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch.autograd import forward_ad
@@ -46,12 +47,13 @@ class Attention(Protocol):
     def is_float(self, name: str) -> bool: ...
 
 
-_registry: dict[str, Attention] = {}
+# By handle the attentions that are alive: a traced graph names its own, and whoever can run it holds one.
+_registry: dict[str, WeakSet[Any]] = {}
 
 
 def register(handle: str, attention: Attention) -> None:
-    """Make a compiled attention reachable from the operators."""
-    _registry[handle] = attention
+    """Make a compiled attention reachable from the operators, as long as it lives."""
+    _registry.setdefault(handle, WeakSet()).add(attention)
 
 
 def apply(
@@ -130,26 +132,57 @@ class _Run:
         return Call(call.spec, q, k, v, captures, call.params, call.q_offset, known=call.known), given
 
 
+class _Packed:
+    """A run without its tensors, which autograd keeps: so it notices changes in place, and checkpoints and offloading reach them."""
+
+    def __init__(self, run: _Run, places: tuple[tuple[str, str], ...]):
+        call, self.names, self.places = run.call, run.names, places
+        self.spec, self.params, self.known, self.executable = call.spec, call.params, call.known, run.executable
+        self.offset = 0 if isinstance(call.q_offset, torch.Tensor) else call.q_offset
+        self.captures = tuple(call.captures)
+        self.given = {n: None if isinstance(x, torch.Tensor) else x for n, x in run.given.items()}
+        self.kept = {n: None if isinstance(x, torch.Tensor) else x for n, x in run.kept.items()}
+
+    @classmethod
+    def of(cls, run: _Run) -> tuple[_Packed, list[torch.Tensor]]:
+        """The run, and its tensors besides `run.tensors`."""
+        named = {("offset", ""): run.call.q_offset}
+        for kind, values in (("captures", run.call.captures), ("given", run.given), ("kept", run.kept)):
+            named |= {(kind, name): x for name, x in values.items() if kind == "kept" or name not in run.names}
+        found = {place: x for place, x in named.items() if isinstance(x, torch.Tensor)}
+        return cls(run, tuple(found)), list(found.values())
+
+    def run(self, saved: Sequence[torch.Tensor]) -> _Run:
+        """The run again. saved: its tensors, then the others."""
+        count = len(self.names)
+        own, others = dict(zip(self.names, saved, strict=False)), dict(zip(self.places, saved[count:], strict=True))
+
+        def again(kind: str, name: str, value: Any = None) -> Any:
+            return own[name] if name in own and kind != "kept" else others.get((kind, name), value)
+
+        captures = {name: again("captures", name) for name in self.captures}
+        offset, (q, k, v) = again("offset", "", self.offset), saved[:3]
+        call = Call(self.spec, q, k, v, captures, self.params, offset, known=self.known)
+        given = {name: again("given", name, value) for name, value in self.given.items()}
+        run = _Run(call, given, self.executable, {n: again("kept", n, value) for n, value in self.kept.items()})
+        run.names = self.names
+        return run
+
+
 class _Attention(torch.autograd.Function):
     """out and lse from a run and its floating-point tensors."""
 
     @staticmethod
     def forward(ctx: Any, run: _Run, *tensors: torch.Tensor) -> Result:  # type: ignore[override]
         out, lse, run.kept = run.executable.forward_keeping(run.call, run.given, run.kept, run.wanted)
-        ctx.run = run
-        ctx.save_for_backward(*tensors, out, lse)
+        ctx.packed, others = _Packed.of(run)
+        ctx.save_for_backward(out, lse, *tensors, *others)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        *tensors, out, lse = ctx.saved_tensors
-        do, dlse = (torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, (out, lse), strict=True))
-        needed = tuple(ctx.needs_input_grad[1:])
-        # With create_graph somebody may differentiate once more, and is told that nobody can.
-        derive = _Gradients.apply if torch.is_grad_enabled() or _transformed() else _gradients
-        found = derive(ctx.run, needed, out, lse, do, dlse, *tensors)
-        found = iter(found if isinstance(found, tuple) else (found,))
-        return None, *(next(found) if need else None for need in needed)
+        out, lse, *saved = ctx.saved_tensors
+        return _differentiated(ctx, ctx.packed.run(saved), out, lse, saved[: len(ctx.packed.names)], grads)
 
 
 class _Transformed(torch.autograd.Function):
@@ -167,7 +200,10 @@ class _Transformed(torch.autograd.Function):
         ctx.run = run
         ctx.save_for_backward(*tensors, *output)
 
-    backward = _Attention.backward
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        *tensors, out, lse = ctx.saved_tensors
+        return _differentiated(ctx, ctx.run, out, lse, tensors, grads)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -182,6 +218,17 @@ class _Transformed(torch.autograd.Function):
             "attngen does not vmap: fold the mapped dimension into the batch of q, k and v (q.flatten(0, 1)), which is what "
             "vmap would do"
         )
+
+
+def _differentiated(ctx: Any, run: _Run, out: Any, lse: Any, tensors: Sequence[Any], grads: Sequence[Any]) -> Any:
+    """What autograd wants of a run's tensors."""
+    do, dlse = (torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, (out, lse), strict=True))
+    needed = tuple(ctx.needs_input_grad[1:])
+    # With create_graph somebody may differentiate once more, and is told that nobody can.
+    derive = _Gradients.apply if torch.is_grad_enabled() or _transformed() else _gradients
+    found = derive(run, needed, out, lse, do, dlse, *tensors)
+    found = iter(found if isinstance(found, tuple) else (found,))
+    return None, *(next(found) if need else None for need in needed)
 
 
 def _gradients(run: _Run, needed: tuple[bool, ...], out: Any, lse: Any, do: Any, dlse: Any, *tensors: Any) -> Any:
@@ -276,7 +323,7 @@ class _Names:
 
     def __init__(self, handle: str):
         key, *parts = handle.split(";")
-        self.attention = _registry[key]
+        self.attention: Attention = next(iter(_registry[key]))
         self.tensors, self.ints, self.floats, self.prepared = ([n for n in part.split(",") if n] for part in parts)
 
     def check(

@@ -102,7 +102,10 @@ class _Seen:
 
     @classmethod
     def of(cls, value: Any) -> _Seen:
-        return cls(value.detach(), _version(value)) if isinstance(value, torch.Tensor) else cls(value, 0)
+        if not isinstance(value, torch.Tensor):
+            return cls(value, 0)
+        # Nobody counts the changes of an inference tensor: its values are kept, and compared each time.
+        return cls(value.detach().clone() if value.is_inference() else value.detach(), _version(value))
 
     def check(self, name: str, now: Any) -> None:
         if not isinstance(self.value, torch.Tensor):

@@ -32,9 +32,11 @@ def signature_of(
         if not isinstance(preparation, Preparation):
             return None
         stamp = preparation.stamp
-    shifted = type(q_offset)
+    shifted: Any = int
     if isinstance(q_offset, torch.Tensor):
-        shifted = (q_offset.dtype, q_offset.shape, q_offset.device)  # type: ignore[assignment]
+        shifted = (q_offset.dtype, q_offset.shape, q_offset.device)
+    elif type(q_offset) is not int:
+        return None
     key = [q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device, shifted, stamp]
     for name, value in captures.items():
         if isinstance(value, torch.Tensor):

@@ -92,9 +92,16 @@ def _planned(
     (q, k, v), named, words = example(spec, shape, dtype, captures, device=device, seed=seed)
     q = q.requires_grad_(backward and not isinstance(spec.keys, Paged))
     return [
-        Part(step.name, call.spec, _shape_of(call), _captures_of(call))
+        Part(step.name, _pinned(call.spec, spec), _shape_of(call), _captures_of(call))
         for step, call in compile_spec(spec).attends(q, k, v, patient=patient, **named)
     ], words
+
+
+def _pinned(inner: Spec, outer: Spec) -> Spec:
+    """The inner spec with what the outer one pins, which the search may not change."""
+    if outer.schedule is None or inner is outer:
+        return inner
+    return Spec.from_text(inner.text, schedule=outer.schedule, name=inner.name)
 
 
 def example(

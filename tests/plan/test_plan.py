@@ -14,7 +14,7 @@ from attngen.plan.backward import backward_plan, saved_by
 from attngen.plan.forward import forward_plan
 from attngen.plan.launches import backward_launches
 from attngen.plan.plan import Plan, Sizes
-from attngen.plan.steps import Step
+from attngen.plan.steps import DELTA, DLSE, DO, LSE, OUT, Step
 from tests.keys_work import CASES, case
 
 SIZES = Sizes(1, 4, 2, 96, 96, 16, 16)
@@ -37,9 +37,9 @@ def test_forward_and_backward_of_documents(backend: str):
         f"tables of attention ({kernel})" for kernel in (("dq",) if backend == "cpu" else ("dq", "dkv"))
     ]
     assert backward.results == ("d k", "d q", "d slope", "d v")
-    assert "delta" in backward.released["attention, backward"]
+    assert DELTA in backward.released["attention, backward"]
     assert networkx.is_directed_acyclic_graph(backward.graph)
-    assert backward.graph.get_edge_data("delta", "attention, backward")[0]["buffer"] == "delta"
+    assert backward.graph.get_edge_data("delta", "attention, backward")[0]["buffer"] == DELTA
     assert backward_launches(facts(spec), ["slope"]) == ("excess", "dq", "dkv", "gradient of slope")
 
 
@@ -72,7 +72,7 @@ def test_every_key_set_is_a_plan_of_six_kinds_of_step(name: str):
     backward = executable.backward_plan(frozenset({"q", "k", "v"}))
     saved = saved_by(forward, backward)
     there = {"q", "k", "v", *call.captures, *given}
-    for plan, inputs in ((forward, there), (backward, {*there, *saved, *forward.prepared, "out", "lse", "do", "dlse"})):
+    for plan, inputs in ((forward, there), (backward, {*there, *saved, *forward.prepared, OUT, LSE, DO, DLSE})):
         assert {step.kind for step in plan.steps} <= KINDS
         assert networkx.is_directed_acyclic_graph(plan.graph)
         alive: set[Any] = {*inputs}

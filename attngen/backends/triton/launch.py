@@ -22,7 +22,7 @@ from attngen.language.lists import RowLists, TileLists
 from attngen.language.spec import Spec
 from attngen.lowering import Source, render
 from attngen.lowering.captures import EDGES, Site, collect, sites
-from attngen.lowering.signature import takes
+from attngen.lowering.signature import CAPTURED, takes
 from attngen.lowering.source import Grid
 from attngen.plan.stream_k import Runs, slots, stream_k
 from attngen.reference.dense import dense_env
@@ -161,7 +161,8 @@ def _runs(
     """Equal runs of all outputs' key tiles over the programs of a stream-K launch, without waiting for the device."""
     counts = _counted(call, facts, grid, grid.tiles(sizes), schedule)
     if counts is not None:
-        return _equal_runs(counts, grid.outputs(sizes) // len(counts), sizes["programs"], call.q.device)
+        stream = torch.cuda.current_stream(call.q.device).cuda_stream if call.q.is_cuda else 0
+        return _equal_runs(counts, grid.outputs(sizes) // len(counts), sizes["programs"], call.q.device, stream)
     return _named(stream_k(tile_counts(call, facts, grid, schedule, walk), sizes["programs"]))
 
 
@@ -191,7 +192,10 @@ def _counted(call: Call, facts: Facts, grid: Grid, tiles: int, schedule: Schedul
 
 
 @lru_cache(maxsize=256)
-def _equal_runs(counts: tuple[int, ...], repeat: int, programs: int, device: torch.device) -> dict[str, torch.Tensor]:
+def _equal_runs(
+    counts: tuple[int, ...], repeat: int, programs: int, device: torch.device, stream: int
+) -> dict[str, torch.Tensor]:
+    """stream: the one that makes them, and reads them."""
     return _named(stream_k(torch.tensor(counts, dtype=torch.int64, device=device).repeat(repeat), programs))
 
 
@@ -246,6 +250,8 @@ def _grid_of(call: Call, facts: Facts, schedule: Schedule, buffers: Mapping[str,
     key = facts, schedule, call.q.shape[3], call.v.shape[3], call.q.dtype
     found = _GRIDS.get(key)
     if found is None:
+        if len(_GRIDS) >= MOST_READY:
+            _GRIDS.clear()
         found = _GRIDS[key] = _source_of("forward", call, facts, schedule, buffers).grid
     return found
 
@@ -338,7 +344,7 @@ def _launch_described(
 def _captures(call: Call) -> dict[str, torch.Tensor]:
     """The captured tensors; those of lists contiguous, and empty ones of a size that a stride can be made from."""
     own = () if call.spec.lists is None else call.spec.lists.names
-    return {name: t.contiguous() if name in own else t for name, t in call.captures.items()}
+    return {CAPTURED + name: t.contiguous() if name in own else t for name, t in call.captures.items()}
 
 
 def _source_of(
