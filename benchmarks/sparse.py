@@ -88,7 +88,9 @@ def measure(n: int, names: list[str], rounds: int) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Print the figures; 1 if one misses its target."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=TARGETS, metavar="FIGURE", help=f"some of: {', '.join(TARGETS).replace('%', '%%')}")
+    parser.add_argument(
+        "--only", nargs="+", choices=TARGETS, metavar="FIGURE", help=f"some of: {', '.join(TARGETS).replace('%', '%%')}"
+    )
     parser.add_argument("--n", type=int, default=16384, help="length (default 16384)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each candidate (default 3)")
     parser.add_argument(
