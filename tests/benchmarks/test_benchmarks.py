@@ -593,9 +593,8 @@ def test_planning_counts_what_create_block_mask_holds(monkeypatch: pytest.Monkey
     """i - j, or the sum of a block's bools, is an int64 for each pair: at 131,072 that is 128 GiB."""
     n = 2048
     inputs = Inputs.make(tiny(pattern, batch=1, n_q=n, n_k=n, head_dim=1), CPU)
-    with ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn")
-    ) as new:  # what ran before in a process counts otherwise
+    # In a process of its own: what ran before in this one would count.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as new:
         peak = new.submit(peak_of_planning, pattern, n).result()
     if peak is None:
         pytest.skip("this system does not tell a process's peak")
