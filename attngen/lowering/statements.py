@@ -184,12 +184,10 @@ class Call(Value):
 
 
 @dataclass(frozen=True)
-class Cast(Value):
-    """`value.to(dtype)`."""
+class Around(Value):
+    """A value that is one other value in another form."""
 
     value: Value
-    dtype: str
-    kind: str
     strength = ATOM
 
     @property
@@ -198,49 +196,42 @@ class Cast(Value):
 
     def with_parts(self, parts: tuple[Value, ...]) -> Value:
         return replace(self, value=parts[0])
+
+
+@dataclass(frozen=True)
+class Cast(Around):
+    """`value.to(dtype)`."""
+
+    dtype: str
+    kind: str
 
     def __str__(self) -> str:
         return f"{self.value.at(ATOM)}.to({self.dtype})"
 
 
 @dataclass(frozen=True)
-class Spread(Value):
+class Spread(Around):
     """A vector as a column of the tile ("[:, None]", it varies along the rows) or as a row ("[None, :]")."""
 
-    value: Value
     index: str
-    strength = ATOM
 
     @property
     def kind(self) -> str:  # type: ignore[override]
         return self.value.kind
-
-    @property
-    def parts(self) -> tuple[Value, ...]:
-        return (self.value,)
-
-    def with_parts(self, parts: tuple[Value, ...]) -> Value:
-        return replace(self, value=parts[0])
 
     def __str__(self) -> str:
         return self.value.at(ATOM) + self.index
 
 
 @dataclass(frozen=True)
-class Named(Value):
+class Named(Around):
     """A value that shall have a variable of its own, called `stem` or, where that is taken, `stem_2` (`passes.unnest`)."""
 
-    value: Value
     stem: str
-    strength = ATOM
 
     @property
     def kind(self) -> str:  # type: ignore[override]
         return self.value.kind
-
-    @property
-    def parts(self) -> tuple[Value, ...]:
-        return (self.value,)
 
     def with_parts(self, parts: tuple[Value, ...]) -> Value:
         inner = parts[0]
