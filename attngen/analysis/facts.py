@@ -9,11 +9,25 @@ from functools import cached_property
 from typing import Any
 
 import sympy
+from sympy.core.relational import Relational
 
 from attngen.analysis.cost import Cost, cost
 from attngen.analysis.order import ZERO, Order
 from attngen.analysis.walk import Walk, WalkProgram, walk_keys, walk_queries
-from attngen.language.expression import Erf, Load, S, Sigmoid, Where, is_int, loads, to_text
+from attngen.language.expression import (
+    Erf,
+    Floor,
+    FloorDiv,
+    Load,
+    PyMod,
+    Round,
+    S,
+    Sigmoid,
+    Where,
+    is_int,
+    loads,
+    to_text,
+)
 from attngen.language.spec import Spec
 
 WEIGHT = sympy.Symbol("weight", real=True)  # of a listed key, added to its logit
@@ -65,6 +79,14 @@ class Facts:
     def score_ds(self) -> Any:
         """d score / d s."""
         return self.spec.score.diff(S)
+
+    @cached_property
+    def steps(self) -> bool:
+        """Whether the score or its derivative may jump at some s. What computes s must then not add a rounding of its own:
+        on whole numbers it has to meet the jump exactly.
+        """
+        jumps = {atom for e in (self.spec.score, self.score_ds) for atom in e.atoms(*_JUMPS)}
+        return any(S in atom.free_symbols for atom in jumps)
 
     @cached_property
     def load_grads(self) -> dict[str, tuple[tuple[Load, Any], ...]]:
@@ -121,6 +143,8 @@ class Facts:
             ]
         )
 
+
+_JUMPS = (Relational, Floor, Round, FloorDiv, PyMod)
 
 _KNOWN: OrderedDict[str, Facts] = OrderedDict()
 

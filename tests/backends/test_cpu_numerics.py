@@ -139,6 +139,20 @@ def test_a_logit_that_only_base_2_would_lose():
     assert dv.eq(1).all() and not dq.any() and not dk.any()
 
 
+@pytest.mark.parametrize("score", ["where(s > 0, s, s / 2)", "where(s == 0, 1, s)", "s + floor(s)", "s // 1 * slope[h]"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [3, 20])
+def test_whole_numbers_meet_the_jump_of_a_score_exactly(score: str, dtype: torch.dtype, head_dim: int):
+    """q.k of whole numbers is 0 for many pairs: a factor that was rounded into q would put some of them past the jump."""
+    generator = torch.Generator().manual_seed(11)
+    leaves = [torch.randint(-2, 3, (1, 2, 40, head_dim), generator=generator).to(dtype) for _ in range(3)]
+    spec = ag.Spec(score=score, scale=0.75 if "==" in score else 0.25, tensors=[ag.Tensor("slope", 1)])
+    slope = torch.tensor([0.5, -0.25])
+    for n_q in (40, 4):
+        leaves[0] = leaves[0][:, :, :n_q]
+        agree(spec, leaves, {"slope": slope} if "slope" in spec.tensors else {}, LIMITS[dtype])
+
+
 # -- sinks ------------------------------------------------------------------------------------------------------------
 
 

@@ -130,8 +130,8 @@ def _differentiate_units(work: Work, units: list[Unit], given: _Given, sums: _Su
 
 def _differentiate_unit(work: Work, unit: Unit, given: _Given, norms: Normalisers, sums: _Sums) -> None:
     chunks, at = unit.chunks, unit.at
-    q, do = rows_of(work.q[at], work.scale * work.base, work.like), rows_of(given.do[at], 1.0, work.like)
-    q_t, do_t = q.t().contiguous(), do.t().contiguous()
+    q, do = rows_of(work.q[at], work.factor, work.like), rows_of(given.do[at], 1.0, work.like)
+    q_t, do_t = (q.t() * work.scale_after).contiguous(), do.t().contiguous()
     delta, top = given.delta[at].reshape(-1, 1), norms.top[at].reshape(-1, 1)
     dq = torch.zeros_like(q)
     for n, (start, stop) in enumerate(zip(chunks.start, chunks.stop, strict=True)):

@@ -47,7 +47,7 @@ def _adds_to_logits(facts: Facts) -> bool:
     """Whether logits are q.k and what does not depend on it."""
     spec = facts.spec
     plain = spec.lists is None and spec.page_size is None and spec.dropout is None
-    return plain and bool(spec.score == S or facts.score_ds == 1)
+    return plain and (bool(spec.score == S) or facts.form == "additive")
 
 
 @lru_cache(maxsize=256)

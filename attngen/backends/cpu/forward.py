@@ -120,7 +120,7 @@ def _write(work: Work, unit: Unit, total: state.State, lse: torch.Tensor, out: t
 
 def state_of_unit(work: Work, unit: Unit, chunks: range, values: bool = True) -> state.State:
     """The state of some of a unit's chunks; without its values, o [rows, 0]."""
-    q = rows_of(work.q[unit.at], work.scale * work.base, work.like)
+    q = rows_of(work.q[unit.at], work.factor, work.like)
     current: state.State | None = None
     for n in chunks:
         k, v = work.operands(unit, n)

@@ -25,6 +25,8 @@ def logits_of(
     tensor where the score is the identity.
     """
     scaled = logits = product(q, k)
+    if work.scale_after != 1.0:
+        scaled.mul_(work.scale_after)
     if not work.identity:
         tile = scaled.view(unit.tile)
         value = torch.as_tensor(evaluate(work.spec.score, {**scope, "s": tile}, real=work.real))

@@ -93,6 +93,16 @@ class Work:
         """
         return LOG2E if self.identity and self.finite else 1.0
 
+    @cached_property
+    def scale_after(self) -> float:
+        """What products of q and k are multiplied with: 1 where q was before, which costs less and rounds twice."""
+        return self.scale if self.facts.steps else 1.0
+
+    @property
+    def factor(self) -> float:
+        """What q is multiplied with before its products with k."""
+        return 1.0 if self.facts.steps else self.scale * self.base
+
     @property
     def log_base(self) -> float:
         """The natural logarithm of that base."""

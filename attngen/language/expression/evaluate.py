@@ -208,6 +208,11 @@ def _whole(x: torch.Tensor) -> torch.Tensor:
     return x.nan_to_num(nan=-torch.inf).clamp(-LARGEST_ROUNDED, LARGEST_ROUNDED).to(torch.int64)
 
 
+def _constant(a: Value) -> Value:
+    """What a step function takes: it has no slope, and torch no derivative of it."""
+    return a.detach() if isinstance(a, torch.Tensor) else a
+
+
 def _steps(n: Value) -> Value:
     """How far to shift, in 0 .. 31."""
     return n.clamp(0, LARGEST_SHIFT) if isinstance(n, torch.Tensor) else min(max(n, 0), LARGEST_SHIFT)
@@ -232,7 +237,7 @@ _REAL_FUNCTIONS: dict[Any, Any] = {
 }
 _FUNCTIONS: dict[Any, Any] = {
     Absolute: abs,
-    FloorDiv: lambda a, b: a // b,
+    FloorDiv: lambda a, b: _constant(a) // _constant(b),
     PyMod: lambda a, b: a % b,
     Minimum: _lattice(torch.minimum),
     Maximum: _lattice(torch.maximum),
