@@ -25,6 +25,7 @@ from attngen.language.expression.evaluate import evaluate, tensor_of
 GRANULE = 16  # walked positions summarised together by an `order` table
 CHUNK = 8192  # positions evaluated at a time, so that temporaries stay small
 LIMIT = 2**31 - 1
+ROOM = 1e-6  # what a sum of real terms may be off by, relative to them
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Table:
     walked: Any
     strict: bool
     symbols: tuple[Any, ...]
+
+    @property
+    def real(self) -> bool:
+        """Whether its terms are real numbers."""
+        return not is_int(self.tile + self.walked)
 
     def __str__(self) -> str:
         relation = {"order": " > 0" if self.strict else " >= 0", "match": " == 0"}.get(self.kind, "")
@@ -145,9 +151,10 @@ def _order(table: Table, env: Any, tile: Axis, walked: Axis, block: int, device:
     """Running maxima over granules of C find the granule, a second look inside it finds the position."""
     threshold = -_blocks(table.tile, env, tile, block, device, torch.amax)
     peaks = _blocks(table.walked, env, walked, GRANULE, device, torch.amax)
-    if not is_int(table.tile + table.walked):  # leave room for a kernel that sums in another order
-        finite = [torch.nan_to_num(x, posinf=0.0, neginf=0.0).abs().amax(-1, keepdim=True) for x in (threshold, peaks)]
-        threshold = threshold - 1e-6 * (finite[0] + finite[1])
+    if table.real:  # leave room for a kernel that sums in another order
+        size = torch.nan_to_num(threshold, posinf=0.0, neginf=0.0).abs()
+        largest = _blocks(table.walked, env, walked, GRANULE, device, _largest_size).amax(-1, keepdim=True)
+        threshold = threshold - ROOM * (size + largest)
     peaks, threshold = _aligned(peaks, threshold)
     granules = peaks.shape[-1]
 
@@ -159,6 +166,10 @@ def _order(table: Table, env: Any, tile: Axis, walked: Axis, block: int, device:
     first = _inside(table, env, walked, ahead, threshold, device).amin(-1)
     last = _inside(table, env, walked, behind, threshold, device, missing=-1).amax(-1)
     return first + walked.begin, last + 1 + walked.begin
+
+
+def _largest_size(values: torch.Tensor, dim: int, keepdim: bool = False) -> torch.Tensor:
+    return torch.nan_to_num(values, posinf=0.0, neginf=0.0).abs().amax(dim, keepdim=keepdim)
 
 
 def _inside(

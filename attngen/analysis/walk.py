@@ -18,7 +18,7 @@ from attngen.analysis.intervals import INFINITY, Cover, Interval, cover, join_ne
 from attngen.analysis.normal import Reader
 from attngen.analysis.order import BEGIN, BLOCK, END, FIRST, LAST, ZERO, Down, Order, Up
 from attngen.analysis.tables import Axis, Table, Tables, prepare
-from attngen.language.expression import FloorDiv, I, J, Maximum, Minimum, Where, conjunction, negate, to_text
+from attngen.language.expression import B, FloorDiv, H, I, J, Maximum, Minimum, Where, conjunction, negate, to_text
 from attngen.language.expression.evaluate import evaluate
 
 MAX_SEGMENTS = 16  # live x hole intervals whose intersections a program spells out
@@ -128,6 +128,20 @@ class Walk:
     def needs_tables(self) -> bool:
         """Whether the walk reads captured data that has to be summarised before."""
         return bool(self.tables)
+
+    @cached_property
+    def symbols(self) -> tuple[str, ...]:
+        """The names of its tables' values."""
+        return tuple(symbol.name for table in self.tables for symbol in table.symbols)
+
+    def differ(self, offset_tensor: bool) -> tuple[bool, bool]:
+        """Whether its tables differ from one batch to the next, and from one query head to the next."""
+        read = self._read
+        return offset_tensor or B in read, H in read
+
+    @cached_property
+    def _read(self) -> frozenset[Any]:
+        return frozenset().union(*(x.free_symbols for table in self.tables for x in (table.tile, table.walked)))
 
     def prepare(
         self, env: Mapping[str, Any], tile: Axis, walked: Axis, block: int, device: Any = "cpu"

@@ -51,7 +51,13 @@ def backward(
         return gpu.backward(call, facts, schedule, lse, delta, do, wanted)
 
 
-tables, table_tiles = gpu.tables, gpu.table_tiles
+def tables(call: Call, facts: Any, schedule: Schedule, kernel: str) -> dict[str, torch.Tensor]:
+    """Summaries of captured data for a kernel's walk, see `attngen.backends`."""
+    with interpreting():
+        return gpu.tables(call, facts, schedule, kernel)
+
+
+table_tiles = gpu.table_tiles
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from attngen.backends.triton.launch import table_tiles, tables
+from attngen.analysis.tables import Axis
+from attngen.backends.triton.launch import environment, table_tiles
 from attngen.language.call import Call
 from attngen.schedule import Schedule
 
@@ -36,6 +37,16 @@ def backward(
     """Gradients, see `attngen.backends`."""
     captured = {name: torch.empty_like(call.captures[name], dtype=lse.dtype) for name in wanted}
     return torch.empty_like(call.q), torch.empty_like(call.k), torch.empty_like(call.v), captured
+
+
+def tables(call: Call, facts: Any, schedule: Schedule, kernel: str) -> dict[str, torch.Tensor]:
+    """What `triton.launch.tables` makes, with torch: on any device, and without values."""
+    tile = schedule.tile(kernel)
+    queries, keys = Axis("i", call.offset_column, call.q.shape[2]), Axis("j", 0, call.n_k)
+    device, env = call.q.device, environment(call)
+    if kernel == "dkv":
+        return dict(facts.walk_queries.prepare(env, keys, queries, tile.block_n, device))
+    return dict(facts.walk_keys.prepare(env, queries, keys, tile.block_m, device))
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from attngen.analysis import Facts, facts
+from attngen.backends import meta
 from attngen.backends.triton import launch as gpu
 from attngen.language.call import Call
 from attngen.language.lists import RowLists, TileLists
@@ -83,7 +84,7 @@ def _forward(attention: CompiledAttention, call: Call, given: Schedule | None) -
         return Traffic(results=results)
     d, dv = call.q.shape[3], call.v.shape[3]
     source = render(call.spec, known, "forward", head_dim=d, head_dim_v=dv, dtype=call.q.dtype, schedule=schedule)
-    tables = gpu.walk_tables(call, known, schedule, "forward")
+    tables = gpu.walk_tables(call, known, schedule, "forward", meta.tables)
     runs: Runs | None = None
     if schedule.split == "stream":
         runs = stream_k(gpu.tile_counts(call, known, source.grid, schedule, tables), schedule.programs or PROCESSORS)
@@ -121,7 +122,7 @@ def _keys(
         offset = call.q_offset.view(-1, 1, 1) if isinstance(call.q_offset, torch.Tensor) else call.q_offset
         start = torch.arange(tiles, device=call.q.device).view(1, 1, -1) * grid.block
         last = ((start + grid.block - 1) // group).clamp(max=rows - 1)
-        scope = {**gpu._environment(call), **tables}
+        scope = {**gpu.environment(call), **tables}
         walk = known.program_keys.evaluate(start // group + offset, last + offset, 0, n_k, block_n, scope)
         found = torch.zeros((1, 1, 1), dtype=torch.int64, device=call.q.device)
         for firsts, counts in ((walk[0], walk[1]), (walk[2], walk[3])):

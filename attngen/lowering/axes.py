@@ -169,6 +169,16 @@ def decode(roles: Roles, number: Name) -> Statements:
     )
 
 
+def decode_tables(roles: Roles, by_batch: bool, by_head: bool) -> Statements:
+    """The same for one program per tile of the batches and heads that differ."""
+    rest = PROGRAM // TILES
+    out = [assign(roles.resident.tile, PROGRAM % TILES)]
+    if by_head:
+        out.append(assign("h", rest % HEADS_))
+        rest = rest // HEADS_
+    return (*out, *((assign("b", rest),) if by_batch else ()))
+
+
 def decode_longest_first(roles: Roles, number: Name) -> Statements:
     """The same for an order in which the tiles of `together` heads come by turns, those with most to visit first."""
     heads, head = ("kv_heads", "kv_head") if roles.by_kv_head else ("heads", "h")

@@ -164,7 +164,8 @@ class Lowering:
         wanted = {*_READS[self._row], *_STEP_READS, *reads, *self._walked_reads}
         for loop in loops:
             wanted |= loop.range.reads if isinstance(loop, Loop) else loop.reads
-        places = self._passed(self._places(decode, owner, walk, visits), wanted)
+        before = self._places(decode, owner, walk, visits)
+        places = passed(before, wanted, self.names, f"{self.kernel}, rows along {self.roles.resident.axis}")
         steps = [
             Step(bool(partial), self._comment(bool(partial)), found.variable, bounds, places[at], places[at + 1])
             for partial, (found, bounds, at) in enumerate(zip(visits, ranges, (FULL, PARTIAL), strict=True))
@@ -217,26 +218,6 @@ class Lowering:
     @property
     def _row(self) -> str:
         return "capture by keys" if self.site is not None and self.site.by_keys else self.kernel
-
-    def _passed(self, places: list[Statements], wanted: Iterable[str]) -> list[Statements]:
-        """The passes, in order. With ATTNGEN_DEBUG=5 the statements after each."""
-        variables = passes.Variables()
-        places = self._shown(passes.repeated, [passes.repeated(statements) for statements in places])
-        places = self._shown(passes.short, [passes.short(statements) for statements in places])
-        places = self._shown(passes.unnest, [passes.unnest(statements, variables) for statements in places])
-        placed = passes.place(places, NESTED, frozenset({FULL, PARTIAL}), _LOOP_VARIABLES, PROGRAM)
-        placed = self._shown(passes.place, placed)
-        read = self._shown(passes.drop, passes.drop(placed, NESTED, wanted))
-        return self._shown(passes.rename, passes.rename(read, NESTED, self._is_taken))
-
-    def _shown(self, after: Any, places: list[Statements]) -> list[Statements]:
-        if debug.level() >= 5:
-            text = [line for statements in places for line in lines(statements, self.roles.resident.axis)]
-            debug.say(5, f"statements of {self.kernel} after {after.__name__}", "\n    ".join(["", *text]))
-        return places
-
-    def _is_taken(self, variable: str) -> bool:
-        return variable in self.names.values() or bool(re.search(r"_(stride_\w+|size_\d+|table|row)$", variable))
 
     # -- what stands where --------------------------------------------------------------------------------------------
 
@@ -350,8 +331,33 @@ class Lowering:
         return sympy.sympify(self.facts.score_ds if self.site is None else self.site.slope)
 
 
+def passed(places: list[Statements], wanted: Iterable[str], names: Mapping[str, str], title: str) -> list[Statements]:
+    """The passes, in order. With ATTNGEN_DEBUG=5 the statements after each.
+
+    wanted: what the outline reads. names: what the kernel calls captured tensors, params and tables.
+    """
+
+    def shown(after: Any, places: list[Statements]) -> list[Statements]:
+        if debug.level() >= 5:
+            text = [line for statements in places for line in lines(statements, "i")]
+            debug.say(5, f"statements of {title} after {after.__name__}", "\n    ".join(["", *text]))
+        return places
+
+    def is_taken(variable: str) -> bool:
+        return variable in names.values() or bool(re.search(r"_(stride_\w+|size_\d+|table|row)$", variable))
+
+    variables = passes.Variables()
+    places = shown(passes.repeated, [passes.repeated(statements) for statements in places])
+    places = shown(passes.short, [passes.short(statements) for statements in places])
+    places = shown(passes.unnest, [passes.unnest(statements, variables) for statements in places])
+    placed = passes.place(places, NESTED, frozenset({FULL, PARTIAL}), _LOOP_VARIABLES, PROGRAM)
+    placed = shown(passes.place, placed)
+    read = shown(passes.drop, passes.drop(placed, NESTED, wanted))
+    return shown(passes.rename, passes.rename(read, NESTED, is_taken))
+
+
 # Known only inside a step; the outline makes them.
-_LOOP_VARIABLES = frozenset({"s", "step", "tile"})
+_LOOP_VARIABLES = frozenset({"s", "step", "tile", "start"})
 
 
 def _inline(target: str, value: Value) -> Assign:

@@ -58,7 +58,7 @@ class Takes:
     tensors: [B, heads, n, d], in the order of the arguments: of a gradient kernel first the two that stay, then the two that
     are walked, then its results. rows: float32 [B, heads, n_q], contiguous. more_rows: what it takes besides for logits in
     their natural unit, to use what lse lacks (`Facts.natural`). stream_k: what tells the programs of a split forward which tiles
-    are theirs. scaled: whether it computes logits.
+    are theirs. made: int32 results that no gradient meets. scaled: whether it computes logits.
     """
 
     title: str
@@ -66,10 +66,12 @@ class Takes:
     rows: tuple[str, ...]
     more_rows: tuple[str, ...] = ()
     stream_k: tuple[str, ...] = ()
+    made: tuple[str, ...] = ()
     scaled: bool = True
 
 
 TABLE = {
+    "tables": Takes("the walk's tables: what captured data allow a tile to skip", (), (), made=("made",), scaled=False),
     "forward": Takes(
         "forward: a query tile walks its keys with the online softmax",
         ("q", "k", "v", "out"),
@@ -111,12 +113,13 @@ LONGEST_TABLE = 16
 
 # The first words of every variable that an outline or a fixed statement makes.
 _WORDS = """
-    acc after alpha any b bad batch before begin begins beta bin BLOCK bound count d delta dk dlse do dp dq ds dv e
-    edge edges empty end excess first firsts floor full g grad group h half HEAD head heads hi hole i inside j k keep
-    key kv l lane LARGE large last listed live LN lo LOG2E LOWEST lse m masked maxima members mix n nearest norm
-    number out output owners p PAGE page pages pair part partial place places power PRECISION program q query range
-    row rows run s scale section share sink skip slot split splits start starts state states step steps stop tanh tile
-    tiles tl together total triton turn uniform unmasked user v valid weight weights whole written x
+    a acc after alpha any b bad batch before begin begins beta bin BLOCK bound c CHUNK count d delta dk dlse do dp dq
+    ds dv e edge edges empty end excess first firsts floor full g grad group h half HEAD head heads hi high hit hole i
+    inside j k keep key kv l lane LARGE large largest last LIMIT listed live LN lo LOG2E low LOWEST lse m made masked
+    maxima members mix n near nearest norm number other out output owners p PAGE page pages pair part partial place
+    places power PRECISION program q query range rest row rows run s same scale section share sink size skip slot
+    split splits start starts state states step steps stop tanh threshold tile tiles tl together total triton turn
+    uniform unmasked user v valid value weight weights whole written x
 """
 VOCABULARY = frozenset(_WORDS.split())
 
@@ -180,6 +183,7 @@ def arguments(
     if split:
         out += _STATES
         out += [Arg(name, "tensor", name, "*i32") for name in known.stream_k if split == "stream"]
+    out += [Arg(name, "tensor", name, "*i32", comment="[values, B or 1, heads or 1, tiles]") for name in known.made]
     if site is not None:
         out.append(Arg("grad", "tensor", "grad", "*fp32", comment=_GRADS[site.kind]))
     for name in tensors:

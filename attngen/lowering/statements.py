@@ -7,7 +7,7 @@ equal ones can be computed once. Operators on them build expressions: `program /
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,7 @@ LINE = 96  # a line with its comment, without the indentation
 Axes = frozenset[str]
 SCALAR: Axes = frozenset()
 TILE: Axes = frozenset("ij")
+BLOCKS = {"i": "BLOCK_M", "j": "BLOCK_N"}
 
 
 class Value:
@@ -305,8 +306,8 @@ def assign(target: str, value: Any, axes: Iterable[str] = (), reason: str = "") 
     return Assign(Name(target, frozenset(axes), value.kind), value, reason)
 
 
-def lines(statements: Iterable[Assign], rows: str) -> list[str]:
-    """The statements as text. `rows`: the axis along the rows of a tile."""
+def lines(statements: Iterable[Assign], rows: str, blocks: Mapping[str, str] = BLOCKS) -> list[str]:
+    """The statements as text. `rows`: the axis along the rows of a tile; blocks: how long a vector along an axis is."""
     out: list[str] = []
     for statement in statements:
         if statement.inline:
@@ -314,12 +315,11 @@ def lines(statements: Iterable[Assign], rows: str) -> list[str]:
         if statement.reason:
             out += ["", f"# {statement.reason}"]
         line = f"{statement.target} = {statement.value}"
-        comment = _shape(statement.target.axes, rows)
+        comment = _shape(statement.target.axes, rows, blocks)
         out.append(line + comment if len(line + comment) <= LINE else line)
     return out
 
 
-def _shape(axes: Axes, rows: str) -> str:
-    blocks = {"i": "BLOCK_M", "j": "BLOCK_N"}
+def _shape(axes: Axes, rows: str, blocks: Mapping[str, str]) -> str:
     shape = ", ".join(blocks[axis] for axis in (rows, *(TILE - {rows})) if axis in axes)
     return f"  # [{shape}]" if shape else ""

@@ -228,7 +228,7 @@ def tables_of(
     walk = known.walk_queries if kernel == "dkv" else known.walk_keys
     if spec.lists is not None or not walk.needs_tables:
         return None
-    symbols = tuple(symbol.name for table in walk.tables for symbol in table.symbols)
+    symbols = walk.symbols
     read = {load.name for load in _loads(spec.mask)}
     reads = tuple(dict.fromkeys(buffer for name, buffer in captures if name in read))
     each = bool({*reads} & each_call)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -14,7 +14,6 @@ from attngen import debug
 from attngen.analysis import Facts
 from attngen.analysis import facts as analyse
 from attngen.analysis.scalars import scalar_program
-from attngen.analysis.tables import Axis
 from attngen.errors import InputError, ScheduleError
 from attngen.language.call import Call
 from attngen.language.expression import evaluate, tensor_of
@@ -24,6 +23,7 @@ from attngen.lowering import Source, render
 from attngen.lowering.captures import EDGES, Site, collect, sites
 from attngen.lowering.signature import CAPTURED, takes
 from attngen.lowering.source import Grid
+from attngen.lowering.tables import render_tables
 from attngen.plan.stream_k import Runs, slots, stream_k
 from attngen.reference.dense import dense_env
 from attngen.schedule import Schedule, Target
@@ -104,12 +104,16 @@ def backward(
 
 def tables(call: Call, facts: Facts, schedule: Schedule, kernel: str) -> dict[str, torch.Tensor]:
     """Summaries of captured data for the walk of one kernel: int32 [B or 1, H or 1, tiles] each."""
-    tile = schedule.tile(kernel)
-    queries, keys = Axis("i", call.offset_column, call.q.shape[2]), Axis("j", 0, call.n_k)
-    device, env = call.q.device, _environment(call)
-    if kernel == "dkv":
-        return facts.walk_queries.prepare(env, keys, queries, tile.block_n, device)
-    return facts.walk_keys.prepare(env, queries, keys, tile.block_m, device)
+    walk = facts.walk_queries if kernel == "dkv" else facts.walk_keys
+    by_batch, by_head = walk.differ(isinstance(call.q_offset, torch.Tensor))
+    leading = call.q.shape[0] if by_batch else 1, call.q.shape[1] if by_head else 1
+    shape, device = (len(walk.symbols), *leading, table_tiles(call, schedule, kernel)), call.q.device
+    if min(call.q.shape[2], call.n_k) == 0:  # nothing to visit, whatever the bounds
+        made = torch.zeros(shape, dtype=torch.int32, device=device)
+    else:
+        made = torch.empty(shape, dtype=torch.int32, device=device)
+        _launch(f"{kernel}{TABLES}", call, facts, schedule, {"made": made})
+    return dict(zip(walk.symbols, made.unbind(0), strict=True))
 
 
 def table_tiles(call: Call, schedule: Schedule, kernel: str) -> int:
@@ -118,14 +122,17 @@ def table_tiles(call: Call, schedule: Schedule, kernel: str) -> int:
     return -(-call.n_k // tile.block_n) if kernel == "dkv" else -(-call.q.shape[2] // tile.block_m)
 
 
-def walk_tables(call: Call, facts: Facts, schedule: Schedule, kernel: str) -> dict[str, torch.Tensor]:
-    """The given tables, or those of this call; nothing for a walk that needs none."""
+def walk_tables(
+    call: Call, facts: Facts, schedule: Schedule, kernel: str, make: Callable[..., dict[str, torch.Tensor]] = tables
+) -> dict[str, torch.Tensor]:
+    """The given tables, or those of this call, as `make` makes them; nothing for a walk that needs none."""
     walk = facts.walk_queries if kernel == "dkv" else facts.walk_keys
     if call.spec.lists is not None or not walk.needs_tables:
         return {}
-    return call.tables.get(kernel) or tables(call, facts, schedule, kernel)
+    return call.tables.get(kernel) or make(call, facts, schedule, kernel)
 
 
+TABLES = " tables"  # behind the name of the kernel whose walk reads them
 _PLAIN = Spec()
 
 
@@ -144,7 +151,7 @@ def target_of(device: torch.device) -> str:
     return Target.of_device(device).name if device.type == "cuda" else "interpreter"
 
 
-def _environment(call: Call) -> dict[str, Any]:
+def environment(call: Call) -> dict[str, Any]:
     """What walks and tables read."""
     return {
         **call.captures,
@@ -215,7 +222,7 @@ def tile_counts(
         offset = call.offset_column
         start = torch.arange(tiles, device=device).view(1, 1, -1) * grid.block
         last = ((start + grid.block - 1) // group).clamp(max=rows - 1)
-        scope = {**_environment(call), **tables}
+        scope = {**environment(call), **tables}
         found = facts.program_keys.evaluate(start // group + offset, last + offset, 0, call.n_k, block_n, scope)
         counts = sum(
             (x for part in (found[1], found[3]) for x in part), torch.zeros((1, 1, 1), dtype=torch.int64, device=device)
@@ -355,8 +362,10 @@ def _source_of(
     tensors: Mapping[str, Any],
     site: Site | None = None,
 ) -> Source:
-    aligned = all(_aligned(tensors[name]) for name in takes(kernel, facts.natural).tensors)
     by_offset = isinstance(call.q_offset, torch.Tensor)
+    if kernel.endswith(TABLES):
+        return _tables_source(call.spec, facts, kernel.removesuffix(TABLES), schedule, by_offset)
+    aligned = all(_aligned(tensors[name]) for name in takes(kernel, facts.natural).tensors)
     dims = call.q.shape[3], call.v.shape[3]
     return _source(call.spec, facts, kernel, *dims, call.q.dtype, schedule, aligned, by_offset, site)
 
@@ -466,6 +475,15 @@ def _aligned(tensor: torch.Tensor) -> bool:
     *outer, last = tensor.stride()
     steps = [stride for stride, size in zip(outer, tensor.shape, strict=False) if size > 1]
     return (last == 1 or tensor.shape[-1] == 1) and all(s % 16 == 0 for s in steps) and tensor.data_ptr() % 16 == 0
+
+
+@lru_cache(maxsize=1024)
+def _tables_source(spec: Spec, facts: Facts, kernel: str, schedule: Schedule, offset_tensor: bool) -> Source:
+    tile = schedule.tile(kernel)
+    with debug.timed(f"rendering the tables of {kernel}"):
+        source = render_tables(spec, facts, kernel, tile.block_n if kernel == "dkv" else tile.block_m, offset_tensor)
+    debug.say(4, "source", source.text)
+    return source
 
 
 @lru_cache(maxsize=1024)
