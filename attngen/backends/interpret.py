@@ -30,7 +30,7 @@ def forward(call: Call, facts: Any, schedule: Schedule) -> tuple[torch.Tensor, t
         return gpu.forward(call, facts, schedule)
 
 
-def delta(out: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor) -> torch.Tensor:
+def delta(out: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor | None = None) -> torch.Tensor:
     """rowsum(dO * O) - dlse, see `attngen.backends`."""
     with interpreting():
         return gpu.delta(out, do, dlse)

@@ -20,9 +20,9 @@ def forward(call: Call, facts: Any, schedule: Schedule) -> tuple[torch.Tensor, t
     return call.q.new_empty((*call.q.shape[:3], call.v.shape[3])), lse
 
 
-def delta(out: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor) -> torch.Tensor:
+def delta(out: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor | None = None) -> torch.Tensor:
     """rowsum(dO * O) - dlse, see `attngen.backends`."""
-    return torch.empty_like(dlse)
+    return out.new_empty(out.shape[:3], dtype=_real(out.dtype))
 
 
 def backward(

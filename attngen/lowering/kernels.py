@@ -47,6 +47,7 @@ _READS = {
     "forward": ("row", "row_in", "h", "b", "lo", "hi", "count", "output", "split"),
     "merge": ("row", "row_in", "h", "b", "first_slot", "last_slot"),
     "delta": ("row", "row_in", "h", "b"),
+    "delta_of_out": ("row", "row_in", "h", "b"),
     "excess": ("row", "row_in", "h", "b"),
     "dq": ("row", "row_in", "h", "b"),
     "dkv": ("j", "key_in", "kv_head", "b", "h"),
@@ -203,7 +204,7 @@ class Lowering:
     @property
     def walks(self) -> bool:
         """Whether the kernel visits tiles."""
-        return self.kernel not in ("merge", "delta")
+        return self.kernel not in ("merge", "delta", "delta_of_out")
 
     @property
     def _meets_sink(self) -> bool:

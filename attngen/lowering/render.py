@@ -31,7 +31,7 @@ from attngen.lowering.statements import Loop, Statements, assign, call, name
 from attngen.schedule import KERNELS, Tile
 
 ROWS_OF_LISTS = 16  # rows of a tile that serves one query or key: the least a matrix product takes
-_TILE_OF = {"delta": "dq", "excess": "dq", "capture": "dq", "merge": "forward"}
+_TILE_OF = {"delta": "dq", "delta_of_out": "dq", "excess": "dq", "capture": "dq", "merge": "forward"}
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def render(
     an int32 tensor [B]. The text does not depend on lengths, batch, head counts, params or the scale.
     """
     by_keys = kernel == "dkv" or (site is not None and site.by_keys)
-    by_rows = isinstance(spec.lists, RowLists) and kernel != "delta"
+    by_rows = isinstance(spec.lists, RowLists) and kernel not in ("delta", "delta_of_out")
     tile = schedule.tile("dkv" if by_keys else _TILE_OF.get(kernel, kernel))
     if by_rows:  # one query, or key, a tile: its rows are the heads
         tile = replace(tile, **{"block_n" if by_keys else "block_m": ROWS_OF_LISTS})

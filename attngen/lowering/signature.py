@@ -48,7 +48,7 @@ class Arg:
     @property
     def divisible(self) -> bool:
         """Whether its value is a multiple of 16 in the usual case, which a compilation without values assumes."""
-        return self.type.startswith("*") or (self.role == "stride" and self.specialize and self.type == "i32")
+        return self.specialize and (self.type.startswith("*") or (self.role == "stride" and self.type == "i32"))
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,12 @@ TABLE = {
     "delta": Takes(
         "backward, first step: delta = rowsum(dO * O) - dlse", ("out", "do"), ("dlse", "delta"), scaled=False
     ),
+    "delta_of_out": Takes(
+        "backward, first step: delta = rowsum(dO * O), where lse has no gradient",
+        ("out", "do"),
+        ("delta",),
+        scaled=False,
+    ),
     "excess": Takes("backward: what a large lse lacks", ("q", "k"), ("lse", "excess")),
     "dq": Takes(
         "backward: a query tile walks its keys and sums dQ",
@@ -117,7 +123,7 @@ _WORDS = """
     ds dv e edge edges empty end excess first firsts floor full g grad group h half HEAD head heads hi high hit hole i
     inside j k keep key kv l lane LARGE large largest last LIMIT listed live LN lo LOG2E low LOWEST lse m made masked
     maxima members mix n near nearest norm number other out output owners p PAGE page pages pair part partial place
-    places power PRECISION program q query range rest row rows run s same scale section share sink size skip slot
+    places power PRECISION program programs q query range rest row rows run s same scale section share sink size skip slot
     split splits start starts state states step steps stop tanh threshold tile tiles tl together total triton turn
     uniform unmasked user v valid value weight weights whole written x
 """
@@ -212,7 +218,9 @@ def arguments(
         out += strides(CAPTURED + "page_table", "b", "i32", called="page_table")
     for name in tables:
         if f"{names[name]}_table" in own:
-            out.append(Arg(f"{names[name]}_table", "table", name, "*i32", comment="[B or 1, heads or 1, tiles]"))
+            comment = "[B or 1, heads or 1, tiles]"
+            # One value is loaded: where the table starts must not make another kernel.
+            out.append(Arg(f"{names[name]}_table", "table", name, "*i32", specialize=False, comment=comment))
             out += strides(name, "bh", "i32", called=names[name])
     for name, tensor in spec.tensors.items():
         if name in names and names[name] in own and name not in lists:

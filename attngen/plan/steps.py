@@ -88,7 +88,7 @@ class Derive(Prepare):
 
 @dataclass(frozen=True, eq=False)
 class Delta(Prepare):
-    """delta = rowsum(dO * O) - dlse of the whole attention. reads: out, do, dlse."""
+    """delta = rowsum(dO * O) - dlse of the whole attention. reads: out, do, dlse, which may be None for 0."""
 
     each_call: bool = True
 

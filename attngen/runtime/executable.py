@@ -99,10 +99,10 @@ class Executable:
         out: torch.Tensor,
         lse: torch.Tensor,
         do: torch.Tensor,
-        dlse: torch.Tensor,
+        dlse: torch.Tensor | None,
         wanted: frozenset[str],
     ) -> Gradients:
-        """The wanted gradients, each of its tensor's shape and dtype."""
+        """The wanted gradients, each of its tensor's shape and dtype. dlse: None for 0."""
         plan = self.backward_plan(wanted)
         if any(name not in kept for name in self.training_plan(wanted).saved):
             *_, kept = self.forward_keeping(call, given, kept, wanted)

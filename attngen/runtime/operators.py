@@ -8,6 +8,7 @@ process. Both end in the same `Executable`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -146,10 +147,13 @@ class _Packed:
     @classmethod
     def of(cls, run: _Run) -> tuple[_Packed, list[torch.Tensor]]:
         """The run, and its tensors besides `run.tensors`."""
-        named = {("offset", ""): run.call.q_offset}
+        found = {}
+        if isinstance(run.call.q_offset, torch.Tensor):
+            found["offset", ""] = run.call.q_offset
         for kind, values in (("captures", run.call.captures), ("given", run.given), ("kept", run.kept)):
-            named |= {(kind, name): x for name, x in values.items() if kind == "kept" or name not in run.names}
-        found = {place: x for place, x in named.items() if isinstance(x, torch.Tensor)}
+            for name, x in values.items() if values else ():
+                if isinstance(x, torch.Tensor) and (kind == "kept" or name not in run.names):
+                    found[kind, name] = x
         return cls(run, tuple(found)), list(found.values())
 
     def run(self, saved: Sequence[torch.Tensor]) -> _Run:
@@ -165,7 +169,7 @@ class _Packed:
         call = Call(self.spec, q, k, v, captures, self.params, offset, known=self.known)
         given = {name: again("given", name, value) for name, value in self.given.items()}
         run = _Run(call, given, self.executable, {n: again("kept", n, value) for n, value in self.kept.items()})
-        run.names = self.names
+        run.names, run.tensors = self.names, tuple(saved[:count])
         return run
 
 
@@ -177,12 +181,14 @@ class _Attention(torch.autograd.Function):
         out, lse, run.kept = run.executable.forward_keeping(run.call, run.given, run.kept, run.wanted)
         ctx.packed, others = _Packed.of(run)
         ctx.save_for_backward(out, lse, *tensors, *others)
+        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         out, lse, *saved = ctx.saved_tensors
-        return _differentiated(ctx, ctx.packed.run(saved), out, lse, saved[: len(ctx.packed.names)], grads)
+        run = ctx.packed.run(saved)
+        return _differentiated(ctx, run, out, lse, run.tensors, grads)
 
 
 class _Transformed(torch.autograd.Function):
@@ -222,7 +228,11 @@ class _Transformed(torch.autograd.Function):
 
 def _differentiated(ctx: Any, run: _Run, out: Any, lse: Any, tensors: Sequence[Any], grads: Sequence[Any]) -> Any:
     """What autograd wants of a run's tensors."""
-    do, dlse = (torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, (out, lse), strict=True))
+    do, dlse = grads
+    if do is None:
+        if dlse is None:  # nobody has come this way
+            return None, *(None for _ in tensors)
+        do = torch.zeros_like(out)
     needed = tuple(ctx.needs_input_grad[1:])
     # With create_graph somebody may differentiate once more, and is told that nobody can.
     derive = _Gradients.apply if torch.is_grad_enabled() or _transformed() else _gradients
@@ -232,7 +242,8 @@ def _differentiated(ctx: Any, run: _Run, out: Any, lse: Any, tensors: Sequence[A
 
 
 def _gradients(run: _Run, needed: tuple[bool, ...], out: Any, lse: Any, do: Any, dlse: Any, *tensors: Any) -> Any:
-    call, given = run.of(tensors)
+    same = all(map(operator.is_, tensors, run.tensors))
+    call, given = (run.call, run.given) if same else run.of(tensors)
     wanted = [name for name, need in zip(run.names, needed, strict=True) if need]
     found = run.executable.backward(call, given, run.kept, out, lse, do, dlse, frozenset(wanted))
     own = dict(zip(run.names, tensors, strict=True))

@@ -139,7 +139,9 @@ def test_a_logit_that_only_base_2_would_lose():
     assert dv.eq(1).all() and not dq.any() and not dk.any()
 
 
-@pytest.mark.parametrize("score", ["where(s > 0, s, s / 2)", "where(s == 0, 1, s)", "s + floor(s)", "s // 1 * slope[h]"])
+@pytest.mark.parametrize(
+    "score", ["where(s > 0, s, s / 2)", "where(s == 0, 1, s)", "s + floor(s)", "s // 1 * slope[h]"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [3, 20])
 def test_whole_numbers_meet_the_jump_of_a_score_exactly(score: str, dtype: torch.dtype, head_dim: int):

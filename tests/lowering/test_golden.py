@@ -14,6 +14,7 @@ import attngen as ag
 from attngen.analysis import facts
 from attngen.language.lists import RowLists, TileLists
 from attngen.lowering import render, sites
+from attngen.lowering.tables import render_tables
 from attngen.schedule import Schedule
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -30,6 +31,9 @@ SPECS = {
     "full": ag.Spec(),
     "causal_window": ag.Spec(mask=ag.causal() & ag.window(ag.Param("width"))),
     "documents_soft_cap": ag.Spec(mask=ag.documents() & ag.causal(), score=ag.soft_cap(30.0)),
+    "biases": ag.Spec(
+        mask="bias[b, i] >= bias[b, j] and i - j < slope[h]", tensors=[ag.Tensor("bias", 2), ag.Tensor("slope", 1)]
+    ),
     "alibi_dropout": ag.Spec(mask=ag.causal(), score=ag.alibi(), dropout=0.1),
     "global_bias_sink": ag.Spec(
         mask=(ag.window(9) | ag.global_tokens(3)) & ag.causal(),
@@ -45,12 +49,15 @@ DECISIONS = ("split", "pack")  # of the options: what the schedule decides
 FILES: dict[str, tuple[str, str, int, int, torch.dtype, dict[str, Any]]] = {
     "full_forward": ("full", "forward", 64, 64, torch.bfloat16, {}),
     "full_delta": ("full", "delta", 64, 64, torch.bfloat16, {}),
+    "full_delta_of_out": ("full", "delta_of_out", 64, 64, torch.bfloat16, {}),
     "full_dkv": ("full", "dkv", 64, 64, torch.bfloat16, {}),
     "causal_window_forward": ("causal_window", "forward", 128, 128, torch.bfloat16, {}),
     "causal_window_dq": ("causal_window", "dq", 128, 128, torch.bfloat16, {}),
     "causal_window_dkv": ("causal_window", "dkv", 128, 128, torch.bfloat16, {}),
     "documents_soft_cap_forward": ("documents_soft_cap", "forward", 80, 192, torch.float16, {}),
     "documents_soft_cap_dkv": ("documents_soft_cap", "dkv", 80, 192, torch.float16, {}),
+    "documents_soft_cap_tables": ("documents_soft_cap", "tables of forward", 0, 0, torch.int32, {}),
+    "biases_tables": ("biases", "tables of dkv", 0, 0, torch.int32, {"offset_tensor": True}),
     "alibi_dropout_forward": ("alibi_dropout", "forward", 64, 64, torch.float32, {"offset_tensor": True}),
     "alibi_dropout_dkv": ("alibi_dropout", "dkv", 64, 64, torch.float32, {"offset_tensor": True}),
     "alibi_dropout_excess": ("alibi_dropout", "excess", 64, 64, torch.bfloat16, {}),
@@ -73,6 +80,10 @@ def text(name: str) -> str:
     """The generated text of a golden file."""
     spec_name, kernel, head_dim, head_dim_v, dtype, options = FILES[name]
     known = facts(SPECS[spec_name])
+    if kernel.startswith("tables of "):
+        return render_tables(
+            SPECS[spec_name], known, kernel.removeprefix("tables of "), 64, "offset_tensor" in options
+        ).text
     if kernel == "capture":
         (grads,) = known.load_grads.values()
         options = {**options, "site": sites(grads)[0]}

@@ -50,18 +50,19 @@ def forward_storing(call: Call, facts: Facts, schedule: Schedule) -> tuple[torch
     return out, lse, weights if work.finite else weights.new_empty(0)
 
 
-def delta(out: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor) -> torch.Tensor:
-    """rowsum(dO * O) - dlse [B, Hq, Nq], in the computing dtype."""
+def delta(out: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor | None = None) -> torch.Tensor:
+    """rowsum(dO * O) - dlse [B, Hq, Nq], in the computing dtype; dlse: None for 0."""
     real = torch.float64 if out.dtype == torch.float64 else torch.float32
     found = torch.empty(out.shape[:3], dtype=real)
     if found.shape[2] <= 1024:
-        return torch.sum(do.to(real) * out.to(real), -1, out=found).sub_(dlse)
+        torch.sum(do.to(real) * out.to(real), -1, out=found)
+        return found if dlse is None else found.sub_(dlse)
     # In parts that stay in the cache: the pages of a large temporary cost more than the sums.
     for b in range(out.shape[0]):
         for h in range(out.shape[1]):
             for part in zip(*(t.split(1024) for t in (do[b, h], out[b, h], found[b, h])), strict=True):
                 torch.sum(part[0].to(real) * part[1].to(real), -1, out=part[2])
-    return found.sub_(dlse)
+    return found if dlse is None else found.sub_(dlse)
 
 
 def backward(

@@ -33,36 +33,38 @@ from attngen.schedule.choice import complete_for, multiprocessors
 def forward(call: Call, facts: Facts, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse, see `attngen.backends`. A split forward writes partial states, which a second launch merges."""
     _check(call)
-    batch, heads, n_q, _ = call.q.shape
-    buffers: dict[str, Any] = {
-        "q": call.q,
-        "k": call.k,
-        "v": call.v,
-        "out": call.q.new_empty((batch, heads, n_q, call.v.shape[3])),
-        "lse": call.q.new_empty((batch, heads, n_q), dtype=torch.float32),
-    }
+    rows = call.q.shape[:3]
+    out, lse = call.q.new_empty((*rows, call.v.shape[3])), call.q.new_empty(rows, dtype=torch.float32)
+    made: dict[str, torch.Tensor] = {"out": out, "lse": lse}
     if call.spec.page_size is not None and min(call.k.shape[0], call.n_k) == 0:  # not even a page to load nothing from
-        return buffers["out"].zero_(), buffers["lse"].fill_(-torch.inf)
+        return out.zero_(), lse.fill_(-torch.inf)
+    given = _inputs(call, q=call.q, k=call.k, v=call.v)
     walk = walk_tables(call, facts, schedule, "forward")
+    walking = given.and_(walk)
     if schedule.split in (None, 1):
-        _launch("forward", call, facts, schedule, {**buffers, **walk})
-        return buffers["out"], buffers["lse"]
-    grid, sizes = _grid_of(call, facts, schedule, buffers), _sizes(call, schedule)
+        _launch("forward", call, facts, schedule, walking, made)
+        return out, lse
+    grid, sizes = _grid_of(call, facts, schedule, {**given.tensors, **made}), _sizes(call, schedule)
     if schedule.split == "stream":
-        buffers |= _runs(call, facts, schedule, grid, sizes, walk)
-    buffers |= _states(call, grid, sizes)
-    _launch("forward", call, facts, schedule, {**buffers, **walk})
-    _launch("merge", call, facts, schedule, buffers)
-    return buffers["out"], buffers["lse"]
+        made |= _runs(call, facts, schedule, grid, sizes, walk)
+    made |= _states(call, grid, sizes)
+    _launch("forward", call, facts, schedule, walking, made)
+    _launch("merge", call, facts, schedule, given, made)
+    return out, lse
 
 
-def delta(out: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor) -> torch.Tensor:
-    """rowsum(dO * O) - dlse, float32 [B, Hq, Nq]."""
-    schedule = _plain_schedule(out.device, out.shape[3], out.dtype)
-    found = out.new_empty(out.shape[:3], dtype=torch.float32)
-    buffers = {"out": out, "do": do, "dlse": dlse.to(torch.float32).contiguous(), "delta": found}
-    _launch("delta", Call(_PLAIN, out, out, out, {}, {}, 0), analyse(_PLAIN), schedule, buffers)
-    return found
+def delta(out: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor | None = None) -> torch.Tensor:
+    """rowsum(dO * O) - dlse, float32 [B, Hq, Nq]; dlse: None for 0."""
+    schedule, facts = _plain(out.device, out.shape[3], out.dtype)
+    made = {"delta": out.new_empty(out.shape[:3], dtype=torch.float32)}
+    call = Call(_PLAIN, out, out, out, {}, {}, 0)
+    given = _inputs(call, out=out, do=do)
+    if dlse is None:
+        _launch("delta_of_out", call, facts, schedule, given, made)
+    else:
+        made["dlse"] = dlse.to(torch.float32).contiguous()
+        _launch("delta", call, facts, schedule, given, made)
+    return made["delta"]
 
 
 def backward(
@@ -78,28 +80,17 @@ def backward(
     own; no atomics between them.
     """
     _check(call)
-    buffers = {
-        "q": call.q,
-        "k": call.k,
-        "v": call.v,
-        "lse": lse.contiguous(),
-        "do": do,
-        "delta": delta.contiguous(),
-        "dq": call.q.new_empty(call.q.shape),
-        "dk": call.k.new_empty(call.k.shape),
-        "dv": call.v.new_empty(call.v.shape),
-    }
-    walks = {kernel: walk_tables(call, facts, schedule, kernel) for kernel in ("dq", "dkv")}
+    given = _inputs(call, q=call.q, k=call.k, v=call.v, do=do)
+    walks = {kernel: given.and_(walk_tables(call, facts, schedule, kernel)) for kernel in ("dq", "dkv")}
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (call.q, call.k, call.v))
+    made = {"lse": lse.contiguous(), "delta": delta.contiguous(), "dq": dq, "dk": dk, "dv": dv}
     if facts.natural:
-        buffers["excess"] = torch.empty_like(buffers["lse"])
-        _launch("excess", call, facts, schedule, {**buffers, **walks["dq"]})
-    own = {**_captures(call), **buffers} if call.captures else buffers
-    described = _described(own)
-    for kernel, walk in walks.items():
-        tables = _described(walk) if walk else ()
-        _launch_described(kernel, call, facts, schedule, {**own, **walk} if walk else own, described + tables)
-    gradients = {name: _capture_gradient(name, call, facts, schedule, buffers, walks) for name in wanted}
-    return buffers["dq"], buffers["dk"], buffers["dv"], gradients
+        made["excess"] = torch.empty_like(made["lse"])
+        _launch("excess", call, facts, schedule, walks["dq"], made)
+    for kernel, walking in walks.items():
+        _launch(kernel, call, facts, schedule, walking, made)
+    gradients = {name: _capture_gradient(name, call, facts, schedule, given, made, walks) for name in wanted}
+    return dq, dk, dv, gradients
 
 
 def tables(call: Call, facts: Facts, schedule: Schedule, kernel: str) -> dict[str, torch.Tensor]:
@@ -112,7 +103,7 @@ def tables(call: Call, facts: Facts, schedule: Schedule, kernel: str) -> dict[st
         made = torch.zeros(shape, dtype=torch.int32, device=device)
     else:
         made = torch.empty(shape, dtype=torch.int32, device=device)
-        _launch(f"{kernel}{TABLES}", call, facts, schedule, {"made": made})
+        _launch(f"{kernel}{TABLES}", call, facts, schedule, _inputs(call), {"made": made})
     return dict(zip(walk.symbols, made.unbind(0), strict=True))
 
 
@@ -137,8 +128,8 @@ _PLAIN = Spec()
 
 
 @lru_cache(maxsize=256)
-def _plain_schedule(device: torch.device, head_dim: int, dtype: torch.dtype) -> Schedule:
-    return complete_for(_PLAIN, target_of(device), head_dim, head_dim, dtype, Schedule())
+def _plain(device: torch.device, head_dim: int, dtype: torch.dtype) -> tuple[Schedule, Facts]:
+    return complete_for(_PLAIN, target_of(device), head_dim, head_dim, dtype, Schedule()), analyse(_PLAIN)
 
 
 def _check(call: Call) -> None:
@@ -306,30 +297,43 @@ _READY: dict[Any, _Ready] = {}
 MOST_READY = 4096  # then all are forgotten: they cost some 100 us each
 
 
-def _launch(
-    kernel: str, call: Call, facts: Facts, schedule: Schedule, tensors: dict[str, Any], site: Site | None = None
-) -> None:
-    """Launch a kernel on the current stream of the call's device; nothing for an empty grid."""
-    tensors = {**_captures(call), **tensors} if call.captures else tensors
-    _launch_described(kernel, call, facts, schedule, tensors, _described(tensors), site)
+@dataclass(frozen=True)
+class _Inputs:
+    """The tensors that a launch is given, and what its arguments depend on of them besides pointers. Tensors that are made for
+    it depend on these, and rows [B, heads, n_q] are contiguous.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    described: tuple[Any, ...]
+
+    def and_(self, tensors: Mapping[str, torch.Tensor]) -> _Inputs:
+        """These and others."""
+        return _Inputs({**self.tensors, **tensors}, self.described + _described(tensors)) if tensors else self
 
 
 def _described(tensors: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
-    """What a launch depends on besides pointers."""
     return tuple([(x.dtype, x.shape, x.stride(), x.data_ptr() & 15) for x in tensors.values()])
 
 
-def _launch_described(
+def _inputs(call: Call, **tensors: torch.Tensor) -> _Inputs:
+    """Some tensors, and what the call captures."""
+    given = {**_captures(call), **tensors} if call.captures else tensors
+    return _Inputs(given, _described(given))
+
+
+def _launch(
     kernel: str,
     call: Call,
     facts: Facts,
     schedule: Schedule,
-    tensors: dict[str, Any],
-    described: tuple[Any, ...],
+    given: _Inputs,
+    made: Mapping[str, torch.Tensor],
     site: Site | None = None,
 ) -> None:
+    """Launch a kernel on the current stream of the call's device; nothing for an empty grid."""
+    tensors = {**given.tensors, **made}
     offset, q = call.q_offset, call.q
-    key = kernel, facts, schedule, site, type(offset), q.device, q.shape, call.k.shape, described
+    key = kernel, facts, schedule, site, type(offset), q.device, q.shape, call.k.shape, given.described
     ready = _READY.get(key)
     if ready is None:
         if len(_READY) >= MOST_READY:
@@ -371,7 +375,13 @@ def _source_of(
 
 
 def _capture_gradient(
-    name: str, call: Call, facts: Facts, schedule: Schedule, buffers: dict[str, Any], walks: Mapping[str, Any]
+    name: str,
+    call: Call,
+    facts: Facts,
+    schedule: Schedule,
+    given: _Inputs,
+    made: Mapping[str, torch.Tensor],
+    walks: Mapping[str, _Inputs],
 ) -> torch.Tensor:
     """The gradient of one captured tensor, float32 and of its (expanded) shape: from the score's loads, and the sink's."""
     tensor, (batch, heads, n_q, _), n_k = call.captures[name], call.q.shape, call.n_k
@@ -384,7 +394,7 @@ def _capture_gradient(
     if isinstance(call.spec.lists, RowLists) and name == "edge_weight":
         list_heads = heads if call.spec.lists.by_query_head else call.k.shape[1]
         grad = total.new_zeros((batch, list_heads, tensor.shape[2]))
-        _launch("capture", call, facts, schedule, {**buffers, "grad": grad}, EDGES)
+        _launch("capture", call, facts, schedule, given, {**made, "grad": grad}, EDGES)
         return grad.sum_to_size(tensor.shape)
     for site in sites(own, schedule.deterministic is not False):
         program = facts.program_queries if site.by_keys else facts.program_keys
@@ -395,14 +405,14 @@ def _capture_gradient(
         shape = site.buffer_shape(batch, heads, n_q, n_k, rows, tuple(tensor.shape))
         make = torch.zeros if site.zeroed or 0 in call.q.shape else torch.empty
         grad = make(shape, dtype=torch.float32, device=tensor.device)
-        _launch("capture", call, facts, schedule, {**buffers, **walks[kernel], "grad": grad}, site)
+        _launch("capture", call, facts, schedule, walks[kernel], {**made, "grad": grad}, site)
         total += collect(site, grad, tensor, env, shifted)
     for load, slope in of_sink:
         # The sink is a key with value 0: its dS is P * (0 - delta).
         sink = tensor_of(evaluate(call.spec.sink, env), tensor.device).to(torch.float32)
-        lse, excess = buffers["lse"][..., None], buffers["excess"][..., None] if facts.natural else 0.0
+        lse, excess = made["lse"][..., None], made["excess"][..., None] if facts.natural else 0.0
         p = torch.where(lse > -torch.inf, torch.exp(sink - lse) * 2.0**-excess, 0.0)  # [B, Hq, Nq, 1]
-        ds = -p * buffers["delta"][..., None]
+        ds = -p * made["delta"][..., None]
         share = (ds * evaluate(slope, env)).expand(batch, heads, n_q, 1)
         if not load.indices:
             total += share.sum()
