@@ -139,7 +139,7 @@ class Lowering:
     """Makes the body of one kernel. See `render` for what it is made from.
 
     blocks: rows and keys of a tile. names: what the kernel calls captured tensors, params and tables. split: "split" or
-    "stream" where programs share outputs. reads: what the outline reads, apart from what every kernel of the kind does.
+    "stream" where programs share outputs. guarded: whether the outline goes through the programs of an earlier launch.
     """
 
     spec: Any
@@ -152,6 +152,7 @@ class Lowering:
     offset_tensor: bool = False
     one_loop: bool = False
     split: str = ""
+    guarded: bool = False
 
     def body(self, decode: Statements, owner: Loop | None, reads: Iterable[str]) -> Body:
         """The kernel's statements after all passes."""
@@ -180,8 +181,8 @@ class Lowering:
     ) -> list[Statements]:
         """What stands where before the passes."""
         places: list[Statements] = [()] * len(range(TAIL + 1))
-        first = (assign("tiles", self.roles.resident.tiles), assign("program", call("tl.program_id", 0)))
-        places[DECODE] = (*first, *decode)
+        tiles, program = assign("tiles", self.roles.resident.tiles), assign("program", call("tl.program_id", 0))
+        places[DECODE] = (tiles, *(() if self.guarded else (program,)), *decode)
         places[OWNER] = owner.body if owner is not None else ()
         places[PROGRAM] = self._program()
         places[GROUP] = self._heads.body if self._heads is not None else ()

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
+
 from attngen.analysis import LARGE
 from attngen.language.expression import B, H
 from attngen.language.lists import RowLists
@@ -27,10 +29,11 @@ from attngen.lowering.captures import Site
 from attngen.lowering.kernels import Body, Lowering
 from attngen.lowering.signature import Arg
 from attngen.lowering.source import Grid, Source, environment, tidy
-from attngen.lowering.statements import Loop, Statements, assign, call, name
+from attngen.lowering.statements import Loop, Statements, Value, assign, call, name
 from attngen.schedule import KERNELS, Tile
 
 ROWS_OF_LISTS = 16  # rows of a tile that serves one query or key: the least a matrix product takes
+GUARDED = "_guarded"  # behind the name of a kernel that does again what another one marked
 _TILE_OF = {"delta": "dq", "delta_of_out": "dq", "excess": "dq", "capture": "dq", "merge": "forward"}
 
 
@@ -41,7 +44,8 @@ class Outline:
     about: the file's docstring. split: "split" or "stream" where several programs share an output. one_loop: full and partial
     tiles go through one loop. by_rows: keys are listed row by row, `list_head` is whose list it is. precision: of float32
     products, else nothing. d, dv: the slices of the head dims. large: the size of an lse from which on it is exact
-    no more. bins: how many elements of a captured tensor a pair may reach.
+    no more. bins: how many elements of a captured tensor a pair may reach. looks: whether it marks results that are not finite;
+    guarded: whether it does again what was marked, and keeps what masked pairs hold out of all sums.
     """
 
     name: str
@@ -61,6 +65,13 @@ class Outline:
     large: float
     site: Site | None
     bins: str
+    looks: bool
+    guarded: bool
+
+    @property
+    def function(self) -> str:
+        """The kernel's name."""
+        return self.name + GUARDED * self.guarded
 
 
 def render(
@@ -77,12 +88,14 @@ def render(
     site: Site | None = None,
 ) -> Source:
     """The source of `kernel`: "forward" and for a split one "merge", "delta", "dq", "dkv", "capture" for one `site` (see
-    `captures`), and for logits in their natural unit "excess".
+    `captures`), and for logits in their natural unit "excess". Where there are masks, "forward_guarded", "dq_guarded" and
+    "dkv_guarded" do again what came out as no number.
 
     schedule: a complete one. aligned: the last dimension of every [B, heads, n, d] tensor has stride 1 and all other
     strides are multiples of 16, so rows are loaded in whole vectors; False takes any strides. offset_tensor: q_offset is
     an int32 tensor [B]. The text does not depend on lengths, batch, head counts, params or the scale.
     """
+    guarded, kernel = kernel.endswith(GUARDED), kernel.removesuffix(GUARDED)
     by_keys = kernel == "dkv" or (site is not None and site.by_keys)
     by_rows = isinstance(spec.lists, RowLists) and kernel not in ("delta", "delta_of_out")
     tile = schedule.tile("dkv" if by_keys else _TILE_OF.get(kernel, kernel))
@@ -121,9 +134,14 @@ def render(
         offset_tensor=offset_tensor,
         one_loop=one_loop,
         split=split if kernel == "forward" else "",
+        guarded=guarded,
     )
-    programs, owner = _programs(kernel, roles, split, all_batches, all_heads, tile)
+    launched = name("launched") if guarded else call("tl.num_programs", 0)
+    programs, owner = _programs(kernel, roles, split, all_batches, all_heads, tile, launched)
+    marks = kernel in KERNELS and may_need_guard(spec)
     reads = _outline_reads(kernel, views, site, by_rows, split)
+    reads |= {"odd"} if marks else set()
+    reads |= {"launched"} if guarded else set()
     body = lowering.body(programs, owner, reads)
     args = signature.arguments(
         kernel,
@@ -155,12 +173,19 @@ def render(
         large=LARGE,
         site=site,
         bins="" if site is None else " * ".join(f"{names[site.tensor]}_size_{dim}" for dim in site.dims),
+        looks=marks and not guarded,
+        guarded=guarded,
     )
     text = _text(outline, roles, views, body)
-    grid = _grid(kernel, roles, tile, split, by_rows, all_batches, all_heads)
+    grid = replace(_grid(kernel, roles, tile, split, by_rows, all_batches, all_heads), again=guarded)
     # A merge holds two states of a tile at once, and reads each once: as many warps as keep them in registers.
     warps = max(4, min(16, grid.block * head_dim_v // 1024)) if kernel == "merge" else tile.num_warps
-    return Source(kernel, text, args, grid, _power_of_two(warps), tile.num_stages)
+    return Source(outline.function, text, args, grid, _power_of_two(warps), tile.num_stages)
+
+
+def may_need_guard(spec: Any) -> bool:
+    """Whether a value that is not finite may meet a weight of 0: where some pairs are masked."""
+    return bool(spec.mask != sympy.true)
 
 
 def _text(outline: Outline, roles: Roles, views: dict[str, View], body: Body) -> str:
@@ -184,9 +209,11 @@ def _grid(kernel: str, roles: Roles, tile: Tile, split: str, by_rows: bool, all_
 
 
 def _programs(
-    kernel: str, roles: Roles, split: str, all_batches: bool, all_heads: bool, tile: Tile
+    kernel: str, roles: Roles, split: str, all_batches: bool, all_heads: bool, tile: Tile, launched: Value
 ) -> tuple[Statements, Loop | None]:
-    """How a program finds what it computes, and the loop around all of it if it computes several outputs."""
+    """How a program finds what it computes, and the loop around all of it if it computes several outputs. launched: how many
+    programs there are.
+    """
     output = name("output")
 
     def load(list_: str, place: Any) -> Any:
@@ -201,7 +228,7 @@ def _programs(
         if not tile.persistent:
             return found, None
         heads = name("heads") // name("group") if roles.by_kv_head else name("heads")
-        every = call("range", PROGRAM, name("tiles") * heads * name("batch"), call("tl.num_programs", 0))
+        every = call("range", PROGRAM, name("tiles") * heads * name("batch"), launched)
         return (), Loop("output", every, found, "every so many outputs")
     if kernel == "merge" or not split:
         return decode_shared(roles, all_batches, all_heads)

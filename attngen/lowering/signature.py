@@ -121,11 +121,11 @@ LONGEST_TABLE = 16
 _WORDS = """
     a acc after alpha any b bad batch before begin begins beta bin BLOCK bound c CHUNK count d delta dk dlse do dp dq
     ds dv e edge edges empty end excess first firsts floor full g grad group h half HEAD head heads hi high hit hole i
-    inside j k keep key kv l lane LARGE large largest last LIMIT listed live LN lo LOG2E low LOWEST lse m made masked
-    maxima members mix n near nearest norm number other out output owners p PAGE page pages pair part partial place
-    places power PRECISION program programs q query range rest row rows run s same scale section share sink size skip slot
-    split splits start starts state states step steps stop tanh threshold tile tiles tl together total triton turn
-    uniform unmasked user v valid value weight weights whole written x
+    inside j k keep key kv l lane LANES LARGE large largest last launched LIMIT listed live LN lo LOG2E low LOWEST lse
+    m made masked maxima members mix n near nearest norm number odd other out output owners p PAGE page pages pair
+    part partial place places power PRECISION program programs q query range rest row rows run s same scale section
+    share sink size skip slot split splits start starts state states step steps stop strange tanh threshold tile tiles
+    tl together total triton turn uniform unmasked user v valid value weight weights whole written x zero
 """
 VOCABULARY = frozenset(_WORDS.split())
 
@@ -149,7 +149,7 @@ _STATES = (
     Arg("states", "tensor", "states", "*fp32", comment="[slots, BLOCK_M, Dv]: unnormalised sums"),
     Arg("maxima", "tensor", "maxima", "*fp32", comment="[slots, 2, BLOCK_M]: m and l"),
 )
-_LENGTHS = ("heads", "n_q", "group", "n_k", "batch", "together", "splits", "pages")
+_LENGTHS = ("heads", "n_q", "group", "n_k", "batch", "together", "splits", "pages", "launched")
 
 
 def takes(kernel: str, natural: bool, site: Site | None = None) -> Takes:
@@ -189,6 +189,8 @@ def arguments(
     if split:
         out += _STATES
         out += [Arg(name, "tensor", name, "*i32") for name in known.stream_k if split == "stream"]
+    if "odd" in own:
+        out.append(Arg("odd", "tensor", "odd", "*i32", comment="[programs]: what is not finite there"))
     out += [Arg(name, "tensor", name, "*i32", comment="[values, B or 1, heads or 1, tiles]") for name in known.made]
     if site is not None:
         out.append(Arg("grad", "tensor", "grad", "*fp32", comment=_GRADS[site.kind]))

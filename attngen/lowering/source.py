@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +34,7 @@ class Grid:
     rows: str = "rows"  # "packed": (query, head of the group) pairs; "heads": the heads of one query; "single": one row
     sliced: str = ""  # "split" or "stream"
     persistent: int = 0  # programs per multiprocessor; 0: one per output
+    again: bool = False  # as many programs as there is room for look after those of an earlier launch
 
     def tiles(self, sizes: Mapping[str, int]) -> int:
         """Tiles of one (batch, head). sizes: batch, heads, group, n_q, n_k."""
@@ -53,6 +54,8 @@ class Grid:
 
     def programs(self, sizes: Mapping[str, int]) -> int:
         """The number of programs to launch. sizes: also splits, programs, multiprocessors."""
+        if self.again:
+            return min(replace(self, again=False).programs(sizes), sizes["multiprocessors"])
         outputs = self.outputs(sizes)
         if self.persistent:
             return min(outputs, self.persistent * sizes["multiprocessors"])

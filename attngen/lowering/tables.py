@@ -63,6 +63,9 @@ class Outline:
     args: tuple[Arg, ...]
     tile: Tile
     name: str = "tables"
+    function: str = "tables"
+    guarded: bool = False
+    looks: bool = False
     walks: bool = False
     page_size: None = None
     precision: str = ""

@@ -29,6 +29,7 @@ TILES = Schedule(
 )
 SPECS = {
     "full": ag.Spec(),
+    "causal": ag.Spec(mask=ag.causal()),
     "causal_window": ag.Spec(mask=ag.causal() & ag.window(ag.Param("width"))),
     "documents_soft_cap": ag.Spec(mask=ag.documents() & ag.causal(), score=ag.soft_cap(30.0)),
     "biases": ag.Spec(
@@ -52,6 +53,8 @@ FILES: dict[str, tuple[str, str, int, int, torch.dtype, dict[str, Any]]] = {
     "full_delta_of_out": ("full", "delta_of_out", 64, 64, torch.bfloat16, {}),
     "full_dkv": ("full", "dkv", 64, 64, torch.bfloat16, {}),
     "causal_window_forward": ("causal_window", "forward", 128, 128, torch.bfloat16, {}),
+    "causal_forward_guarded": ("causal", "forward_guarded", 128, 128, torch.bfloat16, {}),
+    "causal_dq_guarded": ("causal", "dq_guarded", 64, 64, torch.bfloat16, {}),
     "causal_window_dq": ("causal_window", "dq", 128, 128, torch.bfloat16, {}),
     "causal_window_dkv": ("causal_window", "dkv", 128, 128, torch.bfloat16, {}),
     "documents_soft_cap_forward": ("documents_soft_cap", "forward", 80, 192, torch.float16, {}),

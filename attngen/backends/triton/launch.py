@@ -21,12 +21,13 @@ from attngen.language.lists import RowLists, TileLists
 from attngen.language.spec import Spec
 from attngen.lowering import Source, render
 from attngen.lowering.captures import EDGES, Site, collect, sites
+from attngen.lowering.render import GUARDED, may_need_guard
 from attngen.lowering.signature import CAPTURED, takes
 from attngen.lowering.source import Grid
 from attngen.lowering.tables import render_tables
 from attngen.plan.stream_k import Runs, slots, stream_k
 from attngen.reference.dense import dense_env
-from attngen.schedule import Schedule, Target
+from attngen.schedule import KERNELS, Schedule, Target
 from attngen.schedule.choice import complete_for, multiprocessors
 
 
@@ -291,6 +292,7 @@ class _Ready:
     params: tuple[tuple[int, str], ...]
     offset: int | None
     options: dict[str, Any]
+    again: _Ready | None = None  # a second launch, for what comes out of this one as no number
 
 
 _READY: dict[Any, _Ready] = {}
@@ -331,25 +333,34 @@ def _launch(
     site: Site | None = None,
 ) -> None:
     """Launch a kernel on the current stream of the call's device; nothing for an empty grid."""
-    tensors = {**given.tensors, **made}
     offset, q = call.q_offset, call.q
     key = kernel, facts, schedule, site, type(offset), q.device, q.shape, call.k.shape, given.described
     ready = _READY.get(key)
     if ready is None:
         if len(_READY) >= MOST_READY:
             _READY.clear()
-        source = _source_of(kernel, call, facts, schedule, tensors, site)
-        ready = _READY[key] = _made_ready(source, call, tensors, schedule)
-    if ready.programs:
-        arguments = ready.arguments.copy()
-        for place, name in ready.tensors:
-            arguments[place] = tensors[name]
-        for place, name in ready.params:
-            value = call.params[name]
-            arguments[place] = value - 2**32 if name == "seed" and value >= 2**31 else value  # an i32
-        if ready.offset is not None:
-            arguments[ready.offset] = offset.to(torch.int32) if isinstance(offset, torch.Tensor) else offset
-        _run(ready.source, ready.programs, arguments, ready.options, q)
+        ready = _READY[key] = _made_ready(kernel, call, facts, schedule, {**given.tensors, **made}, site)
+    if not ready.programs:
+        return
+    tensors = {**given.tensors, **made}
+    if ready.again is not None:
+        tensors["odd"] = torch.empty(ready.programs, dtype=torch.int32, device=q.device)
+    _start_with(ready, call, tensors)
+    if ready.again is not None:
+        _start_with(ready.again, call, tensors)
+
+
+def _start_with(ready: _Ready, call: Call, tensors: Mapping[str, Any]) -> None:
+    """Fill in the arguments, and launch."""
+    arguments, offset = ready.arguments.copy(), call.q_offset
+    for place, name in ready.tensors:
+        arguments[place] = tensors[name]
+    for place, name in ready.params:
+        value = call.params[name]
+        arguments[place] = value - 2**32 if name == "seed" and value >= 2**31 else value  # an i32
+    if ready.offset is not None:
+        arguments[ready.offset] = offset.to(torch.int32) if isinstance(offset, torch.Tensor) else offset
+    _run(ready.source, ready.programs, arguments, ready.options, call.q)
 
 
 def _captures(call: Call) -> dict[str, torch.Tensor]:
@@ -369,7 +380,7 @@ def _source_of(
     by_offset = isinstance(call.q_offset, torch.Tensor)
     if kernel.endswith(TABLES):
         return _tables_source(call.spec, facts, kernel.removesuffix(TABLES), schedule, by_offset)
-    aligned = all(_aligned(tensors[name]) for name in takes(kernel, facts.natural).tensors)
+    aligned = all(_aligned(tensors[name]) for name in takes(kernel.removesuffix(GUARDED), facts.natural).tensors)
     dims = call.q.shape[3], call.v.shape[3]
     return _source(call.spec, facts, kernel, *dims, call.q.dtype, schedule, aligned, by_offset, site)
 
@@ -422,9 +433,18 @@ def _capture_gradient(
     return total
 
 
-def _made_ready(source: Source, call: Call, tensors: Mapping[str, Any], schedule: Schedule) -> _Ready:
-    """A kernel's arguments from their description."""
-    lengths = _sizes(call, schedule)
+def _made_ready(
+    kernel: str,
+    call: Call,
+    facts: Facts,
+    schedule: Schedule,
+    tensors: Mapping[str, Any],
+    site: Site | None,
+    launched: int = 0,
+) -> _Ready:
+    """A kernel's arguments from their description. launched: programs of the first launch, for a second one."""
+    source = _source_of(kernel, call, facts, schedule, tensors, site)
+    lengths = {**_sizes(call, schedule), "launched": launched}
     programs = source.grid.programs(lengths)
     arguments: list[Any] = [None] * len(source.args)
     places: dict[str, list[tuple[int, str]]] = {"tensor": [], "table": [], "param": [], "offset": []}
@@ -446,7 +466,10 @@ def _made_ready(source: Source, call: Call, tensors: Mapping[str, Any], schedule
     options = {"num_warps": source.num_warps, "num_stages": source.num_stages, "enable_fp_fusion": True}
     offset = next((place for place, _ in places["offset"]), None)
     found = (*places["tensor"], *places["table"])
-    return _Ready(source, programs, arguments, found, tuple(places["param"]), offset, options)
+    again = None
+    if kernel in KERNELS and may_need_guard(call.spec):
+        again = _made_ready(kernel + GUARDED, call, facts, schedule, tensors, site, programs)
+    return _Ready(source, programs, arguments, found, tuple(places["param"]), offset, options, again)
 
 
 def _run(source: Source, programs: int, arguments: list[Any], options: dict[str, Any], q: torch.Tensor) -> None:

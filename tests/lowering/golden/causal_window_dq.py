@@ -34,6 +34,7 @@ def dq(
     dq,  # [B, heads, n_q, D]
     lse,  # [B, heads, n_q]
     delta,  # [B, heads, n_q]
+    odd,  # [programs]: what is not finite there
     q_stride_b,
     q_stride_h,
     q_stride_n,
@@ -141,8 +142,11 @@ def dq(
         dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
         ds = p * (dp - delta_row[:, None])
         ds = tl.where(valid, ds, 0.0)
-        k_0 = tl.where(tl.abs(k_0) < float("inf"), k_0, 0.0)
         dq_0 = tl.dot(ds.to(k_0.dtype), k_0, dq_0)
+
+    # not a number, maybe by 0 * inf of a pair that does not attend: the guarded kernel does it again
+    zero = tl.sum(dq_0 - dq_0)
+    tl.store(odd + program, (zero != 0.0).to(tl.int32))
 
     dq_head = dq + b.to(tl.int64) * dq_stride_b + h.to(tl.int64) * dq_stride_h
     dq_rows = dq_head + row.to(tl.int64)[:, None] * dq_stride_n

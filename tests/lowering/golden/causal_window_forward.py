@@ -34,6 +34,7 @@ def forward(
     v,  # [B, heads // group, n_k, Dv]
     out,  # [B, heads, n_q, Dv]
     lse,  # [B, heads, n_q]
+    odd,  # [programs]: what is not finite there
     q_stride_b,
     q_stride_h,
     q_stride_n,
@@ -136,11 +137,11 @@ def forward(
         m = m_new
         l = l * alpha + tl.sum(p, 1)
         v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
-        # a value that is not finite must not reach the rows that do not attend to it: 0 * inf is nan
-        bad = tl.max(tl.where(tl.abs(v_0) < float("inf"), 0, 1), 1)
-        v_0 = tl.where(tl.abs(v_0) < float("inf"), v_0, 0.0)
-        p = tl.where((bad > 0)[None, :] & (p > 0.0), float("nan"), p)
         acc_0 = tl.dot(p.to(v_0.dtype), v_0, acc_0 * alpha[:, None])
+
+    # not a number, maybe by 0 * inf of a pair that does not attend: the guarded kernel does it again
+    zero = tl.sum(acc_0 - acc_0)
+    tl.store(odd + program, (zero != 0.0).to(tl.int32))
 
     # rows without a key: out = 0, lse = -inf
     empty = l == 0.0

@@ -108,10 +108,6 @@ def forward(
         m = m_new
         l = l * alpha + tl.sum(p, 1)
         v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
-        # a value that is not finite must not reach the rows that do not attend to it: 0 * inf is nan
-        bad = tl.max(tl.where(tl.abs(v_0) < float("inf"), 0, 1), 1)
-        v_0 = tl.where(tl.abs(v_0) < float("inf"), v_0, 0.0)
-        p = tl.where((bad > 0)[None, :] & (p > 0.0), float("nan"), p)
         acc_0 = tl.dot(p.to(v_0.dtype), v_0, acc_0 * alpha[:, None])
 
     # rows without a key: out = 0, lse = -inf

@@ -54,6 +54,7 @@ def forward(
     v,  # [B, heads // group, n_k, Dv]
     out,  # [B, heads, n_q, Dv]
     lse,  # [B, heads, n_q]
+    odd,  # [programs]: what is not finite there
     q_stride_b,
     q_stride_h,
     q_stride_n,
@@ -236,14 +237,13 @@ def forward(
         v_0 = tl.load(v_head + rows * v_stride_n + v_columns_0, mask=inside[:, None], other=0.0)
         v_in_1 = inside[:, None] & e_in_1[None, :]
         v_1 = tl.load(v_head + rows * v_stride_n + v_columns_1, mask=v_in_1, other=0.0)
-        # a value that is not finite must not reach the rows that do not attend to it: 0 * inf is nan
-        bad = tl.max(tl.where(tl.abs(v_0) < float("inf"), 0, 1), 1)
-        bad = tl.maximum(bad, tl.max(tl.where(tl.abs(v_1) < float("inf"), 0, 1), 1))
-        v_0 = tl.where(tl.abs(v_0) < float("inf"), v_0, 0.0)
-        v_1 = tl.where(tl.abs(v_1) < float("inf"), v_1, 0.0)
-        p = tl.where((bad > 0)[None, :] & (p > 0.0), float("nan"), p)
         acc_0 = tl.dot(p.to(v_0.dtype), v_0, acc_0 * alpha[:, None])
         acc_1 = tl.dot(p.to(v_1.dtype), v_1, acc_1 * alpha[:, None])
+
+    # not a number, maybe by 0 * inf of a pair that does not attend: the guarded kernel does it again
+    zero = tl.sum(acc_0 - acc_0)
+    zero += tl.sum(acc_1 - acc_1)
+    tl.store(odd + program, (zero != 0.0).to(tl.int32))
 
     # the sink: one more key, with value 0
     m_new = tl.maximum(m, user_sink_h)

@@ -40,6 +40,7 @@ def forward(
     v,  # [pages, heads // group, PAGE_SIZE, Dv]
     states,  # [slots, BLOCK_M, Dv]: unnormalised sums
     maxima,  # [slots, 2, BLOCK_M]: m and l
+    odd,  # [programs]: what is not finite there
     q_stride_b,
     q_stride_h,
     q_stride_n,
@@ -156,11 +157,11 @@ def forward(
         l = l * alpha + tl.sum(p, 1)
         v_at = v_head + page * v_stride_b + rows * v_stride_n
         v_0 = tl.load(v_at + d_0[None, :], mask=inside[:, None], other=0.0)
-        # a value that is not finite must not reach the rows that do not attend to it: 0 * inf is nan
-        bad = tl.max(tl.where(tl.abs(v_0) < float("inf"), 0, 1), 1)
-        v_0 = tl.where(tl.abs(v_0) < float("inf"), v_0, 0.0)
-        p = tl.where((bad > 0)[None, :] & (p > 0.0), float("nan"), p)
         acc_0 = tl.dot(p.to(v_0.dtype), v_0, acc_0 * alpha[:, None])
+
+    # not a number, maybe by 0 * inf of a pair that does not attend: the guarded kernel does it again
+    zero = tl.sum(acc_0 - acc_0)
+    tl.store(odd + program, (zero != 0.0).to(tl.int32))
 
     place = (output * splits + split).to(tl.int64)
     lane = tl.arange(0, BLOCK_M)

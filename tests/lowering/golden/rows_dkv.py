@@ -43,6 +43,7 @@ def dkv(
     lse,  # [B, heads, n_q]
     delta,  # [B, heads, n_q]
     excess,  # [B, heads, n_q]
+    odd,  # [programs]: what is not finite there
     k_stride_b,
     k_stride_h,
     k_stride_n,
@@ -153,6 +154,11 @@ def dkv(
             ds = tl.where(valid, ds, 0.0)
             dv_0 = tl.dot(p.to(do_0.dtype), do_0, dv_0)
             dk_0 = tl.dot(ds.to(q_0.dtype), q_0, dk_0)
+
+    # not a number, maybe by 0 * inf of a pair that does not attend: the guarded kernel does it again
+    zero = tl.sum(dk_0 - dk_0)
+    zero += tl.sum(dv_0 - dv_0)
+    tl.store(odd + program, (zero != 0.0).to(tl.int32))
 
     dk_head = dk + b.to(tl.int64) * dk_stride_b + kv_head.to(tl.int64) * dk_stride_h
     dv_head = dv + b.to(tl.int64) * dv_stride_b + kv_head.to(tl.int64) * dv_stride_h

@@ -1,0 +1,147 @@
+"""attngen backward: a query tile walks its keys and sums dQ.
+
+spec bcd35470716f0e7a
+    mask: i >= j
+head dims 64 and 64, bfloat16
+schedule block_m=64, block_n=32, num_warps=4, num_stages=2
+"""
+
+import triton
+import triton.language as tl
+
+BLOCK_M = tl.constexpr(64)  # query rows of a tile
+BLOCK_N = tl.constexpr(32)  # keys of a tile
+LOG2E = tl.constexpr(1.4426950408889634)
+LANES = tl.constexpr(128)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "n_q",
+        "group",
+        "n_k",
+        "launched",
+        "scale",
+        "q_offset",
+    ]
+)
+def dq_guarded(
+    q,  # [B, heads, n_q, D]
+    do,  # [B, heads, n_q, Dv]
+    k,  # [B, heads // group, n_k, D]
+    v,  # [B, heads // group, n_k, Dv]
+    dq,  # [B, heads, n_q, D]
+    lse,  # [B, heads, n_q]
+    delta,  # [B, heads, n_q]
+    odd,  # [programs]: what is not finite there
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    do_stride_b,
+    do_stride_h,
+    do_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    dq_stride_b,
+    dq_stride_h,
+    dq_stride_n,
+    heads,
+    n_q,
+    group,
+    n_k,
+    launched,
+    scale,
+    q_offset,
+):
+    # of the first launch's programs this one looks after a share; mostly all of them have found numbers
+    share = tl.cdiv(launched, tl.num_programs(0))
+    share_first = tl.program_id(0) * share
+    share_stop = tl.minimum(share_first + share, launched)
+    share_odd = tl.zeros([LANES], tl.int32)
+    for lane_first in range(share_first, share_stop, LANES):
+        lane = lane_first + tl.arange(0, LANES)
+        share_odd += tl.load(odd + lane, mask=lane < share_stop, other=0)
+    if tl.max(share_odd, 0) == 0:
+        return
+
+    for odd_program in range(share_first, share_stop):
+        if tl.load(odd + odd_program) != 0:
+            program = tl.full([], odd_program, tl.int32)
+            # program -> (batch, head, query tile)
+            tiles = tl.cdiv(n_q, BLOCK_M)
+            query_tile = program % tiles
+            h = program // tiles % heads
+            b = program // tiles // heads
+            kv_head = h // group
+
+            row = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+            row_in = row < n_q  # [BLOCK_M]
+            i = row + q_offset  # [BLOCK_M]
+            lane_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+            d_0 = tl.arange(0, 64)  # [64]
+            q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
+            do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h
+            q_rows = q_head + row.to(tl.int64)[:, None] * q_stride_n
+            q_0 = tl.load(q_rows + d_0[None, :], mask=row_in[:, None], other=0.0)  # [BLOCK_M, 64]
+            do_rows = do_head + row.to(tl.int64)[:, None] * do_stride_n
+            do_0 = tl.load(do_rows + d_0[None, :], mask=row_in[:, None], other=0.0)  # [BLOCK_M, 64]
+            k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
+            v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
+            scale2 = scale * LOG2E
+            dq_0 = tl.zeros([BLOCK_M, 64], tl.float32)
+            lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
+            delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
+            lse_2 = tl.load(lse_head + row, mask=row_in, other=float("-inf")) * LOG2E  # [BLOCK_M]
+            lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+            delta_row = tl.load(delta_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
+
+            # this tile's first and last row, as positions
+            first = query_tile * BLOCK_M + q_offset
+            last = tl.minimum(query_tile * BLOCK_M + BLOCK_M, n_q) - 1 + q_offset
+
+            # key tiles that some row of this query tile attends
+            live_stop = tl.cdiv(tl.maximum(0, tl.minimum(n_k, last + 1)), BLOCK_N)
+
+            # of those, the ones every row attends fully
+            unmasked_stop = tl.maximum(0, tl.minimum(n_k, first + 1)) // BLOCK_N
+
+            # the partial tiles beside them
+            partial_count = live_stop - unmasked_stop
+
+            # full key tiles: every pair attends, so no mask
+            for tile in range(unmasked_stop):
+                j = tile * BLOCK_N + lane_n  # [BLOCK_N]
+                rows = j.to(tl.int64)[:, None]
+                k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :])
+                s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
+                p = tl.exp2(s * scale2 - lse_2[:, None])
+                v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :])
+                dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
+                ds = p * (dp - delta_row[:, None])
+                dq_0 = tl.dot(ds.to(k_0.dtype), k_0, dq_0)
+
+            # partial key tiles: only some pairs attend
+            for tile in tl.range(unmasked_stop, unmasked_stop + partial_count, num_stages=1):
+                j = tile * BLOCK_N + lane_n  # [BLOCK_N]
+                rows = j.to(tl.int64)[:, None]
+                inside = j < n_k  # [BLOCK_N]
+                k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
+                s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
+                valid = (i[:, None] >= j[None, :]) & inside[None, :]
+                p = tl.exp2(s * scale2 - lse_2[:, None])
+                v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
+                dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
+                ds = p * (dp - delta_row[:, None])
+                ds = tl.where(valid, ds, 0.0)
+                k_0 = tl.where(tl.abs(k_0) < float("inf"), k_0, 0.0)
+                dq_0 = tl.dot(ds.to(k_0.dtype), k_0, dq_0)
+
+            dq_head = dq + b.to(tl.int64) * dq_stride_b + h.to(tl.int64) * dq_stride_h
+            dq_rows = dq_head + row.to(tl.int64)[:, None] * dq_stride_n
+            dq_0 = dq_0 * scale
+            tl.store(dq_rows + d_0[None, :], dq_0.to(dq.dtype.element_ty), mask=row_in[:, None])

@@ -1,0 +1,152 @@
+"""attngen forward: a query tile walks its keys with the online softmax.
+
+spec bcd35470716f0e7a
+    mask: i >= j
+head dims 128 and 128, bfloat16
+schedule block_m=64, block_n=32, num_warps=4, num_stages=2
+"""
+
+import triton
+import triton.language as tl
+
+BLOCK_M = tl.constexpr(64)  # query rows of a tile
+BLOCK_N = tl.constexpr(32)  # keys of a tile
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # no logit is lower, and LOWEST - LOWEST is 0
+LANES = tl.constexpr(128)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "n_q",
+        "group",
+        "n_k",
+        "launched",
+        "scale",
+        "q_offset",
+    ]
+)
+def forward_guarded(
+    q,  # [B, heads, n_q, D]
+    k,  # [B, heads // group, n_k, D]
+    v,  # [B, heads // group, n_k, Dv]
+    out,  # [B, heads, n_q, Dv]
+    lse,  # [B, heads, n_q]
+    odd,  # [programs]: what is not finite there
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    out_stride_b,
+    out_stride_h,
+    out_stride_n,
+    heads,
+    n_q,
+    group,
+    n_k,
+    launched,
+    scale,
+    q_offset,
+):
+    # of the first launch's programs this one looks after a share; mostly all of them have found numbers
+    share = tl.cdiv(launched, tl.num_programs(0))
+    share_first = tl.program_id(0) * share
+    share_stop = tl.minimum(share_first + share, launched)
+    share_odd = tl.zeros([LANES], tl.int32)
+    for lane_first in range(share_first, share_stop, LANES):
+        lane = lane_first + tl.arange(0, LANES)
+        share_odd += tl.load(odd + lane, mask=lane < share_stop, other=0)
+    if tl.max(share_odd, 0) == 0:
+        return
+
+    for odd_program in range(share_first, share_stop):
+        if tl.load(odd + odd_program) != 0:
+            program = tl.full([], odd_program, tl.int32)
+            # program -> (batch, head, query tile)
+            tiles = tl.cdiv(n_q, BLOCK_M)
+            query_tile = program % tiles
+            h = program // tiles % heads
+            b = program // tiles // heads
+            kv_head = h // group
+
+            row = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+            row_in = row < n_q  # [BLOCK_M]
+            i = row + q_offset  # [BLOCK_M]
+            lane_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+            d_0 = tl.arange(0, 128)  # [128]
+            q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
+            k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
+            v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
+            q_rows = q_head + row.to(tl.int64)[:, None] * q_stride_n
+            q_0 = tl.load(q_rows + d_0[None, :], mask=row_in[:, None], other=0.0)  # [BLOCK_M, 128]
+            scale2 = scale * LOG2E
+            m = tl.full([BLOCK_M], LOWEST, tl.float32)
+            l = tl.zeros([BLOCK_M], tl.float32)
+            acc_0 = tl.zeros([BLOCK_M, 128], tl.float32)
+
+            # this tile's first and last row, as positions
+            first = query_tile * BLOCK_M + q_offset
+            last = tl.minimum(query_tile * BLOCK_M + BLOCK_M, n_q) - 1 + q_offset
+
+            # key tiles that some row of this query tile attends
+            live_stop = tl.cdiv(tl.maximum(0, tl.minimum(n_k, last + 1)), BLOCK_N)
+
+            # of those, the ones every row attends fully
+            unmasked_stop = tl.maximum(0, tl.minimum(n_k, first + 1)) // BLOCK_N
+
+            # the partial tiles beside them
+            partial_count = live_stop - unmasked_stop
+
+            # full key tiles: every pair attends, so no mask
+            for tile in range(unmasked_stop):
+                j = tile * BLOCK_N + lane_n  # [BLOCK_N]
+                rows = j.to(tl.int64)[:, None]
+                k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :])
+                s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
+                m_new = tl.maximum(m, tl.max(s, 1) * scale2)
+                p = tl.exp2(s * scale2 - m_new[:, None])
+                alpha = tl.exp2(m - m_new)
+                m = m_new
+                l = l * alpha + tl.sum(p, 1)
+                v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :])
+                acc_0 = tl.dot(p.to(v_0.dtype), v_0, acc_0 * alpha[:, None])
+
+            # partial key tiles: only some pairs attend
+            for tile in tl.range(unmasked_stop, unmasked_stop + partial_count, num_stages=1):
+                j = tile * BLOCK_N + lane_n  # [BLOCK_N]
+                rows = j.to(tl.int64)[:, None]
+                inside = j < n_k  # [BLOCK_N]
+                k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
+                s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
+                valid = (i[:, None] >= j[None, :]) & inside[None, :]
+                s = tl.where(valid, s, float("-inf"))
+                m_new = tl.maximum(m, tl.max(s, 1) * scale2)
+                p = tl.exp2(s * scale2 - m_new[:, None])
+                alpha = tl.exp2(m - m_new)
+                m = m_new
+                l = l * alpha + tl.sum(p, 1)
+                v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
+                # a value that is not finite must not reach the rows that do not attend to it: 0 * inf is nan
+                bad = tl.max(tl.where(tl.abs(v_0) < float("inf"), 0, 1), 1)
+                v_0 = tl.where(tl.abs(v_0) < float("inf"), v_0, 0.0)
+                p = tl.where((bad > 0)[None, :] & (p > 0.0), float("nan"), p)
+                acc_0 = tl.dot(p.to(v_0.dtype), v_0, acc_0 * alpha[:, None])
+
+            # rows without a key: out = 0, lse = -inf
+            empty = l == 0.0
+            l = tl.where(empty, 1.0, l)
+            lse_rows = lse + (b.to(tl.int64) * heads + h) * n_q + row
+            tl.store(lse_rows, tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2), mask=row_in)
+            out_head = out + b.to(tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h
+
+            norm = 1.0 / l
+            out_rows = out_head + row.to(tl.int64)[:, None] * out_stride_n
+            acc_0 = acc_0 * norm[:, None]
+            tl.store(out_rows + d_0[None, :], acc_0.to(out.dtype.element_ty), mask=row_in[:, None])
