@@ -39,7 +39,9 @@ def explain(
     call, given, executable = attention.checked(q, k, v, q_offset, captures)
     backend = pick(attention.backend, call.q.device)
     attends, buffers = executable.attends(call, given)
-    wanted = frozenset(name for name, value in tensors_of(call, given) if value.requires_grad) or frozenset("qkv")
+    wanted = frozenset(name for name, value in tensors_of(call, given).items() if value.requires_grad) or frozenset(
+        "qkv"
+    )
     forward = executable.forward_plan
     about = {step.name: _about_attend(attention, inner) for step, inner in attends}
     for step in forward.steps:

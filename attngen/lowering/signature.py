@@ -149,7 +149,7 @@ _STATES = (
     Arg("states", "tensor", "states", "*fp32", comment="[slots, BLOCK_M, Dv]: unnormalised sums"),
     Arg("maxima", "tensor", "maxima", "*fp32", comment="[slots, 2, BLOCK_M]: m and l"),
 )
-_LENGTHS = ("heads", "n_q", "group", "n_k", "batch", "together", "splits", "pages", "launched")
+_LENGTHS = ("heads", "n_q", "group", "n_k", "batch", "together", "splits", "pages")
 
 
 def takes(kernel: str, natural: bool, site: Site | None = None) -> Takes:
@@ -227,6 +227,8 @@ def arguments(
     for name, tensor in spec.tensors.items():
         if name in names and names[name] in own and name not in lists:
             out += _captured(name, names[name], tensor.ndim, own)
+    if "launched" in own:  # last: what stands before is what the first launch has
+        out.append(Arg("launched", "length", "launched", "i32", specialize=False))
     return tuple(out)
 
 

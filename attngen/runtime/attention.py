@@ -343,7 +343,7 @@ class CompiledAttention:
         k, v = self.for_all_batches(q, k, v)
         call, given, executable = self.checked(q, k, v, q_offset, captures)
         call.patient = patient
-        call.wants_grad = torch.is_grad_enabled() and any(t.requires_grad for _, t in tensors_of(call, given))
+        call.wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(call, given).values())
         return executable.attends(call, given)[0]
 
     def explain(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -117,8 +117,10 @@ class Executable:
             return self.executor.look(self.forward_plan, call, buffers), buffers
 
 
-def tensors_of(call: Call, given: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors_of(call: Call, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The call's tensors that could have a gradient, by buffer."""
-    for name, value in (("q", call.q), ("k", call.k), ("v", call.v), *call.captures.items(), *given.items()):
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            yield name, value
+    found = {"q": call.q, "k": call.k, "v": call.v}
+    for values in (call.captures, given):
+        if values:
+            found |= {n: x for n, x in values.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    return found

@@ -83,10 +83,14 @@ class Executor:
             return False
         if not isinstance(step, Tables):
             return True
-        attend = plan.attend(step.attend)
-        inner = self.shaped(plan, attend, call, buffers)
-        stages = self.stages(attend, inner, call)
-        tiles = stages.backend.table_tiles(inner, stages.schedule, step.kernel)
+        tiles = call.known.get(step.name)
+        if tiles is None:
+            attend = plan.attend(step.attend)
+            inner = self.shaped(plan, attend, call, buffers)
+            stages = self.stages(attend, inner, call)
+            tiles = stages.backend.table_tiles(inner, stages.schedule, step.kernel)
+            if attend.operands == ("q", "k", "v"):  # else sizes may depend on values
+                call.known[step.name] = tiles
         return all(buffers[write].shape[-1] == tiles for write in step.writes)
 
     def inner(self, step: Attend, call: Call, buffers: Mapping[str, Any]) -> Call:

@@ -112,7 +112,7 @@ class _Run:
     def __init__(self, call: Call, given: Mapping[str, Any], executable: Executable, prepared: Mapping[str, Any]):
         self.call, self.given, self.executable, self.kept = call, given, executable, prepared
         if call.captures or given:
-            named = dict(tensors_of(call, given))
+            named = tensors_of(call, given)
             self.names, self.tensors = tuple(named), tuple(named.values())
         else:
             self.names, self.tensors = _ROWS, (call.q, call.k, call.v)

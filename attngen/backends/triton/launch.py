@@ -292,7 +292,7 @@ class _Ready:
     params: tuple[tuple[int, str], ...]
     offset: int | None
     options: dict[str, Any]
-    again: _Ready | None = None  # a second launch, for what comes out of this one as no number
+    again: tuple[Source, int] | None = None  # what looks after results that are no numbers, and its programs
 
 
 _READY: dict[Any, _Ready] = {}
@@ -345,14 +345,7 @@ def _launch(
     tensors = {**given.tensors, **made}
     if ready.again is not None:
         tensors["odd"] = torch.empty(ready.programs, dtype=torch.int32, device=q.device)
-    _start_with(ready, call, tensors)
-    if ready.again is not None:
-        _start_with(ready.again, call, tensors)
-
-
-def _start_with(ready: _Ready, call: Call, tensors: Mapping[str, Any]) -> None:
-    """Fill in the arguments, and launch."""
-    arguments, offset = ready.arguments.copy(), call.q_offset
+    arguments = ready.arguments.copy()
     for place, name in ready.tensors:
         arguments[place] = tensors[name]
     for place, name in ready.params:
@@ -360,7 +353,11 @@ def _start_with(ready: _Ready, call: Call, tensors: Mapping[str, Any]) -> None:
         arguments[place] = value - 2**32 if name == "seed" and value >= 2**31 else value  # an i32
     if ready.offset is not None:
         arguments[ready.offset] = offset.to(torch.int32) if isinstance(offset, torch.Tensor) else offset
-    _run(ready.source, ready.programs, arguments, ready.options, call.q)
+    with torch.cuda.device_of(q):  # Triton takes the current device, whichever the pointers are of
+        _run(ready.source, ready.programs, arguments, ready.options)
+        if ready.again is not None:
+            source, programs = ready.again
+            _run(source, programs, [*arguments, ready.programs], ready.options)
 
 
 def _captures(call: Call) -> dict[str, torch.Tensor]:
@@ -434,17 +431,10 @@ def _capture_gradient(
 
 
 def _made_ready(
-    kernel: str,
-    call: Call,
-    facts: Facts,
-    schedule: Schedule,
-    tensors: Mapping[str, Any],
-    site: Site | None,
-    launched: int = 0,
+    kernel: str, call: Call, facts: Facts, schedule: Schedule, tensors: Mapping[str, Any], site: Site | None
 ) -> _Ready:
-    """A kernel's arguments from their description. launched: programs of the first launch, for a second one."""
-    source = _source_of(kernel, call, facts, schedule, tensors, site)
-    lengths = {**_sizes(call, schedule), "launched": launched}
+    """A kernel's arguments from their description."""
+    source, lengths = _source_of(kernel, call, facts, schedule, tensors, site), _sizes(call, schedule)
     programs = source.grid.programs(lengths)
     arguments: list[Any] = [None] * len(source.args)
     places: dict[str, list[tuple[int, str]]] = {"tensor": [], "table": [], "param": [], "offset": []}
@@ -468,14 +458,15 @@ def _made_ready(
     found = (*places["tensor"], *places["table"])
     again = None
     if kernel in KERNELS and may_need_guard(call.spec):
-        again = _made_ready(kernel + GUARDED, call, facts, schedule, tensors, site, programs)
+        guarded = _source_of(kernel + GUARDED, call, facts, schedule, tensors, site)
+        assert guarded.args[:-1] == source.args and guarded.num_stages == source.num_stages
+        again = guarded, guarded.grid.programs(lengths)
     return _Ready(source, programs, arguments, found, tuple(places["param"]), offset, options, again)
 
 
-def _run(source: Source, programs: int, arguments: list[Any], options: dict[str, Any], q: torch.Tensor) -> None:
+def _run(source: Source, programs: int, arguments: list[Any], options: dict[str, Any]) -> None:
     try:
-        with torch.cuda.device_of(q):  # Triton takes the current device, whichever the pointers are of
-            _start(source, programs, arguments, options)
+        _start(source, programs, arguments, options)
     except Exception as error:
         if type(error).__name__ == "OutOfResources":
             raise ScheduleError(f"{source.name}: {error}; choose smaller blocks or fewer stages") from error

@@ -23,9 +23,9 @@ LANES = tl.constexpr(128)
         "n_q",
         "group",
         "n_k",
-        "launched",
         "scale",
         "q_offset",
+        "launched",
     ]
 )
 def forward_guarded(
@@ -51,9 +51,9 @@ def forward_guarded(
     n_q,
     group,
     n_k,
-    launched,
     scale,
     q_offset,
+    launched,
 ):
     # of the first launch's programs this one looks after a share; mostly all of them have found numbers
     share = tl.cdiv(launched, tl.num_programs(0))
