@@ -114,7 +114,7 @@ def render(
     shares = site is not None and site.kind == "pairs" and not by_rows
     all_batches, all_heads = (site is not None and shares and not site.uses(symbol) for symbol in (B, H))
     described = tile.tma and aligned and not by_rows and spec.page_size is None and kernel in KERNELS
-    one_loop = described and tile.warp_specialize
+    one_loop = described and tile.warp_specialize and not guarded
 
     views = _views(spec, kernel, facts.natural, site, roles, head_dim, head_dim_v, aligned, described, one_loop)
     walk = facts.walk_keys if roles.walked is KEY else facts.walk_queries

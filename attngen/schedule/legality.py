@@ -55,8 +55,8 @@ def why_not_specialised(spec: Spec) -> str:
     """The reason why a forward cannot go through the one loop of specialised warps."""
     if spec.mask != True or spec.lists is not None or spec.page_size is not None:  # noqa: E712  a sympy condition
         return (
-            "with a mask: the values go from memory into the products untouched, so that one that is masked out and not "
-            "finite would reach the output"
+            "with a mask: Triton compiles no sum behind the loop of specialised warps, so that nobody would notice a value "
+            "that is masked out and not finite"
         )
     if spec.dropout is not None or any(J in load.free_symbols for load in loads(spec.score)):
         return "with dropout, or with captured data that depends on j: the loop may hold no pointers"
