@@ -125,7 +125,7 @@ def prepare(
 
     `env` has the captures by name, and "b" [B, 1, 1] and "h" [1, H, 1] as integer tensors where expressions use them.
     `block` is the tile's size on the tile axis. Launches a bounded number of torch operations and never waits for the
-    device.
+    device. On a GPU one generated kernel does the same (`attngen.lowering.tables`).
     """
     values: dict[str, torch.Tensor] = {}
     if tile.length == 0 or walked.length == 0:  # nothing to visit, whatever the bounds
