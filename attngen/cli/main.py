@@ -16,6 +16,7 @@ from rich.table import Table
 
 import attngen
 from attngen.analysis import tile_map
+from attngen.cli.db import Database, db_app
 from attngen.errors import AttngenError, InputError, ScheduleError
 from attngen.inspect import picture
 from attngen.inspect.cross import FORWARD_ONLY, VARIANTS, cross_compile
@@ -25,7 +26,8 @@ from attngen.language.schedule import Schedule
 from attngen.language.spec import Spec
 from attngen.reference.oracle import oracle
 from attngen.runtime.attention import compile as compile_spec
-from attngen.schedule.choice import why_not_readable
+from attngen.schedule import TARGETS
+from attngen.schedule.identities import gpu_named
 from attngen.store import Shape as Sizes
 from attngen.store import cache_folder, default_path, open_store
 from attngen.tuning import tune as tune_spec
@@ -39,8 +41,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-db_app = typer.Typer(help="The database of tuned records.", no_args_is_help=True)
 app.add_typer(db_app, name="db")
 console = Console(highlight=False, soft_wrap=True)
 
@@ -55,7 +57,21 @@ Set = Annotated[
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
-Database = Annotated[str | None, typer.Option("--db", help="The record database; default: the user's own.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"attngen {attngen.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it, and stop.")
+    ] = False,
+) -> None:
+    """Describe an attention; look at it, compile it, tune it."""
 
 
 @app.command(epilog="Example: [b]attngen show 'i >= j and i - j < 1024' -n 8192 --png window.png[/b]")
@@ -120,28 +136,34 @@ def explain(
 @app.command(name="compile", epilog="Example: [b]attngen compile 'i >= j' --target sm_90 --head-dim 128 --source[/b]")
 def compile_(
     spec: SpecArg,
-    target: Annotated[list[str] | None, typer.Option(help="GPU architecture; give it several times.")] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="A GPU (H100) or an architecture (sm_90, the default); give it several times."),
+    ] = None,
     head_dim: Annotated[int, typer.Option(help="Head dim of q and k.")] = 128,
     head_dim_v: Annotated[int | None, typer.Option(help="Head dim of v, if another.")] = None,
     dtype: Dtype = "bfloat16",
     variants: Annotated[
         bool, typer.Option(help="Also other schedules: tensor descriptors, specialised warps, persistent, ...")
     ] = False,
+    loops: Annotated[bool, typer.Option(help="Also what kinds of instructions each loop has.")] = False,
     source: Annotated[bool, typer.Option(help="Print the generated Triton source.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write source, PTX and cubin into this folder.")] = None,
 ) -> None:
-    """Compile for GPUs that need not be here: registers, spills, shared memory and instructions per loop of each kernel."""
+    """Compile for GPUs that need not be here: registers and spills of a thread, shared memory of a program, and instructions of
+    the loops over full and partial tiles.
+    """
     value, element = read_spec(spec), _dtype(dtype)
+    targets = [_architecture(name) for name in target or ["sm_90"]]
     if source:
         attention = compile_spec(value)
         for part in ("forward", "delta", "dq", "dkv"):
-            text = attention.source(
-                part, head_dim=head_dim, head_dim_v=head_dim_v, dtype=element, target=(target or ["sm_90"])[0]
-            )
+            text = attention.source(part, head_dim=head_dim, head_dim_v=head_dim_v, dtype=element, target=targets[0])
             console.print(text, markup=False)
-    columns = ["target", "kernel", "registers", "spills", "shared memory", "instructions: full loop", "partial loop"]
+    columns = ["target", "kernel", "registers", "spills", "shared", "full", "partial"]
     table = Table(*(["schedule"] if variants else []), *columns, title=f"{dtype}, head dim {head_dim}")
-    for name in target or ["sm_90"]:
+    kinds: list[str] = []
+    for name in targets:
         for variant, decisions in (VARIANTS if variants else {"": {}}).items():
             label = [variant] if variants else []
             try:
@@ -157,16 +179,23 @@ def compile_(
             except ScheduleError as error:
                 if not variants:
                     raise
-                table.add_row(*label, name, "-", *[""] * 3, f"not here: {error}", "")
+                table.add_row(*label, name, "not here", *[""] * 5)
+                kinds.append(f"{variant} on {name}: {error}")
                 continue
             for kernel in kernels:
-                loops = [f"{loop}" for loop in kernel.loops[:2]]
-                loops = ["", *loops] if len(loops) == 1 and "partial" not in kernel.source.text else loops
-                sizes = [str(kernel.registers), str(kernel.spills), f"{kernel.shared:,} B"]
-                table.add_row(*label, name, kernel.name, *sizes, *[*loops, "", ""][:2])
+                found = kernel.loops[:2]
+                counts = [str(loop.instructions) for loop in found]
+                counts = ["", *counts] if len(counts) == 1 and "partial" not in kernel.source.text else counts
+                sizes = [str(kernel.registers), str(kernel.spills), _bytes(kernel.shared)]
+                table.add_row(*label, name, kernel.name, *sizes, *[*counts, "", ""][:2])
+                if loops:
+                    where = " ".join([*label, name, kernel.name])
+                    kinds += [f"{where}, loop {number}: {loop}" for number, loop in enumerate(found, 1)]
                 if out is not None:
                     _write_kernel(out / name / variant.replace(" ", "_"), kernel)
     console.print(table)
+    for line in kinds:
+        console.print(line, markup=False)
     if out is not None:
         console.print(f"written: {out}")
 
@@ -174,8 +203,13 @@ def compile_(
 @app.command(epilog="Example: [b]attngen tune 'i >= j and i - j < 512' --shape 'B1 H8 N4096 D64' --trials 20[/b]")
 def tune(
     spec: SpecArg,
-    shape: Annotated[list[str] | None, typer.Option(help="Sizes as 'B1 H8 N4096 D64'; give it several times.")] = None,
-    dtype: Dtype = "float32",
+    shape: Annotated[
+        list[str] | None, typer.Option(help="Sizes; give it several times. Default: 'B1 H8 N4096 D64'.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16. Default: bfloat16 for a GPU, float32 for the CPU.")
+    ] = None,
+    set_: Set = None,
     trials: Annotated[int, typer.Option(help="Candidates to try for each shape.")] = 20,
     target: Annotated[
         str | None, typer.Option(help="Model this GPU (H200, sm_90, ...) instead of measuring here.")
@@ -187,10 +221,12 @@ def tune(
     db: Database = None,
 ) -> None:
     """Search for the fastest schedule and remember it. Ctrl-C keeps what was learned."""
+    value = read_spec(spec)
     report = tune_spec(
-        read_spec(spec),
+        value,
         shapes=shape or ["B1 H8 N4096 D64"],
-        dtype=_dtype(dtype),
+        dtype=None if dtype is None else _dtype(dtype),
+        captures=_given(value, set_),
         trials=trials,
         target=target,
         timeout=timeout,
@@ -198,46 +234,6 @@ def tune(
         db=db,
     )
     console.print(str(report), markup=False)
-
-
-@db_app.command(epilog="Example: [b]attngen db ls[/b]")
-def ls(db: Database = None) -> None:
-    """List the records: the user's own and the shipped ones."""
-    records = sorted(
-        open_store(db).records(shipped=True), key=lambda r: (r.key.device, r.key.spec_key, r.key.piece, r.key.buckets)
-    )
-    for record in records:
-        key = record.key
-        head_dim = str(key.head_dim) if key.head_dim == key.head_dim_v else f"{key.head_dim}/{key.head_dim_v}"
-        schedule = " ".join(f"{name}={value}" for name, value in record.schedule.items())
-        console.print(
-            f"{key.device} ({key.units} units)  spec {key.spec_key[:12]}  {key.piece}  {key.dtype}  {key.shape_text()} D{head_dim}\n"
-            f"    {record.kind} {record.seconds * 1e3:.3f} ms, spread {record.spread:.0%}: {schedule}",
-            markup=False,
-        )
-    console.print(f"{len(records)} records")
-
-
-@db_app.command(epilog="Example: [b]attngen db export records.jsonl[/b]")
-def export(path: Path, db: Database = None) -> None:
-    """Write all own records into a text file, sorted, one a line."""
-    console.print(f"{open_store(db).export_to(path)} records written: {path}")
-
-
-@db_app.command(name="import", epilog="Example: [b]attngen db import records.jsonl[/b]")
-def import_(path: Path, db: Database = None) -> None:
-    """Merge records from a text file; the better of two records of one key stays."""
-    console.print(f"{open_store(db).import_from(path)} records merged from {path}")
-
-
-@db_app.command(epilog="Example: [b]attngen db verify[/b]")
-def verify(db: Database = None) -> None:
-    """Check the database: readable, known schema, every record's values in range."""
-    problems = open_store(db).verify(legal=lambda record: why_not_readable(record.schedule))
-    for problem in problems:
-        console.print(problem, markup=False)
-    console.print("the database is sound" if not problems else f"{len(problems)} problems")
-    raise typer.Exit(1 if problems else 0)
 
 
 @app.command(epilog="Example: [b]attngen doctor[/b]")
@@ -289,6 +285,15 @@ def main() -> None:
 # -- helpers ----------------------------------------------------------------------------------------------------------
 
 
+def _architecture(name: str) -> str:
+    """The target of a GPU or an architecture. InputError."""
+    return name if name in TARGETS else gpu_named(name).target
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1024:.0f} KiB" if size >= 1024 else f"{size} B"
+
+
 def _dtype(name: str) -> Any:
     known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if name not in known:
@@ -296,21 +301,21 @@ def _dtype(name: str) -> Any:
     return known[name]
 
 
-def _inputs(shape: str, dtype: str) -> Any:
-    sizes = Sizes.of(shape)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return [
-        torch.randn(sizes.batch, heads, length, dim, device=device).to(_dtype(dtype))
-        for heads, length, dim in (
-            (sizes.heads_q, sizes.n_q, sizes.head_dim),
-            (sizes.heads_kv, sizes.n_k, sizes.head_dim),
-            (sizes.heads_kv, sizes.n_k, sizes.head_dim_v),
-        )
-    ]
-
-
 def _captures(spec: Any, shape: str, assignments: list[str] | None) -> dict[str, Any]:
     """The spec's captures: those given by --set, and made-up ones, which is said."""
+    given = _given(spec, assignments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    captures: dict[str, Any] = {}
+    for part in _parts(spec):
+        captures |= make_captures(part, Sizes.of(shape), device, {**captures, **given})
+    made = [name for name in captures if name not in given]
+    if made:
+        console.print(f"[dim]made up for this picture: {', '.join(made)} (give them with --set NAME=VALUE)[/dim]")
+    return captures
+
+
+def _given(spec: Any, assignments: list[str] | None) -> dict[str, Any]:
+    """What --set says. InputError."""
     given: dict[str, Any] = {}
     for assignment in assignments or []:
         name, _, text = assignment.partition("=")
@@ -327,14 +332,7 @@ def _captures(spec: Any, shape: str, assignments: list[str] | None) -> dict[str,
                 given[name] = int(text) if spec.params[name].number_kind == "int" else float(text)
         except ValueError:
             raise InputError("--set", "NAME=NUMBER or NAME=NUMBER,NUMBER,...", repr(assignment)) from None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    captures: dict[str, Any] = {}
-    for part in _parts(spec):
-        captures |= make_captures(part, Sizes.of(shape), device, {**captures, **given})
-    made = [name for name in captures if name not in given]
-    if made:
-        console.print(f"[dim]made up for this picture: {', '.join(made)} (give them with --set NAME=VALUE)[/dim]")
-    return captures
+    return given
 
 
 def _parts(spec: Any) -> tuple[Any, ...]:

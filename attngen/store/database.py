@@ -59,10 +59,8 @@ _UPSERT = (
 )
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM records"
 _FAMILY = f"{_SELECT} WHERE {' AND '.join(f'{name} = ?' for name in FAMILY)}"
-_SUPERSEDE = (
-    f"DELETE FROM records WHERE {' AND '.join(f'{name} = ?' for name in _ORDER)} "
-    "AND schedule = ? AND seconds = ? AND kind = ?"
-)
+_REMOVE = f"DELETE FROM records WHERE {' AND '.join(f'{name} = ?' for name in _ORDER)}"
+_SUPERSEDE = f"{_REMOVE} AND schedule = ? AND seconds = ? AND kind = ?"
 
 T = TypeVar("T")
 
@@ -234,6 +232,15 @@ class Store:
                 before = connection.total_changes
             for row in rows:
                 connection.execute(_UPSERT, row)
+            return connection.total_changes - before
+
+    def remove(self, records: Iterable[Record]) -> int:
+        """Forget these of the user's records; all or none. Returns how many went. Raises StoreError as `put` does."""
+        with self._write() as connection:
+            before = connection.total_changes
+            for record in records:
+                values = record_to_dict(record)
+                connection.execute(_REMOVE, tuple(values[name] for name in _ORDER))
             return connection.total_changes - before
 
     @contextmanager

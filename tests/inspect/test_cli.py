@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import pytest
 from typer.testing import CliRunner
 
+import attngen
 from attngen.cli.main import app
 
-COMMANDS = ["show", "explain", "compile", "tune", "doctor", "db ls", "db export", "db import", "db verify"]
+COMMANDS = [
+    "show",
+    "explain",
+    "compile",
+    "tune",
+    "doctor",
+    *(f"db {name}" for name in ["ls", "rm", "export", "import", "verify"]),
+]
 
 
 def run(*arguments: str):
@@ -24,6 +33,11 @@ def run(*arguments: str):
 def test_help_has_an_example(command: str):
     result = run(*command.split(), "--help")
     assert result.exit_code == 0 and f"Example: attngen {command}" in " ".join(result.output.split())
+    assert run(*command.split(), "-h").output == result.output
+
+
+def test_version():
+    assert run("--version").output.strip() == f"attngen {attngen.__version__}"
 
 
 def test_show(tmp_path):
@@ -57,6 +71,32 @@ def test_compile(tmp_path):
     result = run("compile", "i >= j", "--target", "sm_90", "--head-dim", "64", "--out", str(tmp_path), "--source")
     assert "@triton.jit" in result.output and "registers" in result.output
     assert {path.suffix for path in (tmp_path / "sm_90").iterdir()} == {".ptx", ".cubin"}
+
+
+def test_compile_takes_gpus_by_name_and_fits_80_columns(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run("compile", "i >= j", "--target", "H100", "--target", "sm_80", "--head-dim", "64").output.splitlines()
+    rows = [line for line in lines if "sm_" in line]
+    assert [line.split()[1] for line in rows] == ["sm_90"] * 4 + ["sm_80"] * 4 and max(map(len, lines)) <= 80
+    assert "mma 8" in run("compile", "i >= j", "--target", "H100", "--head-dim", "64", "--loops").output
+
+
+def test_records_by_spec_and_device(tmp_path):
+    db = str(tmp_path / "a.db")
+    sizes = ("--shape", "B1 H2 N64 D16", "--trials", "1", "--db", db)
+    run("tune", "i >= j", *sizes)
+    run("tune", "param width: int; mask: i - j < width", *sizes, "--set", "width=9")
+    assert "4 records" in run("db", "ls", "--db", db).output
+    assert "2 records" in run("db", "ls", "--db", db, "--spec", "i >= j").output
+    assert "0 records" in run("db", "ls", "--db", db, "--device", "H100").output
+    lines = run("db", "ls", "--db", db, "--spec", "j <= i", "--json").output.splitlines()
+    key = attngen.Spec(mask="i >= j").key
+    assert len(lines) == 2 and all(json.loads(line)["spec_key"] == key for line in lines)
+    assert "2 records" in run("db", "ls", "--db", db, "--spec", key[:8]).output
+    assert run("db", "rm", "--db", db, "--spec", "i >= j", "--yes").output.strip() == "2 records removed"
+    assert "2 records" in run("db", "ls", "--db", db).output
+    with pytest.raises(attngen.InputError, match="--device"):
+        run("db", "rm", "--db", db)
 
 
 def test_tune_then_list_export_import_verify(tmp_path):
