@@ -7,7 +7,6 @@ import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +85,9 @@ class CompiledAttention:
         self._executor = Executor(self.specialiser)
         self._executables: dict[Any, Executable] = {}
         self._known: dict[Any, Known] = {}
+        # For calls whose seed= is a tensor. Made here: whoever traces a call cannot.
+        seeded = spec.with_seed_on_device
+        self._seeded = CompiledAttention(seeded, pins, backend, db) if seeded is not spec else None
         operators.register(self.handle, self)
 
     def __call__(
@@ -104,8 +106,8 @@ class CompiledAttention:
             return _above("attngen.distributed.ring").ring(self, group)(
                 q, k, v, return_lse=return_lse, q_offset=q_offset, **captures
             )
-        if self._seeded_on_device(captures):
-            return self._with_seed_on_device(q, k, v, return_lse=return_lse, q_offset=q_offset, plan=plan, **captures)
+        if (seeded := self._with_seed(captures)) is not None:
+            return seeded(q, k, v, return_lse=return_lse, q_offset=q_offset, plan=plan, **captures)
         k, v = self.for_all_batches(q, k, v)
         result = operators.apply(self, q, k, v, q_offset, plan, captures)
         return result if return_lse else result[0]
@@ -118,8 +120,8 @@ class CompiledAttention:
         that the mask reads have to be the same then; an InputError names one that is not. Raises InputError for a call that
         prepares nothing.
         """
-        if self._seeded_on_device(captures):
-            return self._with_seed_on_device.prepare(q, k, v, q_offset=q_offset, **captures)
+        if (seeded := self._with_seed(captures)) is not None:
+            return seeded.prepare(q, k, v, q_offset=q_offset, **captures)
         k, v = self.for_all_batches(q, k, v)
         keys, own, rest = self.split(captures)
         if keys is None and not self._walks_tables():
@@ -152,13 +154,9 @@ class CompiledAttention:
         changed = {name: tree_map(low, captures[name]) for name in rows if name in captures}
         return low(q), low(k), low(v), {**captures, **changed} if changed else captures
 
-    def _seeded_on_device(self, captures: Mapping[str, Any]) -> bool:
-        return isinstance(captures.get("seed"), torch.Tensor) and "seed" in self.spec.params
-
-    @cached_property
-    def _with_seed_on_device(self) -> CompiledAttention:
-        """The same for calls whose seed= is a tensor."""
-        return CompiledAttention(self.spec.with_seed_on_device, self.pins, self.backend, self.db)
+    def _with_seed(self, captures: Mapping[str, Any]) -> CompiledAttention | None:
+        """What serves a call whose seed= is a tensor; None for other calls."""
+        return self._seeded if isinstance(captures.get("seed"), torch.Tensor) else None
 
     def for_all_batches(self, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
         """k and v of a batch of 1 serve every batch of q. InputError for nested tensors."""
@@ -338,8 +336,8 @@ class CompiledAttention:
         counting bytes look at. Prepares and moves rows, and runs no attention. patient: whether sizes may depend on values where
         a call would let them (on a CPU); False plans as on a GPU. InputError.
         """
-        if self._seeded_on_device(captures):
-            return self._with_seed_on_device.attends(q, k, v, q_offset=q_offset, patient=patient, **captures)
+        if (seeded := self._with_seed(captures)) is not None:
+            return seeded.attends(q, k, v, q_offset=q_offset, patient=patient, **captures)
         k, v = self.for_all_batches(q, k, v)
         call, given, executable = self.checked(q, k, v, q_offset, captures)
         call.patient = patient
@@ -359,7 +357,7 @@ class CompiledAttention:
         """Text: the plan of both directions, and of each attention in it the mask's picture, tile counts, cost bound, the schedule
         and where it came from, alternatives. png: a file to draw the plan into.
         """
-        own = self._with_seed_on_device if self._seeded_on_device(captures) else self
+        own = self._with_seed(captures) or self
         return _above("attngen.inspect.explain").explain(own, q, k, v, q_offset, captures, png)
 
     def source(

@@ -100,13 +100,15 @@ CROWDED: Mapping[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = MappingPr
         ("sm_100", "dq", 128): (
             (3, Tile(64, 64, 8, 2)),
             (4, Tile(64, 32, 8, 2)),
+            (5, Tile(64, 32, 8, 1)),
             (7, Tile(64, 64, 8, 2)),
             (8, Tile(64, 32, 8, 2)),
             (28, Tile(64, 64, 8, 2)),
         ),
         ("sm_100", "dkv", 64): ((4, Tile(32, 128, 8, 1)), (30, Tile(64, 128, 8, 1))),
         ("sm_100", "dkv", 128): (
-            (3, Tile(16, 128, 8, 1)),
+            (3, Tile(32, 64, 8, 2)),
+            (4, Tile(16, 128, 8, 1)),
             (30, Tile(32, 128, 8, 1)),
             (34, Tile(16, 128, 8, 1)),
             (35, Tile(16, 128, 8, 2)),
@@ -115,19 +117,20 @@ CROWDED: Mapping[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = MappingPr
 )
 # The same for logits that keep their natural unit (`Facts.natural`), where pairs are not listed one by one. Without spills for
 # biases, ALiBi and large constants at head dims 64 and 128, under triton 3.6 and 3.9 (tests/schedule/test_natural.py).
-NATURAL: Mapping[tuple[str, str, int], Tile] = MappingProxyType(
+NATURAL: Mapping[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = MappingProxyType(
     {
-        ("sm_80", "dq", 128): Tile(64, 32, 8, 2),
-        ("sm_80", "dkv", 64): Tile(16, 128, 8, 1),
-        ("sm_90", "forward", 128): Tile(128, 32, 8, 3),
-        ("sm_90", "dq", 128): Tile(128, 32, 8, 2),
-        ("sm_90", "dkv", 64): Tile(16, 128, 8, 2),
-        ("sm_90", "dkv", 128): Tile(32, 32, 8, 2),
-        ("sm_100", "forward", 128): Tile(128, 32, 8, 2),
-        ("sm_100", "dq", 64): Tile(128, 32, 8, 2),
-        ("sm_100", "dq", 128): Tile(64, 64, 8, 2),
-        ("sm_100", "dkv", 64): Tile(16, 128, 8, 1),
-        ("sm_100", "dkv", 128): Tile(64, 32, 8, 1),
+        ("sm_80", "forward", 128): ((0, Tile(64, 64, 8, 3)),),
+        ("sm_80", "dq", 128): ((0, Tile(64, 32, 8, 2)),),
+        ("sm_80", "dkv", 64): ((0, Tile(16, 128, 8, 1)),),
+        ("sm_90", "forward", 128): ((0, Tile(128, 32, 8, 3)),),
+        ("sm_90", "dq", 128): ((0, Tile(128, 32, 8, 2)),),
+        ("sm_90", "dkv", 64): ((0, Tile(16, 128, 8, 2)),),
+        ("sm_90", "dkv", 128): ((0, Tile(32, 32, 8, 2)),),
+        ("sm_100", "forward", 128): ((0, Tile(128, 32, 8, 2)),),
+        ("sm_100", "dq", 64): ((0, Tile(64, 32, 8, 1)),),
+        ("sm_100", "dq", 128): ((0, Tile(64, 32, 8, 2)), (28, Tile(64, 64, 8, 2))),
+        ("sm_100", "dkv", 64): ((0, Tile(32, 64, 8, 1)),),
+        ("sm_100", "dkv", 128): ((0, Tile(64, 32, 8, 1)),),
     }
 )
 # float32 with exact ("ieee") products runs on the ordinary cores, where a thread holds whole rows of both operands: small
@@ -170,10 +173,9 @@ def default_tile(spec: Spec, target: Target, kernel: str, head_dim: int, dtype: 
         return SINGLE[_class_of(SINGLE, "gfx942" if target.name == "gfx942" else "sm", kernel, head_dim)]
     entry = _class_of(HALF, _family(target), kernel, head_dim)
     tile = HALF[entry]
-    for least, other in CROWDED.get(entry, ()):
+    natural = entry in NATURAL and facts(spec).natural and not isinstance(spec.lists, RowLists)
+    for least, other in (NATURAL if natural else CROWDED).get(entry, ()):
         tile = other if steps(spec) >= least else tile
-    if entry in NATURAL and facts(spec).natural and not isinstance(spec.lists, RowLists):
-        return NATURAL[entry]
     return tile
 
 

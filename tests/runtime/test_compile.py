@@ -72,6 +72,27 @@ def test_with_a_preparation(name: str):
     agree(lambda *rows, **named: attn(*rows, plan=prepared, **named), used)
 
 
+@pytest.mark.parametrize(
+    "lengths",
+    [dict(k_len=torch.tensor([50])), dict(k_offset=torch.tensor([7])), dict(cu_q=ENDS, cu_k=ENDS)],
+    ids=lambda lengths: next(iter(lengths)),
+)
+def test_ragged_lengths_with_a_preparation(lengths: dict[str, torch.Tensor]):
+    attn = ag.compile(ag.Spec(mask=ag.causal()))
+    prepared = attn.prepare(*leaves(), **lengths)
+    agree(lambda *rows, **named: attn(*rows, plan=prepared, **named), lengths)
+    eager = attn(*leaves(), **lengths)
+    assert torch.equal(attn(*leaves(), plan=prepared, **lengths), eager)
+    assert not torch.allclose(attn(*leaves()), eager)  # the lengths count
+    name, value = next(iter(lengths.items()))
+    with pytest.raises(ag.InputError, match=f"{name}: expected what the plan was made from"):
+        attn(*leaves(), plan=prepared, **{**lengths, name: value - (value > 0).long() * (value < N).long()})
+
+
+def test_a_seed_on_the_device_at_the_first_call():
+    agree(ag.compile(ag.Spec(mask=ag.causal(), dropout=0.2)), dict(seed=torch.tensor(5)))
+
+
 def test_documents_with_their_tables():
     attn = ag.compile(ag.Spec(mask=ag.causal() & ag.documents(), score=ag.alibi(), sink=ag.sink()))
     captures = dict(doc=(torch.arange(N) // 30).int()[None], slope=torch.rand(4), sink=torch.randn(4))

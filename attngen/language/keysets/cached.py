@@ -86,5 +86,10 @@ class Ragged(KeySet):
         """Its captures."""
         return ("cu_q", "cu_k") if self.kind == "packed" else tuple(self.kind.split(", "))
 
+    @property
+    def used(self) -> tuple[str, ...]:  # type: ignore[override]
+        """All of them, next to a preparation too: they say that the call is ragged, and are compared with what it was made from."""
+        return self.names
+
     def captures(self) -> tuple[str, ...]:
         return self.names

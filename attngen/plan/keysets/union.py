@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from attngen.language.call import Call
+from attngen.errors import InputError
+from attngen.language.call import Call, bind
 from attngen.language.keysets.union import Union
 from attngen.language.spec import Spec
 from attngen.plan.planner import FAMILIES, Family, Planner, bound, family_of
@@ -49,12 +50,21 @@ def bind_union(
     captures: Mapping[str, Any],
     given: Mapping[str, Any],
 ) -> Call:
-    """The checked call; pieces whose k and v have a layout of their own check theirs. InputError."""
+    """The checked call, with captures as large as the pieces read them; pieces whose k and v have a layout of their own check
+    theirs. InputError.
+    """
+    expanded = dict(captures)
     for piece in keys.specs:
+        named = {name: captures[name] for name in (*piece.tensors, *piece.params) if name in captures}
         if piece.keys is not None and family_of(piece.keys).bind is not None:
-            named = {name: captures[name] for name in (*piece.tensors, *piece.params) if name in captures}
             bound(piece, piece.keys, q, k, v, q_offset, named, given)
-    return bound(spec, None, q, k, v, q_offset, captures, given)
+            continue
+        for name, value in bind(piece, q, k, v, q_offset=q_offset, captures=named, values=False).captures.items():
+            if value.shape != captures[name].shape and expanded[name].shape not in (captures[name].shape, value.shape):
+                wanted = f"{list(expanded[name].shape)} for one piece and {list(value.shape)} for another"
+                raise InputError(name, wanted, f"shape {list(captures[name].shape)}", "expand it to what both read")
+            expanded[name] = value if value.shape != captures[name].shape else expanded[name]
+    return bound(spec, None, q, k, v, q_offset, expanded, given)
 
 
 FAMILIES[Union] = Family(plan_union, bind=bind_union, read=read_union)

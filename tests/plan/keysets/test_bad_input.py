@@ -96,3 +96,30 @@ def test_a_plan_made_for_other_sizes(name: str):
     for other in (3, plan.values):
         with pytest.raises(ag.InputError, match=r"plan: expected what attn\.plan"):
             attn(q, k, v, plan=other, **used)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "interpret"])
+@pytest.mark.parametrize(
+    ("score", "declared", "bad", "good", "says"),
+    [
+        ("s + slope[h] * (j - i)", ag.Tensor("slope", 1), (8,), (4,), "4 .or 1. along dimension 0, indexed by h"),
+        ("s + row[j]", ag.Tensor("row", 1), (15,), (32,), "at least 32 .or 1. along dimension 0, indexed by j"),
+        ("s + bit[b, i]", ag.Tensor("bit", 2), (3, 32), (2, 32), "2 .or 1. along dimension 0, indexed by b"),
+        ("s + bit[b, i]", ag.Tensor("bit", 2), (2, 31), (1, 32), "at least 32"),
+    ],
+)
+def test_captures_of_a_union_fit_the_call(
+    backend: str, score: str, declared: Any, bad: tuple[int, ...], good: tuple[int, ...], says: str
+):
+    """And those of size 1 serve all batches and heads."""
+    spec = ag.union(*(ag.Spec(mask=mask, score=score, tensors=[declared]) for mask in ("j < 10", "j >= 10")))
+    attn = ag.compile(spec, backend=backend)
+    q, k, v = torch.randn(2, 4, 32, 16), torch.randn(2, 2, 32, 16), torch.randn(2, 2, 32, 16)
+    with pytest.raises(ag.InputError, match=says):
+        attn(q, k, v, **{declared.name: torch.zeros(bad)})
+    for size in (good, (1,) * len(good)):
+        value = torch.randn(size, requires_grad=True)
+        out, want = attn(q, k, v, **{declared.name: value}), ag.oracle(spec, q, k, v, **{declared.name: value})[0]
+        torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
+        got, right = (torch.autograd.grad(x.double().square().sum(), value)[0] for x in (out, want))
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
