@@ -12,6 +12,7 @@ import torch
 from attngen.analysis import facts
 from attngen.language.call import Call, bind
 from attngen.language.expression import Expr, Load, Tensor, evaluate, tensor_of
+from attngen.language.indices import checked_loads
 from attngen.language.keyset import KeySet
 from attngen.language.spec import Spec
 from attngen.plan.moves import Move
@@ -90,6 +91,8 @@ class Planner:
         captures: of the tensors declared with `tensor`, and of lists, the buffer of each. offset, looks: see `Attend`.
         """
         inner = self.spec if build is None else self._inner(role, build)
+        # What positions do not prove has to be looked at, whatever rows the key set moved.
+        looks = looks or bool(checked_loads(self.spec.mask, self.spec.score, None, self.sizes.offset == "tensor"))
         local = {self._free(own): buffer for own, buffer in (captures or {}).items()}
         named = tuple((tensor, local.get(tensor, tensor)) for tensor in inner.tensors)
         step = self.prefix + name

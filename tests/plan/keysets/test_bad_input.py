@@ -123,3 +123,29 @@ def test_captures_of_a_union_fit_the_call(
         torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
         got, right = (torch.autograd.grad(x.double().square().sum(), value)[0] for x in (out, want))
         torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
+
+
+LINE = torch.arange(3).expand(1, 4, 3)
+KEY_SETS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "qk_sparse": (
+        ag.qk_sparse(),
+        dict(keep_q=torch.ones(1, 4, 32, dtype=torch.bool), keep_k=torch.ones(1, 2, 32, dtype=torch.bool)),
+    ),
+    "hyper": (ag.hyper(8, 8, 16), dict(seed=3)),
+    "gather": (ag.gather(), dict(index=torch.arange(32).expand(1, 4, 32))),
+    "block_sparse": (ag.block_sparse((16, 16)), dict(layout=torch.ones(1, 1, 2, 2, dtype=torch.bool))),
+    "vertical_slash": (ag.vertical_slash(), dict(vertical=LINE, slash=LINE)),
+    "longformer": (ag.longformer(8, globals=2), {}),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "interpret"])
+@pytest.mark.parametrize("name", KEY_SETS)
+def test_indices_out_of_range_whatever_rows_a_key_set_moves(name: str, backend: str):
+    keys, captures = KEY_SETS[name]
+    spec = ag.Spec(keys=keys, score=lambda s, b, h, i, j: s + ag.Tensor("row", 1)[j + 5])
+    attn = ag.compile(spec, backend=backend)
+    q, k, v = (torch.randn(1, heads, 32, 16) for heads in (4, 2, 2))
+    with pytest.raises(ag.InputError, match="row: expected .* its index 0, in 0 .. 35"):
+        attn(q, k, v, row=torch.randn(36), **captures)
+    assert attn(q, k, v, row=torch.randn(37), **captures).isfinite().all()
