@@ -183,6 +183,14 @@ def render(
     return Source(outline.function, text, args, grid, _power_of_two(warps), tile.num_stages)
 
 
+def kernels_of(spec: Any, facts: Any) -> tuple[str, ...]:
+    """The names of a spec's kernels but for gradients of captures, which have one for each site."""
+    guarded = tuple(kernel + GUARDED for kernel in KERNELS) if may_need_guard(spec) else ()
+    excess = ("excess",) if facts.natural else ()
+    tables = ("tables",) if spec.lists is None and facts.walk_keys.needs_tables else ()
+    return ("forward", "merge", "delta", "delta_of_out", *excess, "dq", "dkv", *guarded, *tables)
+
+
 def may_need_guard(spec: Any) -> bool:
     """Whether a value that is not finite may meet a weight of 0: where some pairs are masked."""
     return bool(spec.mask != sympy.true)

@@ -12,9 +12,11 @@ from __future__ import annotations
 import torch
 
 from attngen.analysis import Facts, facts
+from attngen.errors import InputError
 from attngen.language.keyset import KeySet
 from attngen.language.spec import Spec
-from attngen.lowering import Source, render
+from attngen.lowering import Source, kernels_of, render
+from attngen.lowering.tables import render_tables
 from attngen.plan.forward import forward_plan
 from attngen.plan.plan import Plan, Sizes
 from attngen.runtime.executable import Executable
@@ -41,9 +43,14 @@ def plan(spec: Spec, keys: KeySet | None, sizes: Sizes, backend: str) -> Plan:
 def source_of(
     spec: Spec, kernel: str, head_dim: int, head_dim_v: int, dtype: torch.dtype, target: str, pins: Schedule
 ) -> Source:
-    """The generated file of one kernel."""
-    schedule = choose(spec, target, head_dim, head_dim_v, dtype, pins)
-    return render(spec, analyse(spec), kernel, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype, schedule=schedule)
+    """The generated file of one kernel. InputError for a name that is none, or none of this spec's."""
+    schedule, known = choose(spec, target, head_dim, head_dim_v, dtype, pins), analyse(spec)
+    names = kernels_of(spec, known)
+    if kernel not in names:
+        raise InputError("kernel", f"one of {', '.join(names)}", repr(kernel))
+    if kernel == "tables":
+        return render_tables(spec, known, "forward", schedule.tile("forward").block_m, offset_tensor=False)
+    return render(spec, known, kernel, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype, schedule=schedule)
 
 
 def bind(spec: Spec, keys: KeySet | None, sizes: Sizes, executor: Executor, backend: str) -> Executable:

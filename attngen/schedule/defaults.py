@@ -82,7 +82,7 @@ CROWDED: Mapping[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = MappingPr
         ("sm_80", "forward", 64): ((6, Tile(128, 32, 8, 3)),),
         ("sm_80", "forward", 128): ((30, Tile(64, 64, 8, 2)),),
         ("sm_80", "dq", 128): ((9, Tile(64, 32, 8, 2)),),
-        ("sm_80", "dkv", 64): ((6, Tile(16, 128, 8, 1)),),
+        ("sm_80", "dkv", 64): ((5, Tile(16, 128, 8, 1)),),
         ("sm_80", "dkv", 128): ((4, Tile(32, 32, 8, 2)), (30, Tile(16, 64, 8, 2))),
         ("sm_90", "forward", 64): ((17, Tile(128, 32, 8, 3)),),
         ("sm_90", "forward", 128): ((8, Tile(128, 32, 8, 3)), (30, Tile(128, 64, 8, 3))),
@@ -98,8 +98,6 @@ CROWDED: Mapping[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = MappingPr
         ),
         ("sm_100", "dq", 64): (
             (3, Tile(128, 32, 8, 2)),
-            (4, Tile(128, 64, 8, 2)),
-            (5, Tile(128, 32, 8, 2)),
             (6, Tile(128, 64, 8, 2)),
             (17, Tile(128, 32, 8, 2)),
         ),

@@ -18,7 +18,7 @@ from attngen.errors import ScheduleError
 from attngen.inspect.cross import cross_compile
 from attngen.language.expression import B, FloorDiv, H, I, J, Load, PyMod, S, Uniform
 from attngen.language.expression.builder import RESERVED
-from attngen.lowering import passes, render, sites
+from attngen.lowering import kernels_of, passes, render, sites
 from attngen.lowering.axes import chunks
 from attngen.lowering.kernels import FULL, FULL_PAIRS, NESTED, PROGRAM
 from attngen.lowering.printer import Printer
@@ -375,3 +375,14 @@ def test_a_schedule_that_does_not_fit_says_by_how_much() -> None:
 def test_helpers_compile(spec: ag.Spec) -> None:
     tiles = Schedule(block_m=64, block_n=32, num_warps=4, num_stages=1)
     assert all(made.registers for made in cross_compile(spec, "sm_80", head_dim=64, schedule=tiles))
+
+
+def test_every_kernel_of_a_spec_can_be_read() -> None:
+    for spec in (ag.Spec(), ag.Spec(mask=ag.documents() & ag.causal(), score=ag.alibi())):
+        attn = ag.compile(spec)
+        for kernel in kernels_of(spec, facts(spec)):
+            if kernel != "merge":  # of split forwards
+                text = attn.source(kernel, head_dim=64)
+                assert f"def {kernel}(" in text or kernel == "tables"
+    with pytest.raises(ag.InputError, match="forward_guarded, dq_guarded, dkv_guarded, tables"):
+        attn.source("backward", head_dim=64)
