@@ -50,6 +50,10 @@ class Facts:
         """A tile of keys walks the queries: the backward of k and v."""
         return walk_queries(self.spec.mask)
 
+    def walk_of(self, kernel: str) -> Walk:
+        """The walk of a kernel: "dkv" goes through queries, all others through keys."""
+        return self.walk_queries if kernel == "dkv" else self.walk_keys
+
     @cached_property
     def program_keys(self) -> WalkProgram:
         """`walk_keys` in tile numbers, keys starting at position 0."""

@@ -77,7 +77,7 @@ class Outline:
 def render_tables(spec: Any, facts: Any, kernel: str, block: int, offset_tensor: bool) -> Source:
     """What makes the tables that `kernel` reads, of `block` queries or, for "dkv", keys each. See `render.render`."""
     of_keys = kernel == "dkv"
-    walk = facts.walk_queries if of_keys else facts.walk_keys
+    walk = facts.walk_of(kernel)
     by_batch, by_head = walk.differ(offset_tensor)
     roles = roles_of(of_keys, False, packed=False, listed=False, by_query_head=False)
     names = signature.kernel_names([*spec.params, *spec.tensors], ())

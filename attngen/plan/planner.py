@@ -227,8 +227,7 @@ def tables_of(
     """The step that makes the tables of a kernel's walk; None for a walk that needs none. Those of data that every call makes
     anew come after the operands, whose sizes they need.
     """
-    known = facts(spec)
-    walk = known.walk_queries if kernel == "dkv" else known.walk_keys
+    walk = facts(spec).walk_of(kernel)
     if spec.lists is not None or not walk.needs_tables:
         return None
     symbols = walk.symbols

@@ -96,7 +96,7 @@ def backward(
 
 def tables(call: Call, facts: Facts, schedule: Schedule, kernel: str) -> dict[str, torch.Tensor]:
     """Summaries of captured data for the walk of one kernel: int32 [B or 1, H or 1, tiles] each."""
-    walk = facts.walk_queries if kernel == "dkv" else facts.walk_keys
+    walk = facts.walk_of(kernel)
     by_batch, by_head = walk.differ(isinstance(call.q_offset, torch.Tensor))
     leading = call.q.shape[0] if by_batch else 1, call.q.shape[1] if by_head else 1
     shape, device = (len(walk.symbols), *leading, table_tiles(call, schedule, kernel)), call.q.device
@@ -118,7 +118,7 @@ def walk_tables(
     call: Call, facts: Facts, schedule: Schedule, kernel: str, make: Callable[..., dict[str, torch.Tensor]] = tables
 ) -> dict[str, torch.Tensor]:
     """The given tables, or those of this call, as `make` makes them; nothing for a walk that needs none."""
-    walk = facts.walk_queries if kernel == "dkv" else facts.walk_keys
+    walk = facts.walk_of(kernel)
     if call.spec.lists is not None or not walk.needs_tables:
         return {}
     return call.tables.get(kernel) or make(call, facts, schedule, kernel)
