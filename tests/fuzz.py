@@ -217,7 +217,17 @@ def run(case: Case) -> None:
                 yardstick[name] = torch.where(value.isfinite(), value.double(), wide[name].double())
 
     def noise(name: str) -> float:
-        """What rounding may leave of dP - delta, which cancel where a row's weight lies on few keys."""
+        """What rounding may leave of dP - delta, which cancel where a row's weight lies on few keys; or, where the score has a kink
+        at a logit that is 0 to the last bit, what the last bit of q makes of it there.
+        """
+        generator = torch.Generator().manual_seed(case.number)
+        last_bit = 1 + 1e-7 * torch.randn(tensors[0].shape, generator=generator, dtype=torch.float64)
+        nearby = [tensors[0].double() * last_bit, *(t.double() for t in tensors[1:])]
+        moved = results(lambda *a, **c: ag.oracle(spec, *a, **c), case, nearby, captures)[f"gradient of {name}"]
+        kinks = 2 * (moved.double() - want[f"gradient of {name}"].double()).norm().item()
+        return kinks + cancelled(name)
+
+    def cancelled(name: str) -> float:
         eps = torch.finfo(case.dtype).eps * (1 if case.dtype.itemsize == 2 and name in ("q", "k") else 4)
         if name not in ("q", "k"):  # a capture: of a sum over all pairs
             dp = tensors[2].double().norm(dim=-1).max().item() * case.sizes["dv"] ** 0.5

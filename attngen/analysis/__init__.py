@@ -6,7 +6,7 @@ Every stage errs on one side only: a tile called empty has no attended pair, a t
 """
 
 from attngen.analysis.cost import GPUS, Cost, Gpu
-from attngen.analysis.facts import LARGE, WEIGHT, Facts, facts
+from attngen.analysis.facts import LARGE, NOTICED, WEIGHT, Facts, facts
 from attngen.analysis.intervals import Interval
 from attngen.analysis.maps import tile_map
 from attngen.analysis.order import BEGIN, BLOCK, END, FIRST, LAST
@@ -24,6 +24,7 @@ __all__ = [
     "GPUS",
     "LARGE",
     "LAST",
+    "NOTICED",
     "PARTIAL",
     "WEIGHT",
     "Axis",

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import sympy
+import torch
 from sympy.core.relational import Relational
 
 from attngen.analysis.cost import Cost, cost
@@ -32,6 +33,7 @@ from attngen.language.spec import Spec
 
 WEIGHT = sympy.Symbol("weight", real=True)  # of a listed key, added to its logit
 LARGE = 2.0**13  # the size of a logit from which on a float32 lse is off by more than 0.0005
+NOTICED = 2.0**7  # and from which on float32 results show it: 2^-17 of P
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +129,12 @@ class Facts:
         lacks there is found again by the first step of the backward.
         """
         return self.form != "folded" and sum(map(_bound, self.score_terms)) >= LARGE
+
+    def restores(self, dtype: torch.dtype) -> bool:
+        """Whether the backward begins by finding what a large lse lacks: where float32 results would show it, and where the score
+        may be large by itself. (Products of q and k that are large for half a float have lost more before they are summed.)
+        """
+        return self.natural or dtype == torch.float32
 
     def cost(self, **shape: Any) -> Cost:
         """FLOPs, bytes, exps and the speed-of-light time of a call, see `attngen.analysis.cost.cost`."""

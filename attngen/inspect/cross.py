@@ -140,7 +140,7 @@ def cross_compile(
     known = analyse(spec)
     check(spec, known, chosen)
     results = []
-    directions = {"forward": forward_launches(chosen), "backward": ("delta", *backward_launches(known))}
+    directions = {"forward": forward_launches(chosen), "backward": ("delta", *backward_launches(known, dtype))}
     kernels = [kernel for name in passes for kernel in directions.get(name, (name,))]
     if spec.page_size is not None:  # paged caches are for inference
         kernels = [kernel for kernel in kernels if kernel in ("forward", "merge")]

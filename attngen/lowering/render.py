@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
+import torch
 
-from attngen.analysis import LARGE
+from attngen.analysis import LARGE, NOTICED
 from attngen.language.expression import B, H
 from attngen.language.lists import RowLists
 from attngen.lowering import signature
@@ -63,6 +64,7 @@ class Outline:
     dv: tuple[Chunk, ...]
     walks: bool
     large: float
+    restores: bool
     site: Site | None
     bins: str
     looks: bool
@@ -88,8 +90,8 @@ def render(
     site: Site | None = None,
 ) -> Source:
     """The source of `kernel`: "forward" and for a split one "merge", "delta", "dq", "dkv", "capture" for one `site` (see
-    `captures`), and for logits in their natural unit "excess". Where there are masks, "forward_guarded", "dq_guarded" and
-    "dkv_guarded" do again what came out as no number.
+    `captures`), and for a backward that begins with it "excess" (`Facts.restores`). Where there are masks, "forward_guarded",
+    "dq_guarded" and "dkv_guarded" do again what came out as no number.
 
     schedule: a complete one. aligned: the last dimension of every [B, heads, n, d] tensor has stride 1 and all other
     strides are multiples of 16, so rows are loaded in whole vectors; False takes any strides. offset_tensor: q_offset is
@@ -116,7 +118,8 @@ def render(
     described = tile.tma and aligned and not by_rows and spec.page_size is None and kernel in KERNELS
     one_loop = described and tile.warp_specialize and not guarded
 
-    views = _views(spec, kernel, facts.natural, site, roles, head_dim, head_dim_v, aligned, described, one_loop)
+    single, restores = dtype == torch.float32, facts.restores(dtype)
+    views = _views(spec, kernel, site, roles, head_dim, head_dim_v, aligned, described, one_loop)
     walk = facts.walk_keys if roles.walked is KEY else facts.walk_queries
     tables = [symbol.name for table in walk.tables for symbol in table.symbols]
     lists = () if spec.lists is None else spec.lists.names
@@ -150,7 +153,7 @@ def render(
         names,
         aligned=aligned,
         offset_tensor=offset_tensor,
-        natural=facts.natural,
+        restores=restores,
         split=split,
         tables=tables,
         site=site,
@@ -165,12 +168,13 @@ def render(
         by_rows=by_rows,
         list_head="h" if by_rows and spec.lists.by_query_head else "kv_head",
         page_size=spec.page_size if lowering.walks else None,
-        precision=schedule.precision if lowering.walks and str(dtype) == "torch.float32" else "",
+        precision=schedule.precision if lowering.walks and single else "",
         head_dim_v=head_dim_v,
         d=chunks(head_dim),
         dv=chunks(head_dim_v),
         walks=lowering.walks,
-        large=LARGE,
+        large=NOTICED if single else LARGE,
+        restores=restores,
         site=site,
         bins="" if site is None else " * ".join(f"{names[site.tensor]}_size_{dim}" for dim in site.dims),
         looks=marks and not guarded,
@@ -183,10 +187,10 @@ def render(
     return Source(outline.function, text, args, grid, _power_of_two(warps), tile.num_stages)
 
 
-def kernels_of(spec: Any, facts: Any) -> tuple[str, ...]:
-    """The names of a spec's kernels but for gradients of captures, which have one for each site."""
+def kernels_of(spec: Any, facts: Any, dtype: Any) -> tuple[str, ...]:
+    """The names of a spec's kernels for inputs of that dtype but for gradients of captures, which have one for each site."""
     guarded = tuple(kernel + GUARDED for kernel in KERNELS) if may_need_guard(spec) else ()
-    excess = ("excess",) if facts.natural else ()
+    excess = ("excess",) if facts.restores(dtype) else ()
     tables = ("tables",) if spec.lists is None and facts.walk_keys.needs_tables else ()
     return ("forward", "merge", "delta", "delta_of_out", *excess, "dq", "dkv", *guarded, *tables)
 
@@ -270,7 +274,6 @@ def _outline_reads(kernel: str, views: dict[str, View], site: Site | None, by_ro
 def _views(
     spec: Any,
     kernel: str,
-    natural: bool,
     site: Site | None,
     roles: Roles,
     head_dim: int,
@@ -281,7 +284,7 @@ def _views(
 ) -> dict[str, View]:
     """The tensors of a kernel, in the order of its signature."""
     views = {}
-    for tensor in signature.takes(kernel, natural, site).tensors:
+    for tensor in signature.takes(kernel, site=site).tensors:
         _, heads, length, dim = signature.shape(tensor)
         head = "h" if heads == "heads" else "kv_head"
         axis = QUERY if length == "n_q" else KEY

@@ -56,8 +56,8 @@ class Takes:
     """One kernel's row of the table.
 
     tensors: [B, heads, n, d], in the order of the arguments: of a gradient kernel first the two that stay, then the two that
-    are walked, then its results. rows: float32 [B, heads, n_q], contiguous. more_rows: what it takes besides for logits in
-    their natural unit, to use what lse lacks (`Facts.natural`). stream_k: what tells the programs of a split forward which tiles
+    are walked, then its results. rows: float32 [B, heads, n_q], contiguous. more_rows: what it takes besides
+    where a large lse lacks something (`Facts.restores`). stream_k: what tells the programs of a split forward which tiles
     are theirs. made: int32 results that no gradient meets. scaled: whether it computes logits.
     """
 
@@ -119,11 +119,11 @@ LONGEST_TABLE = 16
 
 # The first words of every variable that an outline or a fixed statement makes.
 _WORDS = """
-    a acc after alpha any b bad batch before begin begins beta bin BLOCK bound c CHUNK count d delta dk dlse do dp dq
+    a acc after alpha any b bad batch before begin begins beta beyond bin BLOCK bound c CHUNK count d delta dk dlse do dp dq
     ds dv e edge edges empty end excess first firsts floor full g grad group h half HEAD head heads hi high hit hole i
     inside j k keep key kv l lane LANES LARGE large largest last launched LIMIT listed live LN lo LOG2E low LOWEST lse
     m made masked maxima members mix n near nearest norm number odd other out output owners p PAGE page pages pair
-    part partial place places power PRECISION program programs q query range rest row rows run s same scale section
+    part partial place places power PRECISION program programs q query range rest rounding row rows run s same scale section
     share sink size skip slot split splits start starts state states step steps stop strange tanh threshold tile tiles
     tl together total triton turn uniform unmasked user v valid value weight weights whole written x zero
 """
@@ -152,10 +152,10 @@ _STATES = (
 _LENGTHS = ("heads", "n_q", "group", "n_k", "batch", "together", "splits", "pages")
 
 
-def takes(kernel: str, natural: bool, site: Site | None = None) -> Takes:
-    """What a kernel takes. natural: whether logits keep their natural unit."""
+def takes(kernel: str, *, restores: bool = False, site: Site | None = None) -> Takes:
+    """What a kernel takes. restores: whether what a large lse lacks was found (`Facts.restores`)."""
     found = TABLE["capture by keys" if site is not None and site.by_keys else kernel]
-    return replace(found, rows=(*found.rows, *found.more_rows)) if natural else found
+    return replace(found, rows=(*found.rows, *found.more_rows)) if restores else found
 
 
 def shape(tensor: str) -> tuple[str, ...]:
@@ -171,7 +171,7 @@ def arguments(
     *,
     aligned: bool,
     offset_tensor: bool,
-    natural: bool,
+    restores: bool,
     split: str,
     tables: Iterable[str],
     site: Site | None,
@@ -181,7 +181,7 @@ def arguments(
     names: what captured tensors, params and tables are called in it. split: "split" or "stream" for a forward whose outputs
     several programs share, and its merge. tables: the walk's summaries. See `render` for the others.
     """
-    known, own = takes(kernel, natural, site), set(reads)
+    known, own = takes(kernel, restores=restores, site=site), set(reads)
     partial = kernel == "forward" and split == "split"  # merge writes out and lse
     tensors = [name for name in known.tensors if not (partial and name == "out")]
     out = [Arg(name, "tensor", name, "*q", comment=f"[{', '.join(_dims(name, spec))}]") for name in tensors]

@@ -109,7 +109,7 @@ def render_tables(spec: Any, facts: Any, kernel: str, block: int, offset_tensor:
         names,
         aligned=True,
         offset_tensor=offset_tensor,
-        natural=False,
+        restores=False,
         split="",
         tables=(),
         site=None,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from attngen.analysis import Facts
 from attngen.schedule import Schedule
 
@@ -13,7 +15,7 @@ def forward_launches(schedule: Schedule) -> tuple[str, ...]:
     return ("forward",) if schedule.split in (None, 1) else ("forward", "merge")
 
 
-def backward_launches(facts: Facts, captures: Sequence[str] = ()) -> tuple[str, ...]:
+def backward_launches(facts: Facts, dtype: torch.dtype, captures: Sequence[str] = ()) -> tuple[str, ...]:
     """The kernels of a backward whose delta is there already, in their order; captures: tensors that want a gradient."""
-    excess = ("excess",) if facts.natural else ()  # logits that may be large: what lse lacks
+    excess = ("excess",) if facts.restores(dtype) else ()
     return (*excess, "dq", "dkv", *(f"gradient of {name}" for name in captures))

@@ -45,7 +45,7 @@ def source_of(
 ) -> Source:
     """The generated file of one kernel. InputError for a name that is none, or none of this spec's."""
     schedule, known = choose(spec, target, head_dim, head_dim_v, dtype, pins), analyse(spec)
-    names = kernels_of(spec, known)
+    names = kernels_of(spec, known, dtype)
     if kernel not in names:
         raise InputError("kernel", f"one of {', '.join(names)}", repr(kernel))
     if kernel == "tables":

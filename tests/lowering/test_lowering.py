@@ -380,9 +380,9 @@ def test_helpers_compile(spec: ag.Spec) -> None:
 def test_every_kernel_of_a_spec_can_be_read() -> None:
     for spec in (ag.Spec(), ag.Spec(mask=ag.documents() & ag.causal(), score=ag.alibi())):
         attn = ag.compile(spec)
-        for kernel in kernels_of(spec, facts(spec)):
+        for kernel in kernels_of(spec, facts(spec), torch.float32):
             if kernel != "merge":  # of split forwards
-                text = attn.source(kernel, head_dim=64)
+                text = attn.source(kernel, head_dim=64, dtype=torch.float32)
                 assert f"def {kernel}(" in text or kernel == "tables"
     with pytest.raises(ag.InputError, match="forward_guarded, dq_guarded, dkv_guarded, tables"):
         attn.source("backward", head_dim=64)

@@ -40,7 +40,7 @@ def test_forward_and_backward_of_documents(backend: str):
     assert DELTA in backward.released["attention, backward"]
     assert networkx.is_directed_acyclic_graph(backward.graph)
     assert backward.graph.get_edge_data("delta", "attention, backward")[0]["buffer"] == DELTA
-    assert backward_launches(facts(spec), ["slope"]) == ("excess", "dq", "dkv", "gradient of slope")
+    assert backward_launches(facts(spec), torch.bfloat16, ["slope"]) == ("excess", "dq", "dkv", "gradient of slope")
 
 
 def test_closed_forms_need_no_tables():

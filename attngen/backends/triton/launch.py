@@ -77,15 +77,15 @@ def backward(
     do: torch.Tensor,
     wanted: list[str],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Gradients, see `attngen.backends`: two passes (three where logits may be large), and for each wanted capture one of its
-    own; no atomics between them.
+    """Gradients, see `attngen.backends`: two passes, before them one for what a large lse lacks, where that would show, and for
+    each wanted capture one of its own; no atomics between them.
     """
     _check(call)
     given = _inputs(call, q=call.q, k=call.k, v=call.v, do=do)
     walks = {kernel: given.and_(walk_tables(call, facts, schedule, kernel)) for kernel in ("dq", "dkv")}
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (call.q, call.k, call.v))
     made = {"lse": lse.contiguous(), "delta": delta.contiguous(), "dq": dq, "dk": dk, "dv": dv}
-    if facts.natural:
+    if facts.restores(call.q.dtype):
         made["excess"] = torch.empty_like(made["lse"])
         _launch("excess", call, facts, schedule, walks["dq"], made)
     for kernel, walking in walks.items():
@@ -377,7 +377,7 @@ def _source_of(
     by_offset = isinstance(call.q_offset, torch.Tensor)
     if kernel.endswith(TABLES):
         return _tables_source(call.spec, facts, kernel.removesuffix(TABLES), schedule, by_offset)
-    aligned = all(_aligned(tensors[name]) for name in takes(kernel.removesuffix(GUARDED), facts.natural).tensors)
+    aligned = all(_aligned(tensors[name]) for name in takes(kernel.removesuffix(GUARDED)).tensors)
     dims = call.q.shape[3], call.v.shape[3]
     return _source(call.spec, facts, kernel, *dims, call.q.dtype, schedule, aligned, by_offset, site)
 
@@ -418,7 +418,7 @@ def _capture_gradient(
     for load, slope in of_sink:
         # The sink is a key with value 0: its dS is P * (0 - delta).
         sink = tensor_of(evaluate(call.spec.sink, env), tensor.device).to(torch.float32)
-        lse, excess = made["lse"][..., None], made["excess"][..., None] if facts.natural else 0.0
+        lse, excess = made["lse"][..., None], made["excess"][..., None] if "excess" in made else 0.0
         p = torch.where(lse > -torch.inf, torch.exp(sink - lse) * 2.0**-excess, 0.0)  # [B, Hq, Nq, 1]
         ds = -p * made["delta"][..., None]
         share = (ds * evaluate(slope, env)).expand(batch, heads, n_q, 1)

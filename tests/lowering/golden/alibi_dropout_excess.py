@@ -15,7 +15,7 @@ import triton.language as tl
 BLOCK_M = tl.constexpr(64)  # query rows of a tile
 BLOCK_N = tl.constexpr(32)  # keys of a tile
 LOG2E = tl.constexpr(1.4426950408889634)
-LARGE = tl.constexpr(8192.0)  # the size of an lse from which on it is off by more than 0.0005
+LARGE = tl.constexpr(8192.0)  # the size of an lse from which on what it lacks shows
 
 
 @triton.jit(
@@ -108,8 +108,9 @@ def excess(
             x = tl.where(valid, x, float("-inf"))
             total += tl.sum(tl.exp2((x - lse_row[:, None]) * LOG2E), 1)
 
-    # less than 1 is the sum of a part of the keys, or of all where lse was rounded up by at most half a step
+    # less than 1 is the sum of a part of the keys, or of all where lse was rounded up
     excess_row = tl.log2(total)
-    half_step = tl.where(tl.abs(lse_row) < 2.0**28, tl.abs(lse_row) * 2.0**-24 * LOG2E, 0.0)
-    excess_row = tl.where(large & (excess_row > -half_step), excess_row, 0.0)
+    rounding = tl.abs(lse_row) * 2.0**-24 * LOG2E
+    beyond = excess_row > -tl.where(tl.abs(lse_row) < 2.0**28, rounding, 0.0)
+    excess_row = tl.where(large & beyond, excess_row, 0.0)
     tl.store(excess + rows_at, excess_row, mask=row_in)
