@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from attngen.analysis.listed import listed_pairs
 from attngen.analysis.tables import Axis
 from attngen.analysis.tiles import check_positive, run
 from attngen.analysis.walk import Walk, WalkProgram
@@ -75,7 +76,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Cost:
-    """`pairs`: visited (query, key) pairs over all batches and heads. `known`: False if the mask reads captures that
+    """`pairs`: visited (query, key) pairs over all batches and heads. `known`: False if the mask or lists read captures that
     were not given, so that all pairs are counted.
     """
 
@@ -116,7 +117,7 @@ def cost(
     q_offset: int | torch.Tensor = 0,
     captures: Mapping[str, Any] | None = None,
 ) -> Cost:
-    """Cost of one call. `captures`: params and tensors of the mask by name, already checked. InputError for an unknown
+    """Cost of one call. `captures`: params and tensors of the mask and of lists by name, already checked. InputError for an unknown
     GPU.
     """
     device = GPUS.get(gpu) if isinstance(gpu, str) else gpu
@@ -155,10 +156,13 @@ def visited_pairs(
     q_offset: int | torch.Tensor,
     captures: Mapping[str, Any],
 ) -> int | None:
-    """Pairs in the tiles that the forward visits, over all batches and heads; None if the mask reads captures not
-    given.
+    """Pairs in the tiles that the forward visits, over all batches and heads: those of the mask's walk, or of the spec's
+    lists, whatever the tile. None if captures that decide it are not given.
     """
     spec = facts.spec
+    if spec.lists is not None:
+        known = {*spec.lists.names} <= set(captures)
+        return listed_pairs(spec.lists, captures, batch, heads, n_q, n_k) if known else None
     needed = {s.name for s in spec.mask.free_symbols} & {*spec.tensors, *spec.params}
     if not needed <= set(captures):
         return None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from attngen.analysis.facts import facts
+from attngen.analysis.listed import listed_map
 from attngen.analysis.tables import Axis
 from attngen.analysis.tiles import check_positive, paint, run
 from attngen.errors import InputError
@@ -31,7 +32,8 @@ def tile_map(
     0 empty (skipped), 1 partial (with the mask), 2 full (without it).
 
     `captures`: the spec's params and tensors. `transposed`: use the walk of the backward's second pass, in which key
-    tiles walk the queries; the map has the same orientation. Raises InputError.
+    tiles walk the queries; the map has the same orientation. Of a spec with lists, which walks them and not its mask, `h` counts
+    their heads, and blocks are multiples of theirs. Raises InputError.
     """
     for name, value, least in (
         ("n_q", n_q, 0), ("n_k", n_k, 0), ("block_m", block_m, 1), ("block_n", block_n, 1), ("b", b, 0), ("h", h, 0)
@@ -46,6 +48,13 @@ def tile_map(
         q_offset = int(q_offset if q_offset.ndim == 0 else q_offset[b])
     if isinstance(q_offset, bool) or not isinstance(q_offset, int):
         raise InputError("q_offset", "an int or an int tensor [B]", type(q_offset).__name__)
+    if spec.lists is not None:
+        missing = [name for name in spec.lists.names if not isinstance(captures.get(name), torch.Tensor)]
+        if missing:
+            raise InputError(
+                missing[0], f"a tensor, {spec.lists.tensors[missing[0]].text()}", "nothing", "the walk reads it"
+            )
+        return listed_map(spec.lists, captures, n_q, n_k, block_m, block_n, b, h)
     env = mask_environment(spec, captures)
     env |= {name: torch.full((1, 1, 1), value, device="cpu") for name, value in (("b", b), ("h", h))}
     env["q_offset"] = q_offset

@@ -13,7 +13,6 @@ from attngen.analysis import GPUS, Gpu, facts
 from attngen.analysis.cost import visited_pairs
 from attngen.errors import InputError
 from attngen.language.call import Call, bind
-from attngen.language.lists import TileLists
 from attngen.language.spec import Spec
 from attngen.schedule import Schedule, Target
 from attngen.schedule.choice import device_identity, generator_versions, on_gpu
@@ -118,8 +117,6 @@ def _here(device: torch.device | str | None) -> TargetDevice:
 
 def _pairs(spec: Spec, shape: Shape, captures: Mapping[str, Any], m: int, n: int) -> float:
     """Pairs of the visited tiles, on average over batch and heads."""
-    if spec.lists is not None:
-        return _listed(spec, captures)
     heads = shape.heads_q if _varies(spec) else 1
     batch = shape.batch if _varies(spec) else 1
     offset = captures.get("q_offset", offset_of(shape))
@@ -127,16 +124,9 @@ def _pairs(spec: Spec, shape: Shape, captures: Mapping[str, Any], m: int, n: int
     return shape.n_q * shape.n_k if pairs is None else pairs / (batch * heads)
 
 
-def _listed(spec: Spec, captures: Mapping[str, Any]) -> float:
-    """The same of a spec with lists, whatever the tile."""
-    runs, lists = captures["query_runs"], spec.lists
-    each = lists.block_m * lists.block_n if isinstance(lists, TileLists) else 1
-    return float(runs[..., 1:].sum()) * each / (runs.shape[0] * runs.shape[1])
-
-
 def _varies(spec: Spec) -> bool:
-    """Whether the mask may differ between batches or heads."""
-    return bool({symbol.name for symbol in spec.mask.free_symbols} & {"b", "h"})
+    """Whether the mask or the lists may differ between batches or heads."""
+    return spec.lists is not None or bool({symbol.name for symbol in spec.mask.free_symbols} & {"b", "h"})
 
 
 def _empty_call(spec: Spec, shape: Shape, dtype: torch.dtype, captures: Mapping[str, Any]) -> Call:

@@ -21,6 +21,12 @@ FEW_TILES = 16  # walked one by one
 SHORT, LONG = 256, 1024  # keys of a chunk that is worth bundling, and of a bundle
 
 
+def grain_of(block_m: int, rows: int) -> int:
+    """What the walk's bounds are rounded to for tiles of `block_m` rows, of a call that has `rows`."""
+    # Bounds that are rounded to less than the tile's rows leave no less to the mask.
+    return min(GRAIN, 1 << (min(block_m, rows) - 1).bit_length()) if rows else GRAIN
+
+
 class Chunks(NamedTuple):
     """The keys a query tile visits, start[n] .. stop[n] - 1 in ascending order, and where it needs the mask: in columns
     low[x] .. high[x] - 1 of chunk owner[x]. Lists, because the inner loops take them as they are.
@@ -51,8 +57,7 @@ class Keys:
 
     def __init__(self, call: Call, facts: Facts, block_m: int, chunk: int, kernel: str = "forward"):
         self.length, self.chunk, self.block_m, self.rows = call.n_k, max(GRAIN, chunk), block_m, call.q.shape[2]
-        # Bounds that are rounded to less than the tile's rows leave no less to the mask.
-        self.grain = min(GRAIN, 1 << (min(block_m, self.rows) - 1).bit_length()) if self.rows else GRAIN
+        self.grain = grain_of(block_m, self.rows)
         self.scalar = scalar_program(facts)
         self._places = call.q.shape[0], call.q.shape[1], -(-self.rows // block_m)
         if self.scalar is not None:
