@@ -7,11 +7,12 @@ Where a size is an `int`, a `Param` does as well: then its value is given at the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from attngen.errors import SpecError
+from attngen.errors import InputError, SpecError
 from attngen.language.expression import ROW, B, Expr, H, I, J, Param, S, Tensor, absolute, maximum, tanh, where
 from attngen.language.expression.builder import wrap
 
@@ -70,9 +71,21 @@ def documents(doc: Tensor | None = None) -> Expr:
     return doc[b, i] == doc[b, j] if doc.ndim == 2 else doc[i] == doc[j]
 
 
-def document_ids(lengths: torch.Tensor) -> torch.Tensor:
-    """The id of each position for documents of these lengths: int [D] -> int32 [sum of lengths], on the same device."""
-    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths).to(torch.int32)
+def document_ids(lengths: torch.Tensor | Sequence[int]) -> torch.Tensor:
+    """The id of each position for documents of these lengths, an int tensor [D] or a sequence of D ints: int32 [sum of lengths],
+    on the tensor's device, of a sequence on the CPU. InputError for anything else.
+    """
+    wanted = "an int tensor [D], or a sequence of ints of at least 0"
+    if not isinstance(lengths, torch.Tensor):
+        given = list(lengths) if isinstance(lengths, Sequence) else [None]
+        if not all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in given):
+            raise InputError("lengths", wanted, f"{lengths!r:.100}", "give the number of tokens of each document")
+        lengths = torch.tensor(given, dtype=torch.int64, device="cpu")
+    elif lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype in (torch.bool, torch.uint64):
+        raise InputError(
+            "lengths", wanted, f"{lengths.dtype} {list(lengths.shape)}", "of a batch, stack one row for each"
+        )
+    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths.long()).to(torch.int32)
 
 
 def block_causal(size: Size) -> Expr:

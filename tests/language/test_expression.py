@@ -180,6 +180,26 @@ def test_the_caret_stands_under_the_part():
     assert caret.count("^") == 2
 
 
+@pytest.mark.parametrize(
+    ("text", "wrong", "here"),
+    [
+        ("i => j", "=>", ">="),
+        ("i - j =< 4 and i >= j", "=<", "<="),
+        ("i <> j", "<>", "!="),
+        ("i >= j && i - j < 4", "&&", "and"),
+        ("i >= j || j < 4", "||", "or"),
+        ("i >= j and !(i < 5)", "!", "not"),
+    ],
+)
+def test_other_languages_operators_are_named_with_the_caret_and_the_right_one(text: str, wrong: str, here: str):
+    with pytest.raises(ag.SpecError) as caught:
+        parse(text, {})
+    says, line, caret, fix = str(caught.value).split("\n")
+    assert says == f"`{wrong}` is not part of the language" and fix == f"did you mean `{here}`?"
+    assert caret.count("^") == len(wrong) and line[caret.index("^") :].startswith(wrong)
+    parse(text.replace(wrong, f" {here} "), {})  # what is suggested can be read
+
+
 def test_uniform_is_uniform_and_fixed():
     draws = expression.uniform(7, 1, 2, torch.arange(512).view(-1, 1), torch.arange(512))
     assert abs(draws.mean().item() - 0.5) < 0.005 and abs(draws.var().item() - 1 / 12) < 0.002

@@ -159,3 +159,19 @@ def test_t5_buckets_are_those_of_the_paper_code():
         (load,) = expression.loads(spec.score)
         got = expression.evaluate(load.indices[0], {"i": i, "j": j})
         assert torch.equal(torch.broadcast_to(got, (300, 300)).long(), reference(j - i, bidirectional))
+
+
+def test_document_ids_of_lengths():
+    want = torch.tensor([0, 0, 0, 2], dtype=torch.int32)
+    for lengths in ([3, 0, 1], (3, 0, 1), torch.tensor([3, 0, 1]), torch.tensor([3, 0, 1], dtype=torch.int32)):
+        found = ag.document_ids(lengths)
+        assert found.dtype == torch.int32 and torch.equal(found, want)
+    assert ag.document_ids([]).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "lengths", [3, [1.0], [True], [-1], "12", torch.ones(3), torch.ones(1, 3, dtype=torch.int32)], ids=str
+)
+def test_document_ids_of_something_else(lengths):
+    with pytest.raises(ag.InputError, match=r"lengths: expected an int tensor \[D\], or a sequence of ints"):
+        ag.document_ids(lengths)

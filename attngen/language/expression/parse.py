@@ -23,6 +23,16 @@ _ALLOWED = re.compile(r"[A-Za-z0-9_ \t\n()\[\],.+\-*/%<>=!&|~^]*")
 _SYMBOLS = {"b": B, "h": H, "i": I, "j": J, "s": S, "q_offset": Q_OFFSET}
 _CONSTANTS = {"true": True, "false": False}
 
+# What other languages write: the pattern, and what it is here.
+_ELSEWHERE = (
+    (re.compile("=>"), ">="),
+    (re.compile("=<"), "<="),
+    (re.compile("<>"), "!="),
+    (re.compile("&&"), "and"),
+    (re.compile(r"\|\|"), "or"),
+    (re.compile("!(?!=)"), "not"),
+)
+
 _BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: lambda a, b: a + b,
     ast.Sub: lambda a, b: a - b,
@@ -79,6 +89,12 @@ def _check_surface(text: str) -> None:
     end = match.end() if match else 0
     if end < len(text):
         raise SpecError(f"the character {text[end]!r} is not part of the language", text=text, column=end)
+    for pattern, here in _ELSEWHERE:
+        if found := pattern.search(text):
+            message = f"`{found[0]}` is not part of the language"
+            raise SpecError(
+                message, text=text, column=found.start(), width=len(found[0]), fix=f"did you mean `{here}`?"
+            )
     depth = 0
     for column, character in enumerate(text):
         depth += (character in "([") - (character in ")]")
