@@ -44,7 +44,7 @@ def ls(
         schedule = " ".join(f"{name}={value}" for name, value in record.schedule.items())
         console.print(
             f"{key.device} ({key.units} units)  spec {key.spec_key[:12]}  {key.piece}  {key.dtype}  {key.shape_text()} D{head_dim}\n"
-            f"    {record.kind} {record.seconds * 1e3:.3f} ms, spread {record.spread:.0%}: {schedule}",
+            f"    {record.time_text}: {schedule}",
             markup=False,
         )
     if not as_json:

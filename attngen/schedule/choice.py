@@ -62,7 +62,8 @@ def _tuned(call: Call, device: Device, versions: Versions, db: str | None) -> tu
     tuned, origins = Schedule(), []
     for direction, found in _records(call, device, versions, db).items():
         tuned = tuned.over(Schedule(**found.record.schedule))
-        origins.append(f"{direction}: {found.record.kind} record, {found.how}")
+        noisy = ", too noisy (tune again when the machine is idle)" if found.record.noisy else ""
+        origins.append(f"{direction}: {found.record.kind} record, {found.how}{noisy}")
     return tuned, origins
 
 

@@ -10,10 +10,22 @@ Imports neither Optuna nor SQLAlchemy, and torch only to ask for a device's name
 from attngen.store.database import Store, cache_folder, default_path, open_store
 from attngen.store.device import Device, device_of
 from attngen.store.lookup import Found, choose
-from attngen.store.record import Key, Record, Shape, StoreWarning, Versions, better, bucket, utc_now
+from attngen.store.record import (
+    NOISY,
+    Key,
+    Record,
+    Shape,
+    StoreWarning,
+    Versions,
+    better,
+    bucket,
+    time_text,
+    utc_now,
+)
 from attngen.store.text import parse_records, read_records, write_records
 
 __all__ = [
+    "NOISY",
     "Device",
     "Found",
     "Key",
@@ -31,6 +43,7 @@ __all__ = [
     "open_store",
     "parse_records",
     "read_records",
+    "time_text",
     "utc_now",
     "write_records",
 ]

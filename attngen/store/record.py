@@ -13,6 +13,7 @@ from attngen.errors import AttngenWarning, StoreError
 from attngen.store.device import Device
 
 KINDS = ("measured", "modelled")
+NOISY = 0.3  # a spread beyond which schedules that differ by as much cannot be told apart
 MAX_TEXT = 4096  # no field of an honest record is longer
 
 _SHAPE_WORDS = {
@@ -250,6 +251,25 @@ class Record:
         for name in ("made_at", "source"):
             if not isinstance(getattr(self, name), str) or len(getattr(self, name)) > MAX_TEXT:
                 raise StoreError(f"record: {name} must be text of at most {MAX_TEXT} characters")
+
+    @property
+    def noisy(self) -> bool:
+        """Whether its times were so far apart that another schedule may be as good: worth tuning again on a quiet machine."""
+        return self.spread > NOISY
+
+    @property
+    def time_text(self) -> str:
+        """ "measured 1.23 ms, spread 4%", with a mark where that is too much; "modelled 1.23 ms"."""
+        spread = f", spread {self.spread:.0%}" if self.kind == "measured" else ""
+        return f"{self.kind} {time_text(self.seconds)}{spread}{', too noisy' if self.noisy else ''}"
+
+
+def time_text(seconds: float) -> str:
+    """ "1.23 ms"."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
 
 
 def better(new: Record, old: Record) -> bool:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from attngen.errors import AttngenError
+from attngen.store import NOISY
 from attngen.tuning.space import Point
 
 STATUSES = ("ok", "wrong", "failed", "timeout", "crashed", "memory")
@@ -41,6 +42,11 @@ class Outcome:
     @property
     def ok(self) -> bool:
         return self.status == "ok"
+
+    @property
+    def noisy(self) -> bool:
+        """Whether it was timed, and so unevenly that the median says little."""
+        return self.ok and self.spread > NOISY
 
 
 class Measurer(Protocol):

@@ -23,9 +23,9 @@ from attngen.schedule import Schedule
 from attngen.store import Found, Key, Record, Shape, Store, cache_folder, open_store, utc_now
 from attngen.tuning.attends import Part, check_names, parts_of
 from attngen.tuning.captures import make_captures, save_captures
-from attngen.tuning.measure import Measurer, Worker, WorkerMeasurer
+from attngen.tuning.measure import Measurer, Outcome, Worker, WorkerMeasurer
 from attngen.tuning.model import ModelMeasurer
-from attngen.tuning.progress import Watch, shown, time_text
+from attngen.tuning.progress import Watch, shown
 from attngen.tuning.search import NoModel, Result, Search, count
 from attngen.tuning.space import PIECES, Point, Space
 from attngen.tuning.target_device import TargetDevice, find_target_device
@@ -63,8 +63,7 @@ class Tuned:
         record = self.record
         schedule = ", ".join(f"{name}={value}" for name, value in record.schedule.items())
         gain = f", {self.start / record.seconds:.2f}x the untuned schedule's speed" if self.start else ""
-        spread = f" (spread {record.spread:.0%})" if record.kind == "measured" else ""
-        lines.append(f"  {record.kind} {time_text(record.seconds)}{spread}{gain}")
+        lines.append(f"  {record.time_text}{gain}")
         lines.append(f"  {schedule}")
         return "\n".join(lines)
 
@@ -138,6 +137,8 @@ def tune(
     captures that it really gets, and its record is found by every call that has it. Equal ones are searched once.
 
     tighten: search near the best when suggesting takes longer than measuring. patience: seconds of each race.
+    A final race whose winner's times are more than `attngen.store.NOISY` apart is run again, twice at most and for longer; what is
+    noisy even then is kept with an `AttngenWarning`, and marked in the report, `attngen db ls` and `attn.explain`.
 
     Ctrl-C ends the call early: what was learned is kept and reported. Raises InputError, ScheduleError, StoreError.
     """
@@ -280,6 +281,8 @@ def _tune_one(
         finished = count(study.history())
         if finished.done >= trials:  # all is known: the same command again costs nothing
             finished.trials, finished.resumed = trials, finished.done
+            finished.kept = Tried(today.schedule, Outcome("ok", today.seconds, today.spread, today.error))
+            watch(finished)
             return Tuned(job.part.name, job.piece, job.shape, today, None, Result(None, (), finished, "trials"), 0.0)
     incumbent = _point(today, space)
     folder = Path(tempfile.mkdtemp(prefix="attngen-tune-"))
@@ -312,6 +315,9 @@ def _tune_one(
             measurer.close()
         shutil.rmtree(folder, ignore_errors=True)
     record = _settle(store, job, result, saved)
+    if record is not None and record.noisy:
+        fix = "the schedule may be no better than another; tune again when the machine is idle, or with more patience="
+        warnings.warn(AttngenWarning(f"{job.piece} {job.shape}: {record.time_text}: {fix}"), stacklevel=3)
     untuned = next((t.outcome.seconds for t in result.final if t.point == space.start and t.outcome.ok), None)
     return Tuned(job.part.name, job.piece, job.shape, record, untuned, result, time.monotonic() - started)
 

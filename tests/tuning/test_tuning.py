@@ -15,27 +15,30 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import attngen as ag
 from attngen.analysis import facts
+from attngen.cli.main import app
 from attngen.errors import AttngenError, AttngenWarning, InputError, ScheduleError, StoreError
 from attngen.language.expression import Tensor
 from attngen.language.patterns import causal, window
 from attngen.language.spec import Spec
 from attngen.reference.oracle import oracle
 from attngen.schedule import Schedule, Target, choice
-from attngen.store import Shape, Store
+from attngen.store import Shape, Store, time_text
 from attngen.tuning.attends import Part
 from attngen.tuning.bench import Bench, Check, Inputs, WrongResult, plain
 from attngen.tuning.captures import load_captures, make_captures, save_captures
 from attngen.tuning.measure import Outcome, Worker, WorkerDied, WorkerMeasurer, summarise
 from attngen.tuning.model import GpuModel, ModelMeasurer, Rates, Resources, Uncompilable
-from attngen.tuning.search import Search
+from attngen.tuning.progress import shown
+from attngen.tuning.search import Progress, Search
 from attngen.tuning.sizes import offset_of, small_shape
 from attngen.tuning.space import Space, cpu_space, gpu_space
 from attngen.tuning.stopwatch import DeviceStopwatch
 from attngen.tuning.target_device import _empty_call, find_target_device
-from attngen.tuning.trials import PRUNED, Trials
+from attngen.tuning.trials import PRUNED, Trials, Tried
 from attngen.tuning.tuner import Job
 
 SPACE = Space({"m": (16, 32, 64, 128), "n": (16, 32, 64, 128), "w": (2, 4, 8)}, {"m": 64, "n": 64, "w": 4})
@@ -64,6 +67,7 @@ class FakeMeasurer:
     interrupt: int = -1
     drift: float = 0.0
     kind: str = "measured"
+    spreads: list = field(default_factory=list)  # of the races of more than two, one after the other; then 1%
     calls: list = field(default_factory=list)
 
     def measure(self, points, patience=1.0):
@@ -73,7 +77,8 @@ class FakeMeasurer:
         if number == self.interrupt:
             raise KeyboardInterrupt
         speed = 1.0 + self.drift * number
-        outcomes = [Outcome("ok", seconds(point) * speed, 0.01, 0.5) for point in points]
+        spread = self.spreads.pop(0) if self.spreads and len(points) > 2 else 0.01
+        outcomes = [Outcome("ok", seconds(point) * speed, spread, 0.5) for point in points]
         if number in self.bad:
             outcomes[0] = Outcome(self.bad[number], reason="it was bad")
         return outcomes
@@ -84,7 +89,9 @@ class FakeMeasurer:
 
 def search(count=20, storage=None, **options) -> tuple[Search, FakeMeasurer]:
     clock = options.pop("clock", Clock())
-    measurer = FakeMeasurer(clock, **{n: options.pop(n) for n in ("bad", "interrupt", "drift") if n in options})
+    measurer = FakeMeasurer(
+        clock, **{n: options.pop(n) for n in ("bad", "interrupt", "drift", "spreads") if n in options}
+    )
     trials = Trials(storage, "study", seed=0)
     return Search(options.pop("space", SPACE), measurer, trials, count, clock=clock, **options), measurer
 
@@ -219,6 +226,57 @@ class FakeModel:
 
     def refuse(self, point):
         return "spills" if point["w"] == 2 else None
+
+
+def finals(measurer: FakeMeasurer) -> int:
+    return sum(len(points) > 2 for points in measurer.calls)
+
+
+def test_a_noisy_final_race_is_run_again_and_the_quietest_counts():
+    told: list[str] = []
+    searching, measurer = search(count=6, spreads=[1.71, 0.2], watch=lambda progress: told.append(progress.now))
+    result = searching.run()
+    assert finals(measurer) == 2 and result.best.outcome.spread == 0.2 and not result.best.outcome.noisy
+    assert "final race again: times 171% apart" in told
+    searching, measurer = search(count=6, spreads=[0.9, 0.5, 0.8])
+    result = searching.run()
+    assert finals(measurer) == 3 and result.best.outcome.spread == 0.5 and result.best.outcome.noisy
+    searching, measurer = search(count=6)
+    assert not searching.run().best.outcome.noisy and finals(measurer) == 1
+    searching, measurer = search(count=6, spreads=[0.9, 0.5], deadline=7.0)  # no time is left after the first
+    assert searching.run().best.outcome.spread == 0.9 and finals(measurer) == 1
+
+
+def test_the_bar_says_which_time_it_shows(capsys: pytest.CaptureFixture[str]):
+    """So far by the races on the way; in the end what the record gets. What the model refused is told beside."""
+    with shown("forward", True) as watch:
+        searching, _ = search(count=12, drift=0.5, model=FakeModel(), watch=watch)
+        result = searching.run()
+    told = capsys.readouterr().err
+    assert result.progress.kept == result.best and result.progress.pruned > 0
+    assert f"kept {time_text(result.best.outcome.seconds)}" in told and f"pruned {result.progress.pruned}" in told
+    assert "so far" not in told and "took" in told and "failed" not in told
+    with shown("forward", True) as watch:
+        watch(Progress(trials=4, done=2, failed=1, best=Tried({}, Outcome("ok", 0.193))))
+    told = capsys.readouterr().err
+    assert "2/4 so far 193 ms  failed 1 left" in told
+
+
+def test_a_noisy_record_is_kept_with_a_warning(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    quiet = WorkerMeasurer.measure
+
+    def measure(self, points, patience=1.0):
+        return [replace(outcome, spread=1.71) for outcome in quiet(self, points, patience)]
+
+    monkeypatch.setattr(WorkerMeasurer, "measure", measure)
+    spec, options = ag.Spec(mask=ag.causal()), {"trials": 2, "pieces": ["forward"], "progress": False, "patience": 0.01}
+    with pytest.warns(AttngenWarning, match="spread 171%, too noisy: the schedule may be no better than another"):
+        report = ag.tune(spec, shapes=["B1 H2 N256 D32"], **options)
+    (record,) = Store(cache / "records.db").records()
+    assert record.noisy and record.spread == 1.71 and "spread 171%, too noisy" in str(report)
+    q = torch.randn(1, 2, 256, 32)
+    assert "measured record, exact, too noisy" in ag.compile(spec).explain(q, q, q)
+    assert "spread 171%, too noisy" in CliRunner().invoke(app, ["db", "ls"]).output
 
 
 def test_the_model_prunes_and_its_guesses_come_first():
