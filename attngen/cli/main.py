@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,12 +13,13 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import attngen
 from attngen.analysis import tile_map
 from attngen.cli.db import Database, db_app
-from attngen.errors import AttngenError, InputError, ScheduleError
+from attngen.errors import AttngenError, AttngenWarning, InputError, ScheduleError
 from attngen.inspect import picture
 from attngen.inspect.cross import FORWARD_ONLY, VARIANTS, cross_compile
 from attngen.language.files import read_spec
@@ -26,8 +28,7 @@ from attngen.language.schedule import Schedule
 from attngen.language.spec import Spec
 from attngen.reference.oracle import oracle
 from attngen.runtime.attention import compile as compile_spec
-from attngen.schedule import TARGETS
-from attngen.schedule.identities import gpu_named
+from attngen.schedule import Target
 from attngen.store import Shape as Sizes
 from attngen.store import cache_folder, default_path, open_store
 from attngen.tuning import tune as tune_spec
@@ -154,7 +155,7 @@ def compile_(
     the loops over full and partial tiles.
     """
     value, element = read_spec(spec), _dtype(dtype)
-    targets = [_architecture(name) for name in target or ["sm_90"]]
+    targets = [Target.named(name).name for name in target or ["sm_90"]]
     if source:
         attention = compile_spec(value)
         for part in ("forward", "delta", "dq", "dkv"):
@@ -273,7 +274,16 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Entry point: errors of attngen are messages, not tracebacks."""
+    """Entry point: errors and warnings of attngen are messages, not tracebacks and lines of source."""
+    elsewhere = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, AttngenWarning):
+            said = f"[yellow]warning[/yellow] {escape(str(message))}"
+            return Console(stderr=True, highlight=False, soft_wrap=True).print(said)
+        return elsewhere(message, category, *place, **more)
+
+    warnings.showwarning = show
     try:
         app()
     except AttngenError as error:
@@ -283,11 +293,6 @@ def main() -> None:
 
 
 # -- helpers ----------------------------------------------------------------------------------------------------------
-
-
-def _architecture(name: str) -> str:
-    """The target of a GPU or an architecture. InputError."""
-    return name if name in TARGETS else gpu_named(name).target
 
 
 def _bytes(size: int) -> str:

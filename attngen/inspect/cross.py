@@ -24,7 +24,6 @@ from attngen.plan.launches import backward_launches, forward_launches
 from attngen.runtime.attention import CompiledAttention
 from attngen.schedule import Schedule, Target, complete, fit
 from attngen.schedule.choice import choose_elsewhere
-from attngen.schedule.identities import gpu_named
 from attngen.schedule.legality import check
 
 # What an opcode is, for the counts; an opcode matches by its first word.
@@ -127,7 +126,7 @@ def cross_compile(
     passes: Iterable[str] = ("forward", "backward"),
     wide: Collection[str] = (),
 ) -> list[Compiled]:
-    """The kernels of a spec, compiled for `target` ("sm_80" to "sm_120", "gfx942"); no GPU needed.
+    """The kernels of a spec, compiled for `target` ("sm_80" to "sm_120", "gfx942", or a GPU: "H100"); no GPU needed.
 
     schedule: decisions over the spec's and the model's choice. passes: "forward", "backward" or single kernels. wide: which
     captured integer tensors are int64; the others are int32, captured floats float32. Raises ScheduleError when a kernel
@@ -172,7 +171,7 @@ def cross_compile_call(
         schedule, origin = choose_elsewhere(call, analyse(call.spec), target, attention.pins, attention.db)
         kernels = cross_compile(
             call.spec,
-            gpu_named(target).target,
+            target,
             dtype=q.dtype,
             head_dim=call.q.shape[3],
             head_dim_v=call.v.shape[3],

@@ -369,8 +369,9 @@ class CompiledAttention:
         dtype: torch.dtype = torch.bfloat16,
         target: str = "sm_90",
     ) -> str:
-        """The generated Triton file of a kernel: "forward", or of the backward "delta", "dq", "dkv"; with a mask also "forward_guarded",
-        "dq_guarded", "dkv_guarded", and where captured data decide the tiles "tables". InputError names them all.
+        """The generated Triton file of a kernel: "forward", or of the backward "delta", "dq", "dkv"; with a mask also
+        "forward_guarded", "dq_guarded", "dkv_guarded", and where captured data decide the tiles "tables". target: an architecture
+        or a GPU ("H100"). InputError names the kernels, ScheduleError the targets.
         """
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
         return pipeline.source_of(self.spec, kernel, head_dim, head_dim_v, dtype, target, self.pins).text

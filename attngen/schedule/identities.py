@@ -16,11 +16,17 @@ IDENTITIES = {
 }
 
 
-def gpu_named(target: str) -> Gpu:
-    """A GPU by its name ("H100"), the name it gives itself, or its architecture ("sm_90"). InputError."""
+def find_gpu(target: str) -> Gpu | None:
+    """A GPU by its name ("H100"), the name it gives itself, or its architecture ("sm_90"); None for one that is not known."""
     wanted = target.strip().lower()
-    for gpu in GPUS.values():
-        if wanted in (gpu.name.lower(), IDENTITIES[gpu.name].name.lower(), gpu.target):
-            return gpu
-    names = ", ".join([*GPUS, *dict.fromkeys(gpu.target for gpu in GPUS.values())])
-    raise InputError("target", f"one of {names}", repr(target), "or measure on the device itself, without target=")
+    own = (gpu for gpu in GPUS.values() if wanted in (gpu.name.lower(), IDENTITIES[gpu.name].name.lower(), gpu.target))
+    return next(own, None)
+
+
+def gpu_named(target: str) -> Gpu:
+    """The same. InputError for one that is not known."""
+    found = find_gpu(target)
+    if found is None:
+        names = ", ".join([*GPUS, *dict.fromkeys(gpu.target for gpu in GPUS.values())])
+        raise InputError("target", f"one of {names}", repr(target), "or measure on the device itself, without target=")
+    return found

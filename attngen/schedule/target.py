@@ -8,7 +8,9 @@ from types import MappingProxyType
 
 import torch
 
+from attngen.analysis import GPUS
 from attngen.errors import ScheduleError
+from attngen.schedule.identities import find_gpu
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,12 @@ class Target:
 
     @classmethod
     def named(cls, name: str) -> Target:
-        """The target of that name. ScheduleError for one that is not known."""
-        if name not in TARGETS:
-            raise ScheduleError(f"target: expected one of {', '.join(TARGETS)}, got {name!r}")
-        return TARGETS[name]
+        """The target of an architecture ("sm_90") or of a GPU ("H100"). ScheduleError for one that is not known."""
+        gpu = find_gpu(name)
+        found = TARGETS.get(name if gpu is None else gpu.target)
+        if found is None:
+            raise ScheduleError(f"target: expected one of {', '.join([*TARGETS, *GPUS])}, got {name!r}")
+        return found
 
     @classmethod
     def of_device(cls, device: torch.device | str) -> Target:

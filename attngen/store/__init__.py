@@ -11,6 +11,7 @@ from attngen.store.database import Store, cache_folder, default_path, open_store
 from attngen.store.device import Device, device_of
 from attngen.store.lookup import Found, choose
 from attngen.store.record import (
+    MAX_SPEC,
     NOISY,
     Key,
     Record,
@@ -25,6 +26,7 @@ from attngen.store.record import (
 from attngen.store.text import parse_records, read_records, write_records
 
 __all__ = [
+    "MAX_SPEC",
     "NOISY",
     "Device",
     "Found",

@@ -24,6 +24,7 @@ from attngen.errors import StoreError
 from attngen.store.lookup import Found, choose
 from attngen.store.record import BUCKETS, FAMILY, KEY_FIELDS, VERSIONS, Key, Record, StoreWarning
 from attngen.store.text import (
+    ADDED,
     SHIPPED,
     VALUE_FIELDS,
     read_records,
@@ -44,11 +45,12 @@ _ORDER = (*FAMILY, *VERSIONS, *BUCKETS)
 _COLUMNS = (*KEY_FIELDS, *VALUE_FIELDS)
 _TYPES = {"seconds": "REAL", "spread": "REAL", "error": "REAL"}
 _INTEGERS = {"head_dim", "head_dim_v", "units", "memory", "fp_fusion", *BUCKETS}
-_CREATE = (
-    "CREATE TABLE records ("
-    + ", ".join(f"{name} {_TYPES.get(name, 'INTEGER' if name in _INTEGERS else 'TEXT')} NOT NULL" for name in _COLUMNS)
-    + f", PRIMARY KEY ({', '.join(_ORDER)})) WITHOUT ROWID"
-)
+_DEFAULTS = dict.fromkeys(ADDED, " DEFAULT ''")
+_DECLARED = {
+    name: f"{name} {_TYPES.get(name, 'INTEGER' if name in _INTEGERS else 'TEXT')} NOT NULL{_DEFAULTS.get(name, '')}"
+    for name in _COLUMNS
+}
+_CREATE = f"CREATE TABLE records ({', '.join(_DECLARED.values())}, PRIMARY KEY ({', '.join(_ORDER)})) WITHOUT ROWID"
 # One statement decides, inside SQLite: a measured record beats a modelled one, then the smaller time wins (`better`).
 _UPSERT = (
     f"INSERT INTO records ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))}) "
@@ -57,8 +59,8 @@ _UPSERT = (
     + " WHERE CASE WHEN excluded.kind = records.kind THEN excluded.seconds < records.seconds"
     " ELSE excluded.kind = 'measured' END"
 )
-_SELECT = f"SELECT {', '.join(_COLUMNS)} FROM records"
-_FAMILY = f"{_SELECT} WHERE {' AND '.join(f'{name} = ?' for name in FAMILY)}"
+_ORDERED = f"ORDER BY {', '.join(_ORDER)}"
+_FAMILY = f"WHERE {' AND '.join(f'{name} = ?' for name in FAMILY)}"
 _REMOVE = f"DELETE FROM records WHERE {' AND '.join(f'{name} = ?' for name in _ORDER)}"
 _SUPERSEDE = f"{_REMOVE} AND schedule = ? AND seconds = ? AND kind = ?"
 
@@ -130,7 +132,7 @@ class Store:
         Raises StoreError if the database cannot be read.
         """
         try:
-            own = self._read(f"{_SELECT} ORDER BY {', '.join(_ORDER)}", (), WRITE_WAIT)
+            own = self._read(_ORDERED, (), WRITE_WAIT)
         except _Fresh:
             own = []
         except _Unusable as problem:
@@ -174,11 +176,11 @@ class Store:
             stamps.append((info.st_mtime_ns, info.st_size, info.st_ino))
         return tuple(stamps)
 
-    def _read(self, query: str, arguments: Iterable[object], wait: float) -> list[Record]:
+    def _read(self, which: str, arguments: Iterable[object], wait: float) -> list[Record]:
         def run() -> list[tuple[object, ...]]:
             with closing(self._connect_to_read(wait)) as connection:
                 _identify(connection, self.path)
-                return connection.execute(query, tuple(arguments)).fetchall()
+                return connection.execute(f"{_select(connection)} {which}", tuple(arguments)).fetchall()
 
         records = []
         for row in self._guard(run):
@@ -281,6 +283,8 @@ class Store:
                 connection.execute(_CREATE)
                 connection.execute(f"PRAGMA application_id = {APPLICATION}")
                 connection.execute(f"PRAGMA user_version = {SCHEMA}")
+            for name in _lacking(connection):
+                connection.execute(f"ALTER TABLE records ADD COLUMN {_DECLARED[name]}")
             self._checked = True
             return connection
         except BaseException:
@@ -315,7 +319,7 @@ class Store:
                 for (line,) in connection.execute("PRAGMA integrity_check(20)"):
                     if line != "ok":
                         problems.append(f"{self.path}: {line}")
-                return connection.execute(f"{_SELECT} ORDER BY {', '.join(_ORDER)}").fetchall()
+                return connection.execute(f"{_select(connection)} {_ORDERED}").fetchall()
 
         problems: list[str] = []
         try:
@@ -372,6 +376,19 @@ def _identify(connection: sqlite3.Connection, path: Path) -> None:
         raise _Unusable(f"{path}: is a database of another program, not of attngen")
     if version > SCHEMA:
         raise _Unusable(f"{path}: was written by a newer attngen (schema {version}, this one reads {SCHEMA})")
+
+
+def _lacking(connection: sqlite3.Connection) -> list[str]:
+    """Columns that came after this database was made. An older attngen reads and writes it with them all the same."""
+    there = {name for (name,) in connection.execute("SELECT name FROM pragma_table_info('records')")}
+    return [name for name in ADDED if name not in there]
+
+
+def _select(connection: sqlite3.Connection) -> str:
+    """Every column of the records, those that the database lacks as they are by default."""
+    lacking = _lacking(connection)
+    columns = ["''" if name in lacking else name for name in _COLUMNS]
+    return f"SELECT {', '.join(columns)} FROM records"
 
 
 def _patiently(run: Callable[[], object]) -> None:

@@ -14,7 +14,8 @@ from attngen.store.device import Device
 
 KINDS = ("measured", "modelled")
 NOISY = 0.3  # a spread beyond which schedules that differ by as much cannot be told apart
-MAX_TEXT = 4096  # no field of an honest record is longer
+MAX_TEXT = 4096  # no field of an honest record is longer, but for
+MAX_SPEC = 32 * 1024  # the spec's text
 
 _SHAPE_WORDS = {
     "b": "batch",
@@ -236,6 +237,7 @@ class Record:
     error: float  # the check's error over what its rule allows (at most 1); 0 when modelled
     made_at: str  # UTC, ISO 8601
     source: str  # "attngen tune", a file that was imported, ...
+    spec: str = ""  # what was tuned, the canonical text that `key.spec_key` is the hash of; "" in records made before there was one
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -248,9 +250,9 @@ class Record:
                 raise StoreError(f"record: {name} must be a finite number >= 0, got {value!r}")
         if not self.seconds > 0:
             raise StoreError("record: seconds must be positive, got 0")
-        for name in ("made_at", "source"):
-            if not isinstance(getattr(self, name), str) or len(getattr(self, name)) > MAX_TEXT:
-                raise StoreError(f"record: {name} must be text of at most {MAX_TEXT} characters")
+        for name, most in (("made_at", MAX_TEXT), ("source", MAX_TEXT), ("spec", MAX_SPEC)):
+            if not isinstance(getattr(self, name), str) or len(getattr(self, name)) > most:
+                raise StoreError(f"record: {name} must be text of at most {most} characters")
 
     @property
     def noisy(self) -> bool:

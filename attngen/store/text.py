@@ -15,8 +15,9 @@ from pathlib import Path
 from attngen.errors import StoreError
 from attngen.store.record import KEY_FIELDS, Key, Record, StoreWarning, best_of
 
-FORMAT = 1
-VALUE_FIELDS = ("schedule", "seconds", "spread", "kind", "error", "made_at", "source")
+FORMAT = 2  # 1: the same without ADDED
+ADDED = ("spec",)  # fields that older records may lack
+VALUE_FIELDS = ("schedule", "seconds", "spread", "kind", "error", "made_at", "source", *ADDED)
 MAX_LINE = 64 * 1024
 SHIPPED = Path(__file__).parent.parent / "tuning_db"
 
@@ -32,12 +33,12 @@ def record_from_dict(given: object) -> Record:
     if not isinstance(given, dict):
         raise StoreError(f"record: expected an object, got {type(given).__name__}")
     names = {*KEY_FIELDS, *VALUE_FIELDS}
-    if missing := sorted(names - given.keys()):
+    if missing := sorted(names - {*ADDED} - given.keys()):
         raise StoreError(f"record: {', '.join(missing)} missing")
     if unknown := sorted(given.keys() - names):
         raise StoreError(f"record: unknown field {unknown[0]!r}")
     key = Key(**{name: given[name] for name in KEY_FIELDS})
-    return Record(key=key, **{name: given[name] for name in VALUE_FIELDS})
+    return Record(key=key, **{name: given[name] for name in VALUE_FIELDS if name in given})
 
 
 def write_records(records: Iterable[Record], path: str | Path) -> int:

@@ -20,7 +20,7 @@ import torch
 from attngen.errors import AttngenWarning, InputError, StoreError
 from attngen.language.spec import Spec
 from attngen.schedule import Schedule
-from attngen.store import Found, Key, Record, Shape, Store, cache_folder, open_store, utc_now
+from attngen.store import MAX_SPEC, Found, Key, Record, Shape, Store, cache_folder, open_store, utc_now
 from attngen.tuning.attends import Part, check_names, parts_of
 from attngen.tuning.captures import make_captures, save_captures
 from attngen.tuning.measure import Measurer, Outcome, Worker, WorkerMeasurer
@@ -363,6 +363,7 @@ def _record(job: Job, tried: Tried) -> Record:
         error=_rounded(outcome.error),
         made_at=utc_now(),
         source=f"attngen tune, {job.shape}",
+        spec=job.spec.text if len(job.spec.text) <= MAX_SPEC else "",
     )
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import attngen
-from attngen.cli.main import app
+from attngen.cli.main import app, main
+from attngen.tuning.target_device import find_target_device
 
 COMMANDS = [
     "show",
@@ -18,7 +22,7 @@ COMMANDS = [
     "compile",
     "tune",
     "doctor",
-    *(f"db {name}" for name in ["ls", "rm", "export", "import", "verify"]),
+    *(f"db {name}" for name in ["ls", "show", "rm", "export", "import", "verify"]),
 ]
 
 
@@ -79,6 +83,60 @@ def test_compile_takes_gpus_by_name_and_fits_80_columns(monkeypatch: pytest.Monk
     rows = [line for line in lines if "sm_" in line]
     assert [line.split()[1] for line in rows] == ["sm_90"] * 4 + ["sm_80"] * 4 and max(map(len, lines)) <= 80
     assert "mma 8" in run("compile", "i >= j", "--target", "H100", "--head-dim", "64", "--loops").output
+
+
+def test_a_target_is_an_architecture_or_a_gpu_everywhere(tmp_path):
+    spec = attngen.Spec(mask=attngen.causal())
+    attn, options = attngen.compile(spec), dict(head_dim=64, dtype=torch.float16)
+    text = attn.source("forward", target="sm_90", **options)
+    for name in ("H100", "h200", "NVIDIA H200"):
+        assert attn.source("forward", target=name, **options) == text
+        (kernel,) = attngen.cross_compile(spec, target=name, passes=("forward",), **options)
+        assert kernel.target == "sm_90"
+        assert find_target_device(name, None).target.name == "sm_90"
+    assert find_target_device("sm_90", None).target.name == "sm_90"
+    with pytest.raises(attngen.ScheduleError, match=r"sm_90.*H100.*got 'GTX'"):
+        attn.source("forward", target="GTX", **options)
+
+
+def test_records_say_what_they_are_of(tmp_path):
+    db = str(tmp_path / "a.db")
+    run(
+        "tune",
+        "param width: int; mask: i - j < width",
+        "--shape",
+        "B1 H2 N64 D16",
+        "--trials",
+        "1",
+        "--db",
+        db,
+        "--set",
+        "width=9",
+    )
+    key = attngen.Spec.from_text("param width: int; mask: i - j < width").key
+    listed = run("db", "ls", "--db", db).output
+    assert f"{key[:12]}  mask: " in listed and "width" in listed and "param" not in listed
+    told = run("db", "show", key[:12], "--db", db).output
+    assert f"spec_key    {key}" in told and "param width: int" in told and "block_m=" in told and "2 records" in told
+    assert run("db", "show", "param width: int; mask: i - j < width", "--db", db).output == told
+    with pytest.raises(attngen.InputError, match="KEY: expected the start of a record's spec key"):
+        run("db", "show", "0123abcd", "--db", db)
+    store = attngen.store.open_store(db)
+    store.put(*(replace(r, key=replace(r.key, n_q=4), spec=f"{r.spec} and i >= j") for r in store.records()))
+    result = run("db", "verify", "--db", db)
+    assert result.exit_code == 1 and "its spec has another key" in result.output
+
+
+def test_warnings_are_messages(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    def warn() -> None:
+        warnings.warn(attngen.AttngenWarning("a [b] c"), stacklevel=1)
+
+    monkeypatch.setattr(sys.modules["attngen.cli.main"], "app", warn)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # to be put back
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        main()
+    assert capsys.readouterr().err == "warning a [b] c\n"
 
 
 def test_records_by_spec_and_device(tmp_path):

@@ -38,7 +38,7 @@ from attngen.store import (
     parse_records,
 )
 from attngen.store.record import BUCKETS, KEY_FIELDS, VERSIONS
-from attngen.store.text import SHIPPED, device_file, read_records
+from attngen.store.text import SHIPPED, VALUE_FIELDS, device_file, read_records
 
 H200 = Device("NVIDIA H200", 132, 140, "570.86.15")
 SHAPE = Shape(1, 64, 8, 4096, 4096, 128, 128)
@@ -470,6 +470,33 @@ def test_bad_text_is_refused_whole_and_named(tmp_path, text, named):
 def test_good_text_is_read():
     (one,) = parse_records(lines({"attngen_records": 1}, GOOD, ""))
     assert one.key == KEY and one.schedule == {"block_m": 64}
+
+
+def test_a_record_keeps_its_specs_text(store, tmp_path):
+    store.put(record(spec="mask: i >= j"))
+    assert store.records()[0].spec == "mask: i >= j" and store.lookup(KEY).record.spec == "mask: i >= j"
+    store.export_to(tmp_path / "a.jsonl")
+    (moved,) = read_records(tmp_path / "a.jsonl")
+    assert moved.spec == "mask: i >= j"
+    with pytest.raises(StoreError, match="spec must be text of at most"):
+        record(spec="x" * 40000)
+
+
+def test_a_database_from_before_records_had_a_spec(store):
+    """It is read as it is, even read-only; the first write adds the column, and an older attngen can still write."""
+    store.put(record(spec="mask: i >= j"))
+    with sqlite3.connect(store.path) as connection:
+        connection.execute("ALTER TABLE records DROP COLUMN spec")
+    old = Store(store.path)
+    assert old.records() == [record()] and old.lookup(KEY).record == record() and old.verify() == []
+    newer = record(replace(KEY, n_k=64), spec="mask: i < j")
+    old.put(newer)
+    assert {r.spec for r in old.records()} == {"", "mask: i < j"}
+    with sqlite3.connect(store.path) as connection:
+        names = [name for name in (*KEY_FIELDS, *VALUE_FIELDS) if name != "spec"]
+        copied = ", ".join("128" if name == "n_q" else name for name in names)
+        connection.execute(f"INSERT INTO records ({', '.join(names)}) SELECT {copied} FROM records WHERE n_k = 64")
+    assert [r.spec for r in old.records() if r.key.n_q == 128] == [""]
 
 
 def test_verify_asks_for_legality(store):
