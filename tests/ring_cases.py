@@ -123,6 +123,16 @@ def causal(rank: int) -> None:
 
 
 @case
+def scaled(rank: int) -> None:
+    """Of every block the call's own scale; shards do not depend on it."""
+    spec = ag.Spec(mask=ag.causal())
+    ring = compare(spec, rank, scale=0.7)
+    x = torch.ones(1, 1, 64, 16) / (1 + rank)
+    shards = ring.shards(x, x, x)
+    assert torch.equal(ring(x, x, x, shards=shards, scale=0.7), ring(x, x, x, scale=0.7))
+
+
+@case
 def windowed(rank: int) -> None:
     width = ag.Param("width")
     spec = ag.Spec(mask=lambda b, h, i, j: (i >= j) & (i - j < width))

@@ -68,12 +68,12 @@ class Block:
     def captures(self, given: Mapping[str, Any], keys: range, names: Iterable[str] | None = None) -> dict[str, Any]:
         """Tensors and params of the block whose keys have these positions, from those of the whole. names: only these."""
         spec = self.attention.spec
-        wanted = {*spec.tensors, *spec.params} if names is None else {*names}
+        wanted = {*spec.tensors, *spec.params, *({"scale"} & given.keys())} if names is None else {*names}
         found: dict[str, Any] = {}
         for name in wanted & {*spec.tensors}:
             source, dims = self.sources[name]
             found[name] = self._cut(given[source], dims, keys)
-        for name in wanted & {*spec.params}:
+        for name in wanted & {*spec.call_params}:
             found[name] = keys.start if name == self.start.name else given[name]
         return found
 

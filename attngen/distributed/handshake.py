@@ -161,7 +161,7 @@ def whole_call(ring: Ring, shards: Shards, q: Any, k: Any, v: Any, q_offset: Any
 def identity(ring: Ring, call: Call) -> tuple[Any, ...]:
     """What shards depend on besides lengths and captured data."""
     offset = "tensor" if isinstance(call.q_offset, torch.Tensor) else call.q_offset
-    params = tuple(sorted(call.params.items()))
+    params = tuple((name, call.params[name]) for name in sorted(call.spec.params))  # those a mask may read: no scale
     return ring.attention.spec.key[:12], ring.layout, tuple(call.q.shape[:2]), call.k.shape[1], offset, params
 
 

@@ -23,10 +23,10 @@ LARGEST_PARAM = 2**30 - 2**16  # below these, sums of a few positions and twice 
 @dataclass(eq=False, slots=True)
 class Call:
     """A checked call: q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] (with pages: [pages, Hkv, page size, *]);
-    captures by name, broadcast dims expanded; params by name; q_offset an int or an int tensor [B]. wants_grad: False if
-    nobody can ask for gradients of it, so that what only a backward reads need not be prepared. tables: of the walk of each
-    kernel, if somebody made them already. patient: whether anybody may look at values to decide sizes. known: what
-    the runtime remembers of calls like this one.
+    captures by name, broadcast dims expanded; params by name, "scale" among them if the call gives one; q_offset an int or an
+    int tensor [B]. wants_grad: False if nobody can ask for gradients of it, so that what only a backward reads need not be
+    prepared. tables: of the walk of each kernel, if somebody made them already. patient: whether anybody may look at values to
+    decide sizes. known: what the runtime remembers of calls like this one.
     """
 
     spec: Spec
@@ -44,6 +44,16 @@ class Call:
     def of(self, spec: Spec) -> Call:
         """The same call of another spec, such as a piece of a union."""
         return self if spec is self.spec else replace(self, spec=spec)
+
+    @property
+    def scale(self) -> float:
+        """The factor on q.k: this call's own, else the spec's."""
+        given = self.params.get("scale")
+        return self.spec.scale_for(self.q.shape[3]) if given is None else given
+
+    def params_of(self, spec: Spec) -> dict[str, int | float]:
+        """The numbers of this call that an attention of it, of another spec, takes."""
+        return {name: self.params[name] for name in spec.call_params if name in self.params}
 
     @property
     def group(self) -> int:
@@ -88,7 +98,7 @@ def bind(
     """
     _check_qkv(q, k, v, spec.page_size)
     known = {**spec.tensors, **spec.params}
-    unknown = [name for name in captures if name not in known]
+    unknown = [name for name in captures if name not in known and name not in spec.call_params]
     if unknown:
         raise InputError(
             unknown[0], f"one of this spec's captures ({', '.join(known) or 'it has none'})", "an unknown name"
@@ -109,10 +119,7 @@ def bind(
     tensors = {
         name: _check_capture(spec, d, captures[name], extents, q_offset, q.device) for name, d in spec.tensors.items()
     }
-    params = {name: number_of(p, captures[name]) for name, p in spec.params.items()}
-    if spec.dropout is not None and spec.dropout.is_Symbol and not 0 <= params[spec.dropout.name] < 1:
-        raise InputError(spec.dropout.name, "a probability in [0, 1)", params[spec.dropout.name])
-    call = Call(spec, q, k, v, tensors, params, q_offset)
+    call = Call(spec, q, k, v, tensors, numbers_of(spec, captures), q_offset)
     if values:
         check_indices(call)
     return call
@@ -208,10 +215,27 @@ _WIDER = {
 _NO_NUMBERS = {torch.uint64, torch.complex32, torch.complex64, torch.complex128}
 
 
+def numbers_of(spec: Spec, captures: Mapping[str, Any]) -> dict[str, int | float]:
+    """The params of a call, and its scale if it gives one. InputError."""
+    given = {name: param for name, param in spec.call_params.items() if captures.get(name) is not None}
+    params = {name: number_of(param, captures[name]) for name, param in given.items()}
+    if spec.dropout is not None and spec.dropout.is_Symbol and not 0 <= params[spec.dropout.name] < 1:
+        raise InputError(spec.dropout.name, "a probability in [0, 1)", params[spec.dropout.name])
+    if "scale" in params and not 0 < params["scale"] < float(
+        "inf"
+    ):  # kernels scale a row's maximum instead of its logits
+        fix = "a factor of another sign belongs to the spec: Spec(scale=...)"
+        raise InputError("scale", "a finite number above 0", params["scale"], fix)
+    return params
+
+
 def number_of(param: Param, value: Any) -> Any:
     """The value of a Param as a Python (or symbolic) number. InputError."""
     name, kind = param.name, param.number_kind
     number: Any = value
+    if isinstance(value, torch.Tensor) and name == "scale":
+        fix = 'for one on the device declare heat = ag.Tensor("heat", 0) and write score=lambda s, b, h, i, j: s * heat[()]'
+        raise InputError(name, "a Python float", f"a tensor of shape {list(value.shape)}", fix)
     if isinstance(value, torch.Tensor):
         raise InputError(
             name,

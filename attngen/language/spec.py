@@ -41,7 +41,7 @@ class Spec:
     mask: which pairs (i, j) count: a condition, a function of (b, h, i, j), or text. None: all.
     score: what becomes of the scaled logit s: an expression in s, a function of (s, b, h, i, j), text, or a sequence of
         these applied in order. None: s itself.
-    scale: factor on q.k; None is 1 / sqrt(head dim).
+    scale: factor on q.k; None is 1 / sqrt(head dim). A call may give another: `scale=`.
     sink: a logit per (b, h, i) that joins the softmax's denominator with value 0 (attention sinks), e.g. `sink[h]`; a
         function takes (b, h, i).
     dropout: probability in [0, 1) that a weight is zeroed after the softmax, a number or a float Param; the call then
@@ -134,6 +134,8 @@ class Spec:
             self.tensors["seed"] = _SEED_ON_DEVICE
         elif self.dropout is not None:
             self.params["seed"] = _SEED
+        # The numbers that a call may give by name. An attribute: whoever traces a call cannot read a cached property.
+        self.call_params: dict[str, Param] = {**self.params, "scale": _SCALE}
         if self.keys is not None:
             self.keys.check_spec(self)
 
@@ -261,6 +263,9 @@ _FIELDS = ("mask", "score", "scale", "sink", "dropout", "keys", "lists", "page_s
 _SEED = object.__new__(Param)  # "seed" is a reserved name: only dropout declares it
 _SEED.name, _SEED.number_kind = "seed", "int"
 Expr.__init__(_SEED, sympy.Symbol("seed", integer=True))
+_SCALE = object.__new__(Param)  # reserved too: every call may give it
+_SCALE.name, _SCALE.number_kind = "scale", "float"
+Expr.__init__(_SCALE, sympy.Symbol("scale", real=True))
 _SEED_ON_DEVICE = object.__new__(Tensor)
 _SEED_ON_DEVICE.name, _SEED_ON_DEVICE.ndim, _SEED_ON_DEVICE.kind = "seed", 0, "int"
 

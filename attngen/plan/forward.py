@@ -39,7 +39,7 @@ def split(
     own = set(keys.captures())
     known = {*own, *spec.tensors, *spec.params}
     for name in captures:
-        if name not in known:
+        if name not in known and name not in spec.call_params:
             names = ", ".join(sorted(known)) or "it has none"
             raise InputError(name, f"one of this spec's captures ({names})", "an unknown name")
     given = {name: value for name, value in captures.items() if name in own}

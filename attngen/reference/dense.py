@@ -46,7 +46,7 @@ def dense(
     """
     spec, env = call.spec, dense_env(call, dtype)
     keys, values = (t.to(dtype).repeat_interleave(call.group, 1) for t in (call.k, call.v))
-    logits = (call.q.to(dtype) @ keys.mT) * spec.scale_for(call.q.shape[-1])
+    logits = (call.q.to(dtype) @ keys.mT) * call.scale
     if gain is not None:
         logits = logits * gain
     mask = torch.broadcast_to(tensor_of(evaluate(spec.mask, env, real=dtype), call.q.device), logits.shape)

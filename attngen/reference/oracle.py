@@ -49,7 +49,7 @@ def _union(call: Call, given: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Te
     keys = call.spec.keys
     results = []
     for spec in keys.specs:  # type: ignore[union-attr]
-        names = {*spec.tensors, *spec.params, *(() if spec.keys is None else spec.keys.captures())}
+        names = {*spec.tensors, *spec.call_params, *(() if spec.keys is None else spec.keys.captures())}
         both = {n: value for n, value in {**call.captures, **call.params, **given}.items() if n in names}
         results.append(oracle(spec, call.q, call.k, call.v, q_offset=call.q_offset, **both))
     if call.spec.sink is not None:

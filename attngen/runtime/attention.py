@@ -63,7 +63,7 @@ def compile(
 
 
 class CompiledAttention:
-    """attn(q, k, v, *, return_lse=False, q_offset=0, plan=None, group=None, **captures) -> out, or (out, lse).
+    """attn(q, k, v, *, return_lse=False, q_offset=0, plan=None, group=None, scale=None, **captures) -> out, or (out, lse).
 
     q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] of one dtype and device, Hkv dividing Hq; any strides. out
     [B, Hq, Nq, Dv] in that dtype; lse [B, Hq, Nq] float32, natural log, -inf for a row that sees no key (whose out is 0). k and
@@ -71,10 +71,11 @@ class CompiledAttention:
     q_offset: what is added to a query's row to get its position, an int or an int tensor [B]. captures: the spec's tensors
     and params by name, and those of its key set; plan: what `prepare` made. Ragged batches, without a key set: k_len int [B],
     rows of k from k_len[b] on are not there; k_offset, an int or int [B], is the position of k's first row, as in a sliding cache;
-    or cu_q, cu_k int [S + 1], the ends of S sequences packed into a batch of 1 (b, i and j
-    then are a sequence's number and positions in it, q_offset an int or [S], captures [S, ...] along b). group: a process
-    group whose ranks hold a contiguous part of the sequence each, see `attngen.ring`. Differentiable in q, k, v and float
-    captured tensors. Raises InputError.
+    or cu_q, cu_k int [S + 1], the ends of S sequences packed into a batch of 1 (b, i and j then are a sequence's number and
+    positions in it, q_offset an int or [S], captures [S, ...] along b). scale: a float above 0 in the place of the spec's factor
+    on q.k (of a union, of every piece's); another value compiles no kernel (under torch.compile a float that changes is a new
+    graph, as for SDPA). group: a process group whose ranks hold a contiguous part of the sequence each, see `attngen.ring`.
+    Differentiable in q, k, v and float captured tensors. Raises InputError.
     """
 
     def __init__(self, spec: Spec, pins: Schedule, backend: str, db: str | None):
@@ -179,11 +180,11 @@ class CompiledAttention:
         a name that neither has.
         """
         spec = self.spec
-        present = [name for name, value in captures.items() if value is not None or name not in LENGTHS]
+        present = [name for name, value in captures.items() if value is not None or name not in (*LENGTHS, "scale")]
         keys = spec.keys if spec.keys is not None else ragged_of(spec, present)
         own = () if keys is None else keys.captures()
         for name in present:
-            if name not in own and name not in spec.tensors and name not in spec.params:
+            if name not in own and name not in spec.tensors and name not in spec.call_params:
                 names = ", ".join(sorted({*own, *spec.tensors, *spec.params})) or "it has none"
                 raise InputError(name, f"one of this spec's captures ({names})", "an unknown name")
         given = {name: value for name, value in captures.items() if name in own}
@@ -271,7 +272,7 @@ class CompiledAttention:
             return bound(self.spec, keys, q, k, v, q_offset, named, given), given
         call = bound(Spec(), keys, q, k, v, q_offset, {}, given)
         tensors = {name: value for name, value in named.items() if name in self.spec.tensors}
-        params = {name: value for name, value in named.items() if name in self.spec.params}
+        params = {name: value for name, value in named.items() if name in self.spec.call_params}
         return replace(call, spec=self.spec, captures=tensors, params=params), given
 
     def _walks_tables(self) -> bool:
@@ -290,8 +291,9 @@ class CompiledAttention:
             if rest.get(name) is None:
                 text = self.spec.tensors[name].text() if name in self.spec.tensors else f"param {name}"
                 raise InputError(name, text, "nothing", f"pass {name}=... at the call")
-        for name, param in self.spec.params.items():
-            rest[name] = number_of(param, rest[name])
+        for name, param in self.spec.call_params.items():
+            if name in rest:
+                rest[name] = number_of(param, rest[name])
         for name in self.spec.tensors:
             if not isinstance(rest[name], torch.Tensor):
                 raise InputError(name, "a torch.Tensor", type(rest[name]).__name__)
@@ -299,7 +301,7 @@ class CompiledAttention:
 
     def is_float(self, name: str) -> bool:
         """Whether a number is a float by declaration."""
-        return name in self.spec.params and self.spec.params[name].number_kind == "float"
+        return name in self.spec.call_params and self.spec.call_params[name].number_kind == "float"
 
     def bound_unfolded(
         self, q: Any, k: Any, v: Any, q_offset: Any, named: Mapping[str, Any], values: bool = False
@@ -307,7 +309,7 @@ class CompiledAttention:
         """The call's key set, the checked call and the key set's captures, from what `unfolded` made. values: look at the values
         of indices too. InputError.
         """
-        own = [name for name in named if name not in self.spec.tensors and name not in self.spec.params]
+        own = [name for name in named if name not in self.spec.tensors and name not in self.spec.call_params]
         keys = self.spec.keys if self.spec.keys is not None else ragged_of(self.spec, own)
         given = {name: named[name] for name in own}
         rest = {name: value for name, value in named.items() if name not in given}

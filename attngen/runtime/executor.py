@@ -99,9 +99,8 @@ class Executor:
         if step.operands == ("q", "k", "v") and spec is call.spec and step.offset:
             return call
         captures = {name: _read(step, buffers, buffer) for name, buffer in step.captures}
-        params = {name: call.params[name] for name in spec.params}
         q, k, v = (_read(step, buffers, x) for x in step.operands)
-        return Call(spec, q, k, v, captures, params, call.q_offset if step.offset else 0, call.wants_grad)
+        return Call(spec, q, k, v, captures, call.params_of(spec), call.q_offset if step.offset else 0, call.wants_grad)
 
     def stages(self, step: Attend, inner: Call, call: Call) -> Specialised:
         """How an `Attend` is computed: decided once for calls with one signature, and again where sizes depend on values."""
@@ -133,7 +132,7 @@ class Executor:
 
         q, k, v = (sized(x) for x in step.operands)
         captures = {name: buffers[buffer] for name, buffer in step.captures if buffer in buffers}
-        params = {name: call.params[name] for name in step.spec.params if name in call.params}
+        params = call.params_of(step.spec)
         return Call(step.spec, q, k, v, captures, params, call.q_offset if step.offset else 0, call.wants_grad)
 
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from attngen.errors import InputError
-from attngen.language.call import LARGEST_POSITION, Call, check_offset, number_of
+from attngen.language.call import LARGEST_POSITION, Call, check_offset, numbers_of
 from attngen.language.indices import check_indices, doubtful_loads
 from attngen.language.keyset import KeySet
 from attngen.language.spec import Spec
@@ -98,10 +97,7 @@ class Known:
             tensor = captures[name]
             tensor = tensor if dtype is None else tensor.to(dtype)
             tensors[name] = tensor if sizes is None else tensor.expand(sizes)
-        params = {name: number_of(param, captures[name]) for name, param in spec.params.items()}
-        if spec.dropout is not None and spec.dropout.is_Symbol and not 0 <= params[spec.dropout.name] < 1:
-            raise InputError(spec.dropout.name, "a probability in [0, 1)", params[spec.dropout.name])
-        call = Call(spec, q, k, v, tensors, params, q_offset, known=self.stages)
+        call = Call(spec, q, k, v, tensors, numbers_of(spec, captures), q_offset, known=self.stages)
         if self.looks:
             check_indices(call)
         return call

@@ -66,6 +66,8 @@ def test_params_lengths_batches_and_heads_compile_nothing(compiled: set[Any]):
         launch(spec, 2, n, n_k, width=7, cap=3.0, slope=torch.zeros(4))
     for batch, heads, kv in ((1, 4, 2), (5, 8, 1), (16, 16, 16)):
         launch(spec, batch, 200, 200, heads, kv, width=7, cap=3.0, slope=torch.zeros(heads))
+    for scale in (0.1, 1.0, 3.0):
+        launch(spec, 2, 200, 200, width=7, cap=3.0, slope=torch.zeros(4), scale=scale)
     launch(spec, 2, 200, 200, q_offset=55, width=7, cap=3.0, slope=torch.zeros(4))
     assert compiled == first
 

@@ -65,7 +65,7 @@ def attend(call: Call, facts: Facts) -> Result | None:
     # Every view costs as much as the arithmetic on a few keys: only what changes something is done.
     q = call.q if call.q.dtype == real else call.q.to(real)
     q = q if group == 1 else q.reshape(batch, call.k.shape[1], group * n_q, head_dim)
-    scale, offsets, found = _scale(call), offsets_of(call), []
+    scale, offsets, found = call.scale, offsets_of(call), []
     apart = keys.by_batch or _differs_by_batch(facts)
     for b in range(batch) if apart else (0,):
         runs = sorted(keys.runs(b, 0, 0))
@@ -96,7 +96,7 @@ def differentiate(
     keys = Keys(call, facts, call.q.shape[2], call.n_k)
     if keys.by_head or not lse.isfinite().all().item() or shows_in_weights(lse):
         return None
-    real, batch, env, scale = real_of(call), call.q.shape[0], environment(call, real_of(call)), _scale(call)
+    real, batch, env, scale = real_of(call), call.q.shape[0], environment(call, real_of(call)), call.scale
     folded = batch, call.k.shape[1], call.group * call.q.shape[2]
     q, do = (x.to(real).reshape(*folded, -1) for x in (call.q, do))
     lse, delta, q = lse.reshape(*folded, 1), delta.reshape(*folded, 1), q * scale
@@ -118,10 +118,6 @@ def differentiate(
     if not math.isfinite((dq.sum() + dk.sum() + dv.sum()).item()):
         return None
     return dq.reshape(call.q.shape).to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype)
-
-
-def _scale(call: Call) -> float:
-    return call.spec.scale_for(call.q.shape[3])
 
 
 def _rows(x: torch.Tensor, runs: list[tuple[int, int, bool]], real: torch.dtype) -> torch.Tensor:

@@ -115,7 +115,7 @@ class _Work:
         self.call, self.facts, self.spec, self.real = call, facts, call.spec, _real(call)
         self.q, self.k, self.v = (t.detach().to(self.real) for t in (call.q, call.k, call.v))
         self.identity = bool(self.spec.score == S)
-        self.scale = self.spec.scale_for(call.q.shape[3])
+        self.scale = call.scale
         self.offsets: list[int] = torch.as_tensor(call.q_offset).expand(call.q.shape[0]).tolist()
         captures = {n: t.detach().to(self.real) if t.is_floating_point() else t for n, t in call.captures.items()}
         self.env: dict[str, Any] = {**captures, **call.params}

@@ -68,7 +68,7 @@ class Work:
         self.env = environment(call, self.real)
         self.like = torch.empty(0, dtype=self.real)
         self.identity = bool(self.spec.score == S)
-        self.scale = self.spec.scale_for(call.q.shape[3])
+        self.scale = call.scale
         # inf and nan spoil a sum where they meet a weight of 0. While none has been seen, masked pairs take part in products;
         # else they are left out by hand.
         self.finite = True

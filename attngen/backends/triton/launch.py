@@ -282,7 +282,7 @@ def heads_together(call: Call) -> int:
 @dataclass(frozen=True, eq=False)
 class _Ready:
     """A launch for one set of shapes and strides: what is left to a call is to put in its pointers and numbers. programs: 0 if there is
-    nothing to launch. tensors, params: (place, name) of each; offset: where an int q_offset goes.
+    nothing to launch. tensors, params: (place, name) of each; offset, scale: where an int q_offset and the scale go.
     """
 
     source: Source
@@ -291,6 +291,7 @@ class _Ready:
     tensors: tuple[tuple[int, str], ...]
     params: tuple[tuple[int, str], ...]
     offset: int | None
+    scale: int | None
     options: dict[str, Any]
     again: tuple[Source, int] | None = None  # what looks after results that are no numbers, and its programs
 
@@ -353,6 +354,8 @@ def _launch(
         arguments[place] = value - 2**32 if name == "seed" and value >= 2**31 else value  # an i32
     if ready.offset is not None:
         arguments[ready.offset] = offset.to(torch.int32) if isinstance(offset, torch.Tensor) else offset
+    if ready.scale is not None:
+        arguments[ready.scale] = call.scale
     with torch.cuda.device_of(q):  # Triton takes the current device, whichever the pointers are of
         _run(ready.source, ready.programs, arguments, ready.options)
         if ready.again is not None:
@@ -437,9 +440,9 @@ def _made_ready(
     source, lengths = _source_of(kernel, call, facts, schedule, tensors, site), _sizes(call, schedule)
     programs = source.grid.programs(lengths)
     arguments: list[Any] = [None] * len(source.args)
-    places: dict[str, list[tuple[int, str]]] = {"tensor": [], "table": [], "param": [], "offset": []}
+    places: dict[str, list[tuple[int, str]]] = {"tensor": [], "table": [], "param": [], "offset": [], "scale": []}
     if programs * lengths["batch"] * lengths["heads"] == 0:
-        return _Ready(source, 0, arguments, (), (), None, {})
+        return _Ready(source, 0, arguments, (), (), None, None, {})
     for place, arg in enumerate(source.args):
         if arg.role in places:
             places[arg.role].append((place, arg.of))
@@ -451,17 +454,16 @@ def _made_ready(
         elif arg.role == "length":
             arguments[place] = lengths[arg.of]
         else:
-            assert arg.role == "scale", arg
-            arguments[place] = call.spec.scale_for(call.q.shape[3])
+            raise AssertionError(arg)
     options = {"num_warps": source.num_warps, "num_stages": source.num_stages, "enable_fp_fusion": True}
-    offset = next((place for place, _ in places["offset"]), None)
+    offset, scale = (next((place for place, _ in places[role]), None) for role in ("offset", "scale"))
     found = (*places["tensor"], *places["table"])
     again = None
     if kernel in KERNELS and may_need_guard(call.spec):
         guarded = _source_of(kernel + GUARDED, call, facts, schedule, tensors, site)
         assert guarded.args[:-1] == source.args and guarded.num_stages == source.num_stages
         again = guarded, guarded.grid.programs(lengths)
-    return _Ready(source, programs, arguments, found, tuple(places["param"]), offset, options, again)
+    return _Ready(source, programs, arguments, found, tuple(places["param"]), offset, scale, options, again)
 
 
 def _run(source: Source, programs: int, arguments: list[Any], options: dict[str, Any]) -> None:

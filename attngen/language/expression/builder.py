@@ -49,7 +49,7 @@ RESERVED = frozenset(
     {"b", "h", "i", "j", "s", "and", "or", "not", "if", "else", "true", "false", "True", "False"}
     | {"min", "max", "abs", "where", "exp", "log", "tanh", "sqrt", "sigmoid"}
     | {"sin", "cos", "erf", "exp2", "floor", "ceil", "round", "relu", "clamp"}
-    | {"q", "k", "v", "return_lse", "q_offset", "plan", "group", "seed"}
+    | {"q", "k", "v", "return_lse", "q_offset", "plan", "group", "scale", "seed"}
 )
 PARENTHESES = "put comparisons in parentheses: & and | bind tighter than <"
 LARGEST_POWER = 8  # of an integer

@@ -55,7 +55,7 @@ def bind_union(
     """
     expanded = dict(captures)
     for piece in keys.specs:
-        named = {name: captures[name] for name in (*piece.tensors, *piece.params) if name in captures}
+        named = {name: captures[name] for name in (*piece.tensors, *piece.call_params) if name in captures}
         if piece.keys is not None and family_of(piece.keys).bind is not None:
             bound(piece, piece.keys, q, k, v, q_offset, named, given)
             continue
