@@ -77,8 +77,8 @@ def test_documents_too(compiled: set[Any]):
     launch(spec, 2, 200, 200, doc=torch.zeros(2, 200, dtype=torch.int32))
     first = set(compiled)
     assert (
-        len(first) == 9
-    )  # forward, dq and dkv, each with its guarded kernel, delta, and the tables by queries and by keys
+        len(first) == 10
+    )  # forward, dq and dkv, each with its guarded kernel, delta, excess, and the tables by queries and by keys
     for batch, n in ((1, 200), (4, 130), (2, 255)):
         launch(spec, batch, n, n, doc=torch.zeros(batch, n, dtype=torch.int32))
     assert compiled == first
