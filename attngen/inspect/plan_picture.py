@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -23,7 +23,7 @@ WIDTH = 26  # characters of a line in a box
 HALF = 0.37  # from the middle of a box to where arrows start and end, in columns
 
 
-def draw(plans: dict[str, Plan], path: str | Path) -> None:
+def draw(plans: Mapping[str, Plan], path: str | Path) -> None:
     """Draw plans below each other into a PNG file. plans: by title, such as "forward" and "backward"."""
     import matplotlib
 
