@@ -113,7 +113,7 @@ def show(
         console.print(f"written: {png}")
 
 
-@app.command(epilog="Example: [b]attngen explain 'i >= j' --shape 'B1 H8 N4096 D64'[/b]")
+@app.command(epilog="Example: [b]attngen explain 'i >= j' --shape 'B1 H8 N4096 D64' --html causal.html[/b]")
 def explain(
     spec: SpecArg,
     shape: Shape = "B1 H8 N4096 D64",
@@ -121,6 +121,7 @@ def explain(
     set_: Set = None,
     db: Database = None,
     png: Annotated[Path | None, typer.Option(help="Also draw the plan into this PNG file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write all of it, with sources, as one page of HTML.")] = None,
 ) -> None:
     """Say what attngen would do with this attention on this machine, and why. What a key set takes at the call is made up."""
     value = read_spec(spec)
@@ -129,9 +130,10 @@ def explain(
     rows, captures, made = example(value, Sizes.of(shape), _dtype(dtype), captures, device=device)
     if made:
         console.print(f"[dim]made up: {', '.join(made)}[/dim]")
-    console.print(compile_spec(value, db=db).explain(*rows, png=png, **captures), markup=False)
-    if png is not None:
-        console.print(f"written: {png}")
+    console.print(compile_spec(value, db=db).explain(*rows, png=png, html=html, **captures), markup=False)
+    for written in (png, html):
+        if written is not None:
+            console.print(f"written: {written}")
 
 
 @app.command(name="compile", epilog="Example: [b]attngen compile 'i >= j' --target sm_90 --head-dim 128 --source[/b]")

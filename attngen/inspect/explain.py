@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from attngen.inspect import picture, plan_picture
+from attngen.inspect import page, picture, plan_picture
 from attngen.inspect.explanation import Alternative, Attention, Explanation, explanation
 from attngen.runtime.attention import CompiledAttention
 
@@ -23,14 +23,18 @@ def explain(
     q_offset: Any,
     captures: Mapping[str, Any],
     png: str | Path | None = None,
+    html: str | Path | None = None,
 ) -> str:
     """Sections: the spec, the plan of both directions with sizes, bytes and schedules, and of each attention in it the mask's
     picture and tile counts, facts, the cost bound, the schedule and where it came from, and what other tiles would visit.
-    Everything about a GPU that is not here is modelled, and says so.
+    Everything about a GPU that is not here is modelled, and says so. html: a file for the same as a page, with the generated
+    sources.
     """
     found = explanation(attention, q, k, v, q_offset, captures)
     if png is not None:
         plan_picture.draw(found.plans, png)
+    if html is not None:
+        Path(html).write_text(page.page(found), encoding="utf-8")
     return text(found)
 
 

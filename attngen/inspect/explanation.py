@@ -53,7 +53,7 @@ class Alternative:
 class Attention:
     """One ordinary attention of a call. name: its step in the plan. tile: the (query rows, keys) that a forward tile's pairs are
     rounded out to. tiles: the map of batch 0, head 0 (int8: 0 empty, 1 partial, 2 full), None where there are no pairs; cell:
-    the (query rows, keys) of its elements. origin: where the schedule came from.
+    the (query rows, keys) of its elements. pins: what of the schedule was decided by hand; origin: where the rest came from.
     cost and alternatives are modelled; a key set's lists have no alternatives.
     """
 
@@ -61,6 +61,7 @@ class Attention:
     call: Call
     sizes: Sizes
     facts: Facts
+    pins: Schedule
     schedule: Schedule
     origin: str
     tile: tuple[int, int]
@@ -147,6 +148,7 @@ def _attention(attention: CompiledAttention, name: str, call: Call, backend: str
         call,
         sizes,
         stages.facts,
+        attention.pins.over(call.spec.schedule),
         stages.schedule,
         stages.origin,
         tile,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from attngen.reference.keysets import attended
 from attngen.reference.samples import made_up
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
+NAMES = ("empty", "partial", "full")
 LEGEND = "█ full tile   ▒ partial tile   · empty tile"
 _GLYPHS = "·▒█"
 _COLORS = ("#f4f1ea", "#e8a33d", "#27548a")
@@ -67,14 +70,23 @@ def text(tiles: torch.Tensor, most: int = 48) -> str:
     return "\n".join("".join(_GLYPHS[cell] * 2 for cell in row) for row in cells.tolist())
 
 
+def counts(tiles: torch.Tensor) -> dict[str, int]:
+    """How many tiles are full, partial and empty."""
+    return {name: int((tiles == NAMES.index(name)).sum()) for name in reversed(NAMES)}
+
+
+def runs(tiles: torch.Tensor) -> Iterator[list[tuple[str, int, int]]]:
+    """Of each row of tiles its runs of one kind: what they are, the first column, and one past the last."""
+    for row in tiles.tolist():
+        stops = [place for place in range(1, len(row)) if row[place] != row[place - 1]]
+        yield [(NAMES[row[a]], a, b) for a, b in pairwise([0, *stops, len(row)])]
+
+
 def summary(tiles: torch.Tensor) -> str:
     """Counts and shares of full, partial and empty tiles."""
-    total = max(tiles.numel(), 1)
-    counts = {
-        name: int((tiles == value).sum()) for name, value in (("full", FULL), ("partial", PARTIAL), ("empty", EMPTY))
-    }
-    parts = ", ".join(f"{count} {name} ({count / total:.1%})" for name, count in counts.items())
-    live = counts["full"] + counts["partial"]
+    total, found = max(tiles.numel(), 1), counts(tiles)
+    parts = ", ".join(f"{count} {name} ({count / total:.1%})" for name, count in found.items())
+    live = found["full"] + found["partial"]
     return f"{tiles.shape[0]} x {tiles.shape[1]} tiles: {parts}; visited {live / total:.1%} of the dense work"
 
 

@@ -354,13 +354,15 @@ class CompiledAttention:
         *,
         q_offset: Any = 0,
         png: str | Path | None = None,
+        html: str | Path | None = None,
         **captures: Any,
     ) -> str:
         """Text: the plan of both directions, and of each attention in it the mask's picture, tile counts, cost bound, the schedule
-        and where it came from, alternatives. png: a file to draw the plan into.
+        and where it came from, alternatives. png: a file to draw the plan into. html: a file for the same as one page that loads
+        nothing else, with live intervals and the generated sources.
         """
         own = self._with_seed(captures) or self
-        return _above("attngen.inspect.explain").explain(own, q, k, v, q_offset, captures, png)
+        return _above("attngen.inspect.explain").explain(own, q, k, v, q_offset, captures, png, html)
 
     def source(
         self,
