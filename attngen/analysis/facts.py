@@ -162,7 +162,9 @@ _KNOWN: OrderedDict[str, Facts] = OrderedDict()
 
 
 def facts(spec: Spec) -> Facts:
-    """The facts of a spec, shared by equal specs."""
+    """What analysis knows of a spec, shared by equal specs: walks (`walk_keys`, `walk_queries`), whether a row may see no key
+    (`may_be_empty`), derivatives (`score_ds`), and the cost of a call (`cost(...)`). `str()` is for people.
+    """
     known = _KNOWN.get(spec.key)
     if known is None:
         known = _KNOWN[spec.key] = Facts(spec)

@@ -128,9 +128,11 @@ def cross_compile(
 ) -> list[Compiled]:
     """The kernels of a spec, compiled for `target` ("sm_80" to "sm_120", "gfx942", or a GPU: "H100"); no GPU needed.
 
-    schedule: decisions over the spec's and the model's choice. passes: "forward", "backward" or single kernels. wide: which
-    captured integer tensors are int64; the others are int32, captured floats float32. Raises ScheduleError when a kernel
-    needs more shared memory than a program can have there.
+    schedule: decisions over the spec's and the model's choice.
+    passes: "forward", "backward" or single kernels.
+    wide: which captured integer tensors are int64; the others are int32, captured floats float32.
+
+    Raises ScheduleError when a kernel needs more shared memory than a program can have there.
     """
     gpu = Target.named(target)
     head_dim_v = head_dim if head_dim_v is None else head_dim_v

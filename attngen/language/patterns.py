@@ -65,7 +65,9 @@ def dilated_window(size: Size, dilation: Size) -> Expr:
 
 
 def documents(doc: Tensor | None = None) -> Expr:
-    """Packed documents: a query sees the keys of its own document. doc: int ids [B, N] or [N], indexed by position."""
+    """Packed documents: a query sees the keys of its own document. doc: int ids [B, N] or [N], indexed by position; None
+    declares a Tensor "doc" [B, N]. `document_ids(lengths)` makes them. Raises SpecError.
+    """
     doc = Tensor("doc", 2, dtype=torch.int32) if doc is None else doc
     _is_tensor("documents: doc", doc, (1, 2), "int")
     return doc[b, i] == doc[b, j] if doc.ndim == 2 else doc[i] == doc[j]
@@ -117,7 +119,9 @@ def tree(ancestor: Tensor | None = None, start: Size | None = None) -> Expr:
 
 
 def alibi(slope: Tensor | None = None) -> Expr:
-    """ALiBi (arXiv 2108.12409): s + slope[h] * (j - i). `alibi_slopes(heads)` gives the paper's slopes."""
+    """ALiBi (arXiv 2108.12409): s + slope[h] * (j - i). slope: float [H] at the call, which may be learned; `alibi_slopes(heads)`
+    gives the paper's. None declares a Tensor of that name.
+    """
     slope = Tensor("slope", 1) if slope is None else slope
     _is_tensor("alibi: slope", slope, (1,), "float")
     return s + slope[h] * (j - i)
@@ -132,7 +136,7 @@ def alibi_slopes(heads: int) -> torch.Tensor:
 
 
 def soft_cap(cap: float | Param) -> Expr:
-    """cap * tanh(s / cap), as in Gemma 2."""
+    """cap * tanh(s / cap), as in Gemma 2. cap: a positive number, or a float Param. Raises SpecError."""
     if isinstance(cap, (int, float)) and not cap > 0:
         raise SpecError(f"soft_cap: expected a positive number, got {cap}")
     return cap * tanh(s / cap)

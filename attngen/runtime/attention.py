@@ -47,9 +47,12 @@ def compile(
 ) -> CompiledAttention:
     """A callable attention for this spec.
 
+    spec: a `Spec`, or its text.
     schedule: decisions the tuner and the database may not change (over those in the spec).
     backend: "auto" picks by the tensors' device ("triton" on a GPU, "cpu" on a CPU); "interpret" runs the generated
-        Triton source in Triton's interpreter, for tests. db: path of the record database, None for the user's.
+        Triton source in Triton's interpreter, for tests.
+    db: path of the record database, None for the user's.
+
     Nothing is compiled before the first call. Raises SpecError, ScheduleError, InputError.
     """
     if isinstance(spec, str):
@@ -68,13 +71,21 @@ class CompiledAttention:
     q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] of one dtype and device, Hkv dividing Hq; any strides. out
     [B, Hq, Nq, Dv] in that dtype; lse [B, Hq, Nq] float32, natural log, -inf for a row that sees no key (whose out is 0). k and
     v of batch 1 serve every batch.
-    q_offset: what is added to a query's row to get its position, an int or an int tensor [B]. captures: the spec's tensors
-    and params by name, and those of its key set; plan: what `prepare` made. Ragged batches, without a key set: k_len int [B],
-    rows of k from k_len[b] on are not there; k_offset, an int or int [B], is the position of k's first row, as in a sliding cache;
-    or cu_q, cu_k int [S + 1], the ends of S sequences packed into a batch of 1 (b, i and j then are a sequence's number and
-    positions in it, q_offset an int or [S], captures [S, ...] along b). scale: a float above 0 in the place of the spec's factor
-    on q.k (of a union, of every piece's); another value compiles no kernel (under torch.compile a float that changes is a new
-    graph, as for SDPA). group: a process group whose ranks hold a contiguous part of the sequence each, see `attngen.ring`.
+
+    q_offset: what is added to a query's row to get its position, an int or an int tensor [B].
+    captures: the spec's tensors and params by name, and those of its key set.
+    plan: what `prepare` made.
+    scale: a float above 0 in the place of the spec's factor on q.k (of a union, of every piece's); another value compiles no
+        kernel (under torch.compile a float that changes is a new graph, as for SDPA).
+    group: a process group whose ranks hold a contiguous part of the sequence each, see `attngen.ring`.
+
+    Ragged batches, without a key set:
+
+    k_len: int [B], rows of k from k_len[b] on are not there.
+    k_offset: the position of k's first row, an int or int [B], as in a sliding cache.
+    cu_q, cu_k: int [S + 1], the ends of S sequences packed into a batch of 1; b, i and j then are a sequence's number and
+        positions in it, q_offset an int or [S], captures [S, ...] along b.
+
     Differentiable in q, k, v and float captured tensors. Raises InputError.
     """
 
@@ -116,7 +127,7 @@ class CompiledAttention:
     def prepare(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, q_offset: int | torch.Tensor = 0, **captures: Any
     ) -> Preparation:
-        """What such a call prepares (sorting, hashing, sampling, lists and tables of tiles): pass it as `plan=` to calls of the
+        """What such a call prepares (sorting, hashing, sampling, lists and tables of tiles). Pass it as `plan=` to calls of the
         same sizes, in other layers and steps, and leave out the captures that only the preparation reads. Captured tensors
         that the mask reads have to be the same then; an InputError names one that is not. Raises InputError for a call that
         prepares nothing.
@@ -358,8 +369,10 @@ class CompiledAttention:
         **captures: Any,
     ) -> str:
         """Text: the plan of both directions, and of each attention in it the mask's picture, tile counts, cost bound, the schedule
-        and where it came from, alternatives. png: a file to draw the plan into. html: a file for the same as one page that loads
-        nothing else, with live intervals and the generated sources.
+        and where it came from, alternatives.
+
+        png: a file to draw the plan into.
+        html: a file for the same as one page that loads nothing else, with live intervals and the generated sources.
         """
         own = self._with_seed(captures) or self
         return _above("attngen.inspect.explain").explain(own, q, k, v, q_offset, captures, png, html)

@@ -125,10 +125,13 @@ def tune(
     dtype: of q, k, v; by default bfloat16 on a GPU and float32 on a CPU.
     trials: measured or failed candidates that each shape and piece shall have in all: a second call resumes the study
         and does what is missing. Candidates that the model refuses do not count.
-    db: the record database, None for the user's. storage: the trials, a file or an Optuna URL such as
-        postgresql://...; with one URL, the same command on many machines is one search.
-    target: a GPU to model when it is not here ("H200", "sm_90"); records then say modelled. device: where to measure.
-    timeout: seconds for the whole call. candidate_timeout: seconds for one candidate, then it counts as failed.
+    db: the record database, None for the user's.
+    storage: the trials, a file or an Optuna URL such as postgresql://...; with one URL, the same command on many machines
+        is one search.
+    target: a GPU to model when it is not here ("H200", "sm_90"); records then say modelled.
+    device: where to measure.
+    timeout: seconds for the whole call.
+    candidate_timeout: seconds for one candidate, then it counts as failed.
     captures: values for the spec's tensors and params, its key set's (layout=, keep_q=, seed=, page_table=, ...), and lengths
         (k_len=, cu_q=, cu_k=); except for lengths what is not given is made up, by the rules of `make_captures` and
         `attngen.reference.samples`, and the report names it.
@@ -136,7 +139,9 @@ def tune(
     A call with a key set, ragged lengths or pages is made of several attentions: each is searched at the sizes and with the
     captures that it really gets, and its record is found by every call that has it. Equal ones are searched once.
 
-    tighten: search near the best when suggesting takes longer than measuring. patience: seconds of each race.
+    tighten: search near the best when suggesting takes longer than measuring.
+    patience: seconds of each race.
+
     A final race whose winner's times are more than `attngen.store.NOISY` apart is run again, twice at most and for longer; what is
     noisy even then is kept with an `AttngenWarning`, and marked in the report, `attngen db ls` and `attn.explain`.
 
