@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from verdict import GRADIENT, here, verdict
 
 import attngen as ag
 
@@ -62,6 +63,7 @@ def main(n: int, sizes: list[int]) -> None:
     leaves = [x.requires_grad_() for x in (q, k, v)]
     want, dense = timed(F.scaled_dot_product_attention, leaves)
     print(f"dense, N {n}, B1 H4 D64 float32, {device}, forward + backward: {dense * 1e3:.1f} ms")
+    errors = []
     for size in sizes:
         start = time.perf_counter()
         label = quantise(k.detach(), size)
@@ -81,7 +83,15 @@ def main(n: int, sizes: list[int]) -> None:
             f"  S {size:5}: {taken * 1e3:7.1f} ms, {dense / taken:5.1f}x, and {quantised * 1e3:7.1f} ms to quantise; ",
             end="",
         )
-        print(f"error to the quantised keys {error(got, over):.1e}, to the keys {error(got[:1], want[:1]):.1e}")
+        errors.append(error(got, over))
+        print(f"error to the quantised keys {errors[-1]:.1e}, to the keys {error(got[:1], want[:1]):.1e}")
+    verdict(
+        "matches dense attention to the quantised keys, gradients included",
+        max(errors),
+        GRADIENT,
+        f"{n / sizes[-1]:.1f}x fewer pairs with {sizes[-1]} codewords",
+        f"{taken / dense:.2f}x SDPA's time on {here()}, and {quantised / dense:.2f}x to quantise",
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 import networkx
 import torch
 import torch.nn.functional as F
+from verdict import GRADIENT, here, verdict
 
 import attngen as ag
 
@@ -55,6 +56,8 @@ def main(lengths: list[int]) -> None:
     graph = ag.compile(ag.Spec(keys=ag.graph()))
     closed = ag.window(REACH + 1) | ag.dilated_window(REACH + 1, APART) | ag.global_tokens(GLOBAL)
     masked = ag.compile(ag.Spec(mask=closed))
+    errors: list[float] = []
+    same, compared = True, ""
     print(f"B1 H4 D64 float32 on {device}, forward + backward; error: the largest of out and gradients, to float64")
     for n in lengths:
         torch.manual_seed(0)
@@ -74,23 +77,34 @@ def main(lengths: list[int]) -> None:
             mask = seen(torch.arange(n, device=device), n)
             runs["dense SDPA"] = partial(F.scaled_dot_product_attention, attn_mask=mask)
         print(f"  N {n}, {len(j) / n:.1f} edges a token")
+        times: dict[str, float] = {}
         for name, run in runs.items():
             got, taken = timed(run, leaves, d_out)
             got[0] = got[0][:, :, rows]
             worst = max(((x - y).norm() / y.norm()).item() for x, y in zip(got, want, strict=True))
+            errors.append(worst)
+            times[name] = taken
             print(f"    {name:10} {taken * 1e3:8.1f} ms, {taken / n * 1e6:6.1f} us a token, error {worst:.1e}")
 
         plan = graph.plan(*leaves, **csr).values  # of both directions; a forward reads the lists of queries
         lists = sum(x.nbytes for name, x in plan.items() if name.startswith("query_")) / n
         if n == lengths[0]:
             nodes = networkx.DiGraph(zip(i.tolist(), j.tolist(), strict=True))
-            print(
-                f"    from networkx, the same result: {torch.equal(graph(*leaves, graph=nodes), graph(*leaves, **csr))}"
-            )
+            same = torch.equal(graph(*leaves, graph=nodes), graph(*leaves, **csr))
+            print(f"    from networkx, the same result: {same}")
+        if "dense SDPA" in times:
+            compared = f"{times['graph'] / times['dense SDPA']:.2f}x SDPA's time at N {n} on {here()}"
     for name, size in (("graph", 516 + lists), ("as a mask", 516)):
         print(
             f"forward of one head, D64, float16, {name}: {size:.0f} bytes a token, {80 * 2**30 / size / 1e6:.0f}M in 80 GiB"
         )
+    verdict(
+        "matches dense attention over the edges, gradients included; from networkx as from CSR",
+        max(errors) if same else float("inf"),
+        GRADIENT,
+        f"{n * n / len(j):.1f}x fewer pairs at N {n}",
+        *filter(None, [compared]),
+    )
 
 
 if __name__ == "__main__":

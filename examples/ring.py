@@ -12,6 +12,7 @@ import tempfile
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from verdict import GRADIENT, verdict
 
 import attngen as ag
 
@@ -24,6 +25,7 @@ def work(rank: int, folder: str, n: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     torch.manual_seed(0)
     q, k, v = whole = [torch.randn(1, heads, n, 64, requires_grad=True) for heads in (8, 2, 2)]
+    errors, balances = [], {}
     for name, spec in MASKS.items():
         attn = ag.compile(spec)
         want = attn(q, k, v)
@@ -39,6 +41,8 @@ def work(rank: int, folder: str, n: int) -> None:
             pairs = zip([out.detach(), *grads], [want.detach(), *want_grads], strict=True)
             worst = max((got - ag.shard(x, rank, WORLD, layout)).norm() / x.norm() for got, x in pairs)
             dist.all_reduce(worst, dist.ReduceOp.MAX)
+            errors.append(worst.item())
+            balances[f"{name}, {layout}"] = shards.balance
             if rank == 0:
                 tiles = shards.tiles.sum(1).tolist()
                 print(f"{name}, {layout} shards of {n // WORLD}: largest relative error {worst:.1e}")
@@ -46,6 +50,10 @@ def work(rank: int, folder: str, n: int) -> None:
                     f"    tiles of each rank {tiles}: balance {shards.balance:.0%}; hops of each rank's keys {shards.hops}"
                 )
     dist.destroy_process_group()
+    if rank == 0:
+        shared = "; ".join(f"{name}: {balance:.0%}" for name, balance in balances.items())
+        claim = "matches attention in one process, gradients included"
+        verdict(claim, max(errors), GRADIENT, f"{WORLD} processes, work balanced {shared}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from verdict import GRADIENT, here, verdict
 
 import attngen as ag
 
@@ -56,6 +57,8 @@ def main(lengths: list[int], k: int, window: int, capacity: int) -> None:
     every = ag.compile(ag.Spec(keys=ag.sparse_k(k, window, incremental=True, capacity=capacity), mask=ag.causal()))
     once = ag.compile(ag.Spec(keys=ag.sparse_k(k, window), mask=ag.causal()))
     print(f"k {k}, window {window}, B1 H4 D64 float32 on {device}, forward + backward")
+    found: list[float] = []
+    slower = {}
     for n in lengths:
         torch.manual_seed(0)
         q, key, v = leaves = [torch.randn(1, 4, n, 64, device=device, requires_grad=True) for _ in range(3)]
@@ -71,8 +74,17 @@ def main(lengths: list[int], k: int, window: int, capacity: int) -> None:
             (d_u,) = torch.autograd.grad(want, u, d_out[:, :, rows].double())
             out, grads, taken = timed(lambda: attn(q, key, v, u=(weight @ x.mT)[None]), [*leaves, weight], d_out)  # noqa: B023
             errors = [(a - b).norm() / b.norm() for a, b in ((out[:, :, rows], want), (grads[-1], d_u[0] @ x.double()))]
+            found += [error.item() for error in errors]
+            slower[name] = taken / dense
             print(f"    {name:22} {taken * 1e3:8.1f} ms, {dense / taken:5.2f}x", end="")
             print(f"; errors: out {errors[0]:.1e}, gradient of the layer's weight {errors[1]:.1e}")
+    verdict(
+        "matches SPARSEK's definition, the gradient of the learned scores included",
+        max(found),
+        GRADIENT,
+        f"about {n / (2 * (k + window)):.1f}x fewer pairs at N {n}",
+        *(f"{name}: {times:.2f}x SDPA's time on {here()}" for name, times in slower.items()),
+    )
 
 
 if __name__ == "__main__":
