@@ -74,7 +74,7 @@ class Spec:
         params: Iterable[Param] = (),
         tensors: Iterable[Tensor] = (),
     ):
-        declared: dict[str, Declaration] = {d.name: d for d in [*params, *tensors]}
+        declared = _declarations(params, tensors)
         mask_expr = _read("mask", True if mask is None else mask, "bhij", declared)
         score_expr = _read_score(score, declared)
         sink_expr = None if sink is None else _read("sink", sink, "bhi", declared)
@@ -345,6 +345,21 @@ def _read_page_size(page_size: int | str | None) -> int | None:
     if page_size is None or (type(page_size) is int and 1 <= page_size <= 256):
         return page_size
     raise SpecError(f"page_size: an int from 1 to 256, got {page_size!r}")
+
+
+def _declarations(params: Iterable[Param], tensors: Iterable[Tensor]) -> dict[str, Declaration]:
+    """What text may name. SpecError for what is no declaration."""
+    found: dict[str, Declaration] = {}
+    for argument, given, kind, example in (
+        ("params", params, Param, '("width")'),
+        ("tensors", tensors, Tensor, '("bias", 4)'),
+    ):
+        for declaration in [given] if isinstance(given, (str, Param, Tensor)) else given:
+            if not isinstance(declaration, kind):
+                fix = f"declare it: {argument}=[ag.{kind.__name__}{example}]"
+                raise SpecError(f"{argument}: expected an ag.{kind.__name__}, got {declaration!r}", fix=fix)
+            found[declaration.name] = declaration
+    return found
 
 
 def _read_score(score: Score, declared: dict[str, Declaration]) -> Expr:

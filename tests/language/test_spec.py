@@ -175,3 +175,16 @@ def test_document_ids_of_lengths():
 def test_document_ids_of_something_else(lengths):
     with pytest.raises(ag.InputError, match=r"lengths: expected an int tensor \[D\], or a sequence of ints"):
         ag.document_ids(lengths)
+
+
+@pytest.mark.parametrize(
+    "given", [{"params": ["width"]}, {"params": "width"}, {"tensors": ["bias"]}, {"params": [ag.Tensor("width", 1)]}]
+)
+def test_declarations_are_declarations(given: dict[str, object]):
+    with pytest.raises(ag.SpecError, match=r"(params|tensors): expected an ag\.(Param|Tensor), got .*\n.*declare it"):
+        ag.Spec(mask="i >= j", **given)  # type: ignore[arg-type]
+
+
+def test_one_declaration_needs_no_list():
+    width = ag.Param("width")
+    assert ag.Spec(mask="i - j < width", params=width).key == ag.Spec(mask="i - j < width", params=[width]).key

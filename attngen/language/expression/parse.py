@@ -17,7 +17,7 @@ from attngen.errors import SpecError
 from attngen.language.expression.builder import FUNCTIONS, PARENTHESES, Declaration, Expr, Param, Tensor, where, wrap
 from attngen.language.expression.functions import Q_OFFSET, B, H, I, J, S
 
-MAX_LENGTH, MAX_TOKENS, MAX_DEPTH, MAX_DIGITS = 8000, 1200, 48, 24
+MAX_LENGTH, MAX_TOKENS, MAX_DEPTH, MAX_DIGITS = 8000, 2400, 48, 24
 
 _ALLOWED = re.compile(r"[A-Za-z0-9_ \t\n()\[\],.+\-*/%<>=!&|~^]*")
 _SYMBOLS = {"b": B, "h": H, "i": I, "j": J, "s": S, "q_offset": Q_OFFSET}
