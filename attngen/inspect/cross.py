@@ -6,56 +6,22 @@ Registers and spills come from the tools inside the triton package, instruction 
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from attngen.analysis import facts as analyse
 from attngen.errors import ScheduleError
+from attngen.inspect.machine_code import Loop, disassembled, nvidia_resources, product_loops
 from attngen.lowering import Source, render
 from attngen.plan.launches import backward_launches, forward_launches
 from attngen.runtime.attention import CompiledAttention
 from attngen.schedule import Schedule, Target, complete, fit
 from attngen.schedule.choice import choose_elsewhere
 from attngen.schedule.legality import check
-
-# What an opcode is, for the counts; an opcode matches by its first word.
-_CLASSES = {
-    "mma": ("HGMMA", "HMMA", "QGMMA", "UTCHMMA", "IMMA", "BMMA"),
-    "exp": ("MUFU",),
-    "compare": ("ISETP", "FSETP", "UISETP", "HSETP2", "FMNMX_SEL"),
-    "select": ("FSEL", "SEL", "USEL"),
-    "load": ("LDG", "LDGSTS", "UBLKCP", "UTMALDG"),
-    "shared": ("LDS", "LDSM", "STS", "STSM"),
-    "spill": ("LDL", "STL"),
-}
-
-
-@dataclass(frozen=True)
-class Loop:
-    """An innermost loop of the machine code: instructions by opcode, in address order of the kernel's loops."""
-
-    opcodes: Mapping[str, int]
-
-    @property
-    def instructions(self) -> int:
-        """All instructions of one iteration."""
-        return sum(self.opcodes.values())
-
-    def count(self, kind: str) -> int:
-        """Instructions of a class: "mma", "exp", "compare", "select", "load", "shared" or "spill"."""
-        return sum(self.opcodes.get(opcode, 0) for opcode in _CLASSES[kind])
-
-    def __str__(self) -> str:
-        counts = ", ".join(f"{kind} {self.count(kind)}" for kind in _CLASSES if self.count(kind))
-        return f"{self.instructions} instructions: {counts}"
 
 
 @dataclass(frozen=True)
@@ -92,12 +58,12 @@ class Compiled:
 
     @cached_property
     def _sass(self) -> str:
-        return _tool("nvdisasm", self.binary, "-c") if self.cubin is not None else self.assembly
+        return disassembled(self.binary) if self.cubin is not None else self.assembly
 
     @cached_property
     def loops(self) -> tuple[Loop, ...]:
         """The innermost loops that do matrix products, in address order: full tiles before partial ones."""
-        return tuple(loop for loop in _loops(self.sass()) if loop.count("mma") or "v_mfma" in str(loop.opcodes))
+        return product_loops(self.sass())
 
     def __str__(self) -> str:
         return (
@@ -220,7 +186,7 @@ def compile_source(source: Source, target: Target, dtype: torch.dtype, captured:
             f"the limit of {target.shared_limit}; choose smaller blocks or fewer stages"
         )
     if "cubin" in kernel.asm:
-        registers, stack = _nvidia_resources(kernel.asm["cubin"])
+        registers, stack = nvidia_resources(kernel.asm["cubin"])
         return Compiled(
             source.name,
             target.name,
@@ -238,41 +204,3 @@ def compile_source(source: Source, target: Target, dtype: torch.dtype, captured:
         for key in (r"\.vgpr_count", r"\.vgpr_spill_count", r"\.private_segment_fixed_size")
     )
     return Compiled(source.name, target.name, source, registers, spills, shared, stack, assembly, kernel.asm["hsaco"])
-
-
-# -- reading machine code ---------------------------------------------------------------------------------------------
-
-
-def _tool(name: str, binary: bytes, *options: str) -> str:
-    import triton
-
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
-
-
-def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, stack bytes) per thread."""
-    match = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", cubin, "--dump-resource-usage"))
-    assert match is not None
-    return int(match[1]), int(match[2])
-
-
-def _loops(sass: str) -> Iterable[Loop]:
-    """Innermost loops: from a label to the last branch back to it, without another such pair inside."""
-    labels: dict[str, int] = {}
-    code: list[str] = []
-    spans: dict[int, int] = {}
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_\w+|\.?L?BB\w+):", line):
-            labels[label[1]] = len(code)
-        elif instruction := re.match(r"\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Za-z_][\w]*)", line):
-            code.append(instruction[1])
-            jump = re.search(r"(?:BRA|s_c?branch)\S*.*?(\.L_\w+|\.?L?BB\w+)", line)
-            if jump and jump[1] in labels:
-                spans[labels[jump[1]]] = len(code)
-    for first, stop in sorted(spans.items()):
-        if not any(first <= a and b <= stop and (a, b) != (first, stop) for a, b in spans.items()):
-            yield Loop(dict(Counter(code[first:stop])))

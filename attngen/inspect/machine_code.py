@@ -1,0 +1,193 @@
+"""What machine code says of a kernel without running it: registers, and for each loop its instructions by pipe and the cycles
+that they take at least.
+
+The counts are of the disassembly; the cycles are modelled from them. A multiprocessor has four schedulers, each of which issues
+an instruction of a warp a cycle, so that a pipe that takes a warp's instruction every n-th cycle takes n of a scheduler's. Not in
+the model: latency, bank conflicts, waits at barriers, memory, and what the host does. So it compares loops that do the same
+work in different tiles, or in different kernels; it does not predict a clock.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+SCHEDULERS = 4  # of a multiprocessor
+WARP_GROUP = 4  # warps whose products Hopper's matrix unit does together
+MACS = {"HGMMA": 2048, "HMMA": 1024}  # multiply-adds of half types a cycle and multiprocessor: wgmma of sm_90, mma.sync
+MMA_SYNC = 16 * 8 * 16  # multiply-adds of an HMMA.16816, which one warp issues
+SHARED_BYTES = 128  # that shared memory hands out in a cycle
+
+# What an opcode is, for the counts; an opcode matches by its first word.
+_CLASSES = {
+    "mma": ("HGMMA", "HMMA", "QGMMA", "UTCHMMA", "IMMA", "BMMA"),
+    "exp": ("MUFU",),
+    "compare": ("ISETP", "FSETP", "UISETP", "HSETP2", "FMNMX_SEL"),
+    "select": ("FSEL", "SEL", "USEL"),
+    "load": ("LDG", "LDGSTS", "UBLKCP", "UTMALDG"),
+    "shared": ("LDS", "LDSM", "STS", "STSM"),
+    "spill": ("LDL", "STL"),
+}
+# Opcodes of the pipe that does comparisons, selections and logic on half of a warp's lanes a cycle, and conversions with it;
+# and of the multiply-add pipes.
+_HALF_RATE = frozenset(
+    [
+        "BMSK",
+        "F2F",
+        "F2FP",
+        "F2I",
+        "F2IP",
+        "FCHK",
+        "FMNMX",
+        "FMNMX3",
+        "FSEL",
+        "FSETP",
+        "HMNMX2",
+        "HSET2",
+        "HSETP2",
+        "I2F",
+        "I2FP",
+        "I2I",
+        "IABS",
+        "IADD",
+        "IADD3",
+        "IMNMX",
+        "ISCADD",
+        "ISETP",
+        "LEA",
+        "LOP",
+        "LOP3",
+        "MOV",
+        "P2R",
+        "PLOP3",
+        "PRMT",
+        "R2P",
+        "SEL",
+        "SGXT",
+        "SHF",
+        "VABSDIFF",
+        "VIADD",
+        "VIADDMNMX",
+        "VIMNMX",
+    ]
+)
+_FULL_RATE = frozenset(
+    "FADD FADD32I FFMA FFMA2 FFMA32I FMUL FMUL32I FSWZADD HADD2 HFMA2 HMUL2 IMAD".split()  # noqa: SIM905
+)
+_EXP_CYCLES = 8  # of a scheduler for a warp's MUFU: 4 lanes a cycle
+
+
+@dataclass(frozen=True)
+class Cycles:
+    """Of one tile on a multiprocessor that has one program, modelled.
+
+    matrix: of its products, or of fetching their operands from shared memory, whichever is longer. rest: of everything else.
+    """
+
+    matrix: float
+    rest: float
+
+    @property
+    def overlap(self) -> float:
+        """If products hide the rest, or the rest hides them."""
+        return max(self.matrix, self.rest)
+
+    @property
+    def serial(self) -> float:
+        """If neither hides the other."""
+        return self.matrix + self.rest
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An innermost loop of the machine code.
+
+    opcodes: instructions by the first word of their opcode. products: m, n and k of each product of a group of warps, and
+    whether its first operand comes from shared memory too.
+    """
+
+    opcodes: Mapping[str, int]
+    products: tuple[tuple[int, int, int, bool], ...] = ()
+
+    @property
+    def instructions(self) -> int:
+        """All instructions of one iteration."""
+        return sum(self.opcodes.values())
+
+    def count(self, kind: str) -> int:
+        """Instructions of a class: "mma", "exp", "compare", "select", "load", "shared" or "spill"."""
+        return sum(self.opcodes.get(opcode, 0) for opcode in _CLASSES[kind])
+
+    def cycles(self, num_warps: int) -> Cycles:
+        """Of one iteration of a program with so many warps (NVIDIA up to sm_90)."""
+        each, groups = num_warps / SCHEDULERS, num_warps / WARP_GROUP
+        products = sum(m * n * k for m, n, k, _ in self.products) * groups / MACS["HGMMA"]
+        products += self.opcodes.get("HMMA", 0) * num_warps * MMA_SYNC / MACS["HMMA"]
+        fetched = sum(2 * k * (n + m * shared) for m, n, k, shared in self.products) * groups / SHARED_BYTES
+        full = sum(count for opcode, count in self.opcodes.items() if opcode in _FULL_RATE)
+        half = sum(count for opcode, count in self.opcodes.items() if opcode in _HALF_RATE)
+        rest = max(self.instructions, full, 2 * half, _EXP_CYCLES * self.opcodes.get("MUFU", 0)) * each
+        return Cycles(max(products, fetched), rest)
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{kind} {self.count(kind)}" for kind in _CLASSES if self.count(kind))
+        return f"{self.instructions} instructions: {counts}"
+
+
+def disassembled(cubin: bytes) -> str:
+    """A cubin's machine code as text, by the nvdisasm that ships inside triton."""
+    return _tool("nvdisasm", cubin, "-c")
+
+
+def nvidia_resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, stack bytes) per thread."""
+    match = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", cubin, "--dump-resource-usage"))
+    assert match is not None
+    return int(match[1]), int(match[2])
+
+
+def product_loops(assembly: str) -> tuple[Loop, ...]:
+    """The innermost loops that do matrix products, in address order."""
+    return tuple(loop for loop in _loops(assembly) if loop.count("mma") or "v_mfma" in str(loop.opcodes))
+
+
+def _tool(name: str, binary: bytes, *options: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+_LABEL = re.compile(r"\s*(\.L_\w+|\.?L?BB\w+):")
+_INSTRUCTION = re.compile(r"\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Za-z_][\w]*)")
+_JUMP = re.compile(r"(?:BRA|s_c?branch)\S*.*?(\.L_\w+|\.?L?BB\w+)")
+_PRODUCT = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)\S*\s+R\w+, (gdesc)?")
+
+
+def _loops(assembly: str) -> Iterable[Loop]:
+    """Innermost loops: from a label to the last branch back to it, without another such pair inside."""
+    labels: dict[str, int] = {}
+    code: list[tuple[str, str]] = []
+    spans: dict[int, int] = {}
+    for line in assembly.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(code)
+        elif instruction := _INSTRUCTION.match(line):
+            code.append((instruction[1], line))
+            jump = _JUMP.search(line)
+            if jump and jump[1] in labels:
+                spans[labels[jump[1]]] = len(code)
+    for first, stop in sorted(spans.items()):
+        if not any(first <= a and b <= stop and (a, b) != (first, stop) for a, b in spans.items()):
+            body = code[first:stop]
+            found = [_PRODUCT.search(line) for opcode, line in body if opcode == "HGMMA"]
+            products = tuple((int(p[1]), int(p[2]), int(p[3]), p[4] is not None) for p in found if p is not None)
+            yield Loop(dict(Counter(opcode for opcode, _ in body)), products)
