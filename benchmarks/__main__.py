@@ -4,6 +4,7 @@
     python -m benchmarks dense decode --out DIR         some suites, into a folder of one's own
     python -m benchmarks dense --resume                 go on where the time ended
     python -m benchmarks --device cpu --size small      try it without a GPU
+    python -m benchmarks gpu_day --out DIR              everything a GPU can show, most valuable first, in turns of minutes
 
 Each suite has --budget seconds, stops before a case that is likely to exceed them, and goes on there with --resume. It
 writes SUITE.json as it goes; the tables and charts are made from these files (python -m benchmarks.report_files DIR makes
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import expected, report, report_files
+from benchmarks import expected, gpu_day, report, report_files
 from benchmarks.case import Sizes
 from benchmarks.cases import CASES, cases_of
 from benchmarks.measure import Context
@@ -34,6 +35,9 @@ RESULTS = Path(__file__).parent / "results"
 
 def main(arguments: list[str] | None = None) -> int:
     """0 when every case has a record, 1 when some are left for --resume, 2 when it cannot start: no GPU, or files of another machine."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["gpu_day"]:
+        return gpu_day.main(arguments[1:])
     given = _parser().parse_args(arguments)
     device = torch.device(given.device if given.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":

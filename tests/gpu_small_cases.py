@@ -1,6 +1,6 @@
 """Small cases with every kind of access, forward and backward: what compute-sanitizer is run over.
 
-python -m tests.gpu_small_cases [cuda triton|cpu interpret]
+python -m tests.gpu_small_cases [cuda triton|cpu interpret [bfloat16|float16]]
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def on(device: str, captures: dict[str, Any]) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in captures.items()}
 
 
-def main(device: str = "cuda", backend: str = "triton") -> None:
+def main(device: str = "cuda", backend: str = "triton", dtype_name: str = "") -> None:
     """Raises where a result is wrong; what the sanitizer finds, it reports."""
-    dtype = torch.bfloat16 if backend == "triton" else torch.float16
+    dtype = getattr(torch, dtype_name or ("bfloat16" if backend == "triton" else "float16"))
     q, k, v = (t.to(device) for t in qkv(dtype))
     for name in CASES:
         mask, captures = MASKS[name]

@@ -15,6 +15,7 @@ from attngen.language.expression import FloorDiv, I, J, Load, PyMod, S
 from attngen.language.lists import RowLists, TileLists
 from attngen.language.schedule import Schedule, Tile
 from attngen.language.spec import Spec
+from attngen.schedule.shipped import shipped_tile
 from attngen.schedule.target import Target
 
 # float16 and bfloat16: (family, kernel, largest head dim of the class) -> tile. Without spills for head dims 64, 128, 192
@@ -175,6 +176,9 @@ def default_tile(spec: Spec, target: Target, kernel: str, head_dim: int, dtype: 
     """The tile of "forward", "dq" or "dkv" for the larger of the two head dims."""
     if dtype in (torch.float32, torch.float64):
         return SINGLE[_class_of(SINGLE, "gfx942" if target.name == "gfx942" else "sm", kernel, head_dim)]
+    found = shipped_tile(spec, _family(target), kernel, head_dim)
+    if found is not None:
+        return found
     entry = _class_of(HALF, _family(target), kernel, head_dim)
     tile = HALF[entry]
     natural = entry in NATURAL and facts(spec).natural and not isinstance(spec.lists, RowLists)

@@ -1,0 +1,95 @@
+"""Default tiles found by compiling, for common specs: one file per architecture in `tuning_db/`, made by
+`python -m benchmarks.machine_code tiles`.
+
+What a kernel needs depends on the form of its spec, hardly on its numbers and not on its names: a window of 512 and one of
+4096, a soft cap of 30 and one of 50 share an entry.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache, lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import sympy
+
+from attngen.errors import StoreError
+from attngen.language.expression import Load
+from attngen.language.schedule import Tile
+from attngen.language.spec import Spec
+
+FORMAT = 1
+FOLDER = Path(__file__).parent.parent / "tuning_db"
+
+Entry = tuple[str, str, int]  # the form of a spec, a kernel, the larger head dim
+
+
+@lru_cache(maxsize=512)
+def form_of(spec: Spec) -> str:
+    """What is computed, with # for every number and a kind for every name: "mask And(GreaterThan(i, j), ...); score s"."""
+    kinds = {name: f"{tensor.kind}[{tensor.ndim}]" for name, tensor in spec.tensors.items()}
+    params = {param.sym for param in spec.params.values()}
+
+    def form(expr: Any) -> str:
+        if expr.is_Number:
+            return "-#" if expr.is_negative else "#"
+        if isinstance(expr, Load):
+            return f"{kinds[expr.name]}({', '.join(map(form, expr.indices))})"
+        if not expr.args:
+            return "param" if expr in params else str(expr)
+        parts = [form(arg) for arg in expr.args]
+        if isinstance(expr, (sympy.Add, sympy.Mul, sympy.And, sympy.Or)):  # whose order is that of names
+            parts.sort()
+        return f"{expr.func.__name__}({', '.join(parts)})"
+
+    said = {"mask": spec.mask, "score": spec.score, "sink": spec.sink, "dropout": spec.dropout}
+    return "; ".join(f"{name} {form(sympy.sympify(expr))}" for name, expr in said.items() if expr is not None)
+
+
+def shipped_tile(spec: Spec, family: str, kernel: str, head_dim: int) -> Tile | None:
+    """For float16 and bfloat16: the tile of "forward", "dq" or "dkv"; None where the architecture's file has none."""
+    tiles = _tiles(FOLDER / f"tiles-{family}.json")
+    if not tiles or spec.lists is not None or spec.page_size is not None:
+        return None
+    return tiles.get((form_of(spec), kernel, head_dim))
+
+
+@cache
+def _tiles(path: Path) -> Mapping[Entry, Tile]:
+    if not path.is_file():
+        return MappingProxyType({})
+    return MappingProxyType({entry: tile for entry, tile, _ in read_tiles(path)})
+
+
+def read_tiles(path: Path) -> list[tuple[Entry, Tile, dict[str, object]]]:
+    """Entries, their tiles, and what was found about them. StoreError for a file that is none of these."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["attngen_tiles"] != FORMAT:
+            raise StoreError(f"{path}: expected tiles of format {FORMAT}, got {content['attngen_tiles']!r}")
+        return [
+            ((line["form"], line["kernel"], line["head_dim"]), Tile(*line["tile"]), line["found"])
+            for line in content["tiles"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path}: expected a file of tiles, got {error!r}") from error
+
+
+def write_tiles(path: Path, found: list[tuple[Entry, Tile, dict[str, object]]]) -> None:
+    """One entry a line, sorted, so that a review shows which changed."""
+    lines = [
+        json.dumps(
+            {
+                "form": form,
+                "kernel": kernel,
+                "head_dim": head_dim,
+                "tile": [tile.block_m, tile.block_n, tile.num_warps, tile.num_stages],
+                "found": about,
+            }
+        )
+        for (form, kernel, head_dim), tile, about in sorted(found, key=lambda line: line[0])
+    ]
+    path.write_text(f'{{"attngen_tiles": {FORMAT}, "tiles": [\n' + ",\n".join(lines) + "\n]}\n", encoding="utf-8")

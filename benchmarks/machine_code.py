@@ -1,0 +1,179 @@
+"""What the machine code of kernels says where no GPU is: modelled, never measured. `python -m benchmarks.machine_code --help`
+
+`tiles` finds default tiles: it compiles the kernels of common specs in every tile that may be good, leaves out those that
+spill registers or don't fit, and keeps for each spec and kernel the one with the fewest modelled cycles.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+
+import attngen as ag
+from attngen.analysis import facts
+from attngen.inspect.cross import Compiled, compile_source
+from attngen.inspect.machine_code import Cycles
+from attngen.language.schedule import KERNELS, Schedule, Tile
+from attngen.lowering import render
+from attngen.schedule import Target, complete
+from attngen.schedule.shipped import FOLDER, form_of, write_tiles
+from attngen.tuning.model import TILE_OVERHEAD, Resources
+
+L2_BYTES = (
+    24  # that the second-level cache hands a multiprocessor in a cycle: 5.5 TB/s of an H100, shared by all of them
+)
+LENGTH = 4096  # of the sequences whose tiles are counted
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+SPECS: dict[str, ag.Spec] = {
+    "full": ag.Spec(),
+    "causal": ag.Spec(mask=ag.causal()),
+    "window": ag.Spec(mask=ag.causal() & ag.window(1024)),
+    "window of a param": ag.Spec(mask=ag.causal() & ag.window(ag.Param("width"))),
+    "documents": ag.Spec(mask=ag.documents()),
+    "causal documents": ag.Spec(mask=ag.documents() & ag.causal()),
+    "prefix": ag.Spec(mask="i >= j or j < prefix", params=[ag.Param("prefix")]),
+    "soft cap": ag.Spec(mask=ag.causal(), score=ag.soft_cap(30.0)),
+    "window, soft cap": ag.Spec(mask=ag.causal() & ag.window(1024), score=ag.soft_cap(30.0)),
+    "ALiBi": ag.Spec(mask=ag.causal(), score=ag.alibi()),
+    "soft cap, ALiBi": ag.Spec(mask=ag.causal(), score=[ag.soft_cap(30.0), ag.alibi()]),
+}
+
+
+def lengths() -> list[int]:
+    """Of the documents that fill a sequence: many short ones, few long ones."""
+    generator, found = torch.Generator().manual_seed(0), [0]
+    while sum(found) < LENGTH:
+        drawn = torch.empty(1).exponential_(1 / 512, generator=generator).item()
+        found.append(min(max(int(drawn), 32), 2048, LENGTH - sum(found)))
+    return found[1:]
+
+
+def captures(spec: ag.Spec) -> dict[str, Any]:
+    """What the mask reads."""
+    ids = torch.repeat_interleave(torch.arange(len(lengths())), torch.tensor(lengths())).int()[None]
+    known = {"doc": ids, "slope": torch.ones(1), "width": 1024, "prefix": 512}
+    return {name: known[name] for name in (*spec.tensors, *spec.params)}
+
+
+@cache
+def tile_counts(name: str, block_m: int, block_n: int, by_keys: bool) -> tuple[int, int]:
+    """(full, partial) tiles of a head of `SPECS[name]`."""
+    spec = SPECS[name]
+    tiles = ag.tile_map(spec, LENGTH, LENGTH, block_m, block_n, transposed=by_keys, **captures(spec))
+    return int((tiles == 2).sum()), int((tiles == 1).sum())
+
+
+def candidates(kernel: str) -> Iterator[Tile]:
+    """Tiles that may be good: a group of four warps has 64 resident rows, as its products have; in the forward, which holds
+    least, twice as many too.
+    """
+    for (resident, warps), walked, less in itertools.product(((128, 8), (64, 4), (128, 4)), (128, 64, 32, 16), (0, 1)):
+        if kernel == "dkv" and resident == 16 * warps and walked <= resident // 2:
+            yield Tile(walked, resident, warps, 2 - less)
+        elif kernel == "dq" and resident == 16 * warps and 32 <= walked <= resident:
+            yield Tile(resident, walked, warps, 2 - less)
+        elif kernel == "forward" and 32 <= walked <= 16 * warps:
+            yield Tile(resident, walked, warps, 3 - less)
+
+
+def compiled(spec: ag.Spec, kernel: str, tile: Tile, target: str, head_dim: int) -> Compiled:
+    """ScheduleError for a tile that does not fit."""
+    gpu = Target.named(target)
+    schedule = complete(spec, gpu, head_dim, head_dim, torch.bfloat16, Schedule(**{kernel: tile}))
+    shape = {"head_dim": head_dim, "head_dim_v": head_dim, "dtype": torch.bfloat16}
+    source = render(spec, facts(spec), kernel, schedule=schedule, **shape)
+    return compile_source(source, gpu, torch.bfloat16, {n: tensor.kind for n, tensor in spec.tensors.items()})
+
+
+def cycles(name: str, kernel: str, tile: Tile, made: dict[str, Any], target: str, head_dim: int) -> float:
+    """Modelled, of a multiprocessor by 1,000 pairs of a head: a program alone hides nothing, several hide one another's
+    products, and the waits between two tiles. None goes faster than the cache hands out the walked rows of two tensors.
+    """
+    resources = Resources(made["registers"], made["spills"], made["shared"], tile.num_warps)
+    programs = max(1, resources.resident(Target.named(target)))
+    walked = tile.block_m if kernel == "dkv" else tile.block_n
+    fetching = 2 * 2 * walked * head_dim / L2_BYTES
+    total, counts = 0.0, tile_counts(name, tile.block_m, tile.block_n, kernel == "dkv")
+    for count, (matrix, rest) in zip(counts, made["loops"], strict=True):
+        modelled = Cycles(matrix, rest)
+        alone = modelled.serial - modelled.overlap + TILE_OVERHEAD
+        total += count * max(modelled.overlap + alone / programs, fetching)
+    return 1000 * total / pairs(name)
+
+
+@cache
+def pairs(name: str) -> int:
+    """Attended pairs of one head."""
+    return int((ag.tile_map(SPECS[name], LENGTH, LENGTH, 1, 1, **captures(SPECS[name])) > 0).sum())
+
+
+@app.callback()
+def about() -> None:
+    """What the machine code of kernels says where no GPU is: modelled, never measured."""
+
+
+@app.command()
+def tiles(
+    target: Annotated[str, typer.Option(help="the architecture")] = "sm_90",
+    head_dim: Annotated[list[int], typer.Option("--head-dim", help="again for each")] = [64, 128],  # noqa: B006
+    spec: Annotated[list[str], typer.Option("--spec", help=f"of {', '.join(SPECS)}; again for each")] = list(SPECS),  # noqa: B006
+    log: Annotated[Path | None, typer.Option(help="keeps what was compiled, to go on from there")] = None,
+    out: Annotated[Path | None, typer.Option(help="the file to write; else the one that ships")] = None,
+    check: Annotated[bool, typer.Option(help="compile only what the file has, and list what spills")] = False,
+) -> None:
+    """Find the default tiles of an architecture, and write them to its file in `tuning_db/`."""
+    known = _read_log(log)
+    work = [(name, d, kernel) for name in spec for d in head_dim for kernel in KERNELS]
+    found = []
+    for name, d, kernel in track(work, "compiling", console=Console(stderr=True)):
+        best: tuple[float, Tile, dict[str, object]] | None = None
+        for tile in candidates(kernel):
+            place = json.dumps([target, name, d, kernel, tile.block_m, tile.block_n, tile.num_warps, tile.num_stages])
+            if place not in known:
+                known[place] = tried(name, kernel, tile, target, d)
+                if log is not None:
+                    with log.open("a") as file:
+                        file.write(json.dumps([place, known[place]]) + "\n")
+            made = known[place]
+            if not made or made["spills"]:
+                continue
+            modelled = round(cycles(name, kernel, tile, made, target, d), 1)
+            if best is None or modelled < best[0]:
+                best = modelled, tile, {"cycles": modelled, "registers": made["registers"]}
+        if best is None:
+            typer.echo(f"{name} {kernel} head dim {d}: no tile without spills", err=True)
+            continue
+        found.append(((form_of(SPECS[name]), kernel, d), *best[1:]))
+        typer.echo(f"{name:20} {kernel:8} {d:4} {best[1]} {best[2]}")
+    write_tiles(out or FOLDER / f"tiles-{target}.json", found)
+
+
+def tried(name: str, kernel: str, tile: Tile, target: str, head_dim: int) -> dict[str, Any]:
+    """What compiling found: resources, and (matrix, rest) cycles of the loops over full and partial tiles; nothing where the tile
+    doesn't fit.
+    """
+    try:
+        made = compiled(SPECS[name], kernel, tile, target, head_dim)
+    except ag.ScheduleError:
+        return {}
+    found = [loop.cycles(tile.num_warps) for loop in made.loops]
+    loops = [(modelled.matrix, modelled.rest) for modelled in (found if len(found) > 1 else found * 2)]
+    return {"registers": made.registers, "spills": made.spills, "shared": made.shared, "loops": loops}
+
+
+def _read_log(log: Path | None) -> dict[str, dict[str, Any]]:
+    return dict(map(json.loads, log.read_text().splitlines())) if log is not None and log.is_file() else {}
+
+
+if __name__ == "__main__":
+    app()

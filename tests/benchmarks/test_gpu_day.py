@@ -1,0 +1,156 @@
+"""The day on a lent GPU, with pretended processes and a pretended clock."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import gpu_day
+from benchmarks.gpu_day import DONE, FAILED, LEFT, Day, Stage, live, spawned, stages
+from benchmarks.ranks import spearman
+
+
+class Machine:
+    """Runs nothing: each command takes the seconds and ends with the status that `plan` has for its first word."""
+
+    def __init__(self, plan: dict[str, list[tuple[float, int | None]]]):
+        self.now, self.plan, self.ran = 0.0, plan, list[tuple[str, float]]()
+
+    def clock(self) -> float:
+        return self.now
+
+    def run(self, command: Sequence[str], seconds: float, log: Path) -> int | None:
+        name = command[0]
+        took, code = self.plan[name].pop(0) if self.plan.get(name) else (10.0, 0)
+        self.ran.append((name, seconds))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(f"what {name} said\n")
+        self.now += min(took, seconds)
+        return None if took > seconds else code
+
+
+def stage(name: str, least: float = 5, most: float = 50, resumes: bool = False) -> Stage:
+    return Stage(name, (name,), least, most, resumes)
+
+
+def lived(machine: Machine, day: Day, budget: float, *wanted: Stage) -> tuple[list[str], list[str]]:
+    """The names of what ran and of what is left."""
+    before = len(machine.ran)
+    left = live(wanted, day, budget, machine.run, machine.clock, say=lambda text: None)
+    return [name for name, _ in machine.ran[before:]], [s.name for s in left]
+
+
+def test_in_order_each_once(tmp_path: Path):
+    machine = Machine({})
+    assert lived(machine, Day(tmp_path), 500, stage("a"), stage("b"), stage("c")) == (["a", "b", "c"], [])
+
+
+def test_a_stage_that_resumes_gets_its_second_turn_after_all_others_had_one(tmp_path: Path):
+    machine = Machine({"tables": [(50, 1), (50, 1), (20, 0)]})
+    ran, left = lived(machine, Day(tmp_path), 500, stage("tables", resumes=True), stage("b"))
+    assert ran == ["tables", "b", "tables", "tables"] and not left
+
+
+def test_nothing_starts_that_is_not_worth_it_and_nothing_outlasts_the_budget(tmp_path: Path):
+    machine = Machine({"long": [(1e9, 0)] * 9})
+    ran, left = lived(machine, Day(tmp_path), 100, stage("long", 15, 80, True), stage("big", least=60), stage("b"))
+    assert ran == ["long", "b"] and left == ["long", "big"]
+    assert machine.now <= 100 and machine.ran[-1][1] <= 100 - 80 - gpu_day.GRACE
+
+
+def test_the_next_machine_goes_on(tmp_path: Path):
+    first, second = Machine({"tables": [(30, 1)]}), Machine({})
+    wanted = (stage("a"), stage("tables", resumes=True), stage("b"))
+    assert lived(first, Day(tmp_path), 42, *wanted) == (["a", "tables"], ["tables", "b"])
+    assert lived(second, Day(tmp_path), 500, *wanted) == (["tables", "b"], [])
+
+
+def test_what_fails_twice_is_left_alone(tmp_path: Path):
+    machine = Machine({"broken": [(1, 134)] * 9, "hangs": [(1e9, 0)] * 9})
+    day = Day(tmp_path)
+    ran, left = lived(machine, day, 1000, stage("broken"), stage("hangs"), stage("b"))
+    assert ran == ["broken", "hangs", "b", "broken", "hangs"] and left == ["broken", "hangs"]
+    assert day.states["broken"] == {"seconds": 2.0, "turns": 2, "failures": 2, "status": FAILED, "code": 134}
+    assert day.states["hangs"]["code"] is None
+    assert lived(Machine({}), Day(tmp_path), 1000, stage("broken")) == ([], ["broken"])
+
+
+def test_a_machine_that_is_taken_away_leaves_what_was_found(tmp_path: Path):
+    def run(command: Sequence[str], seconds: float, log: Path) -> int:
+        if command[0] == "b":
+            raise KeyboardInterrupt
+        (tmp_path / "tables").mkdir()
+        (tmp_path / "tables" / "dense.json").write_text("{}")
+        return 0
+
+    day = Day(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        live([stage("a"), stage("b")], day, 500, run, Machine({}).clock, say=lambda text: None)
+    assert json.loads((tmp_path / "day.json").read_text())["a"]["status"] == DONE
+    with tarfile.open(tmp_path / "day.tar.gz") as archive:
+        assert {"day.json", "tables/dense.json"} <= set(archive.getnames())
+    assert Day(tmp_path).open(stage("b")) and not Day(tmp_path).open(stage("a"))
+
+
+def test_the_whole_day_to_its_end(tmp_path: Path):
+    """Ten machines lent for nine minutes each, every stage as long as it may be."""
+    wanted, plan = stages(), dict[str, list[tuple[float, int | None]]]()
+
+    class Slow(Machine):
+        def run(self, command: Sequence[str], seconds: float, log: Path) -> int | None:
+            assert not any("{" in word for word in command)
+            return super().run(command, seconds, log)
+
+    for number in range(10):
+        plan["benchmarks"] = [(100.0, 1 if number < 3 else 0)] * 9
+        machine = Slow(dict(plan, pytest=[(150.0, 0)] * 9, attngen=[(115.0, 0)] * 9))
+        left = live(wanted, Day(tmp_path), 540, machine.run, machine.clock, say=lambda text: None)
+        assert machine.now <= 540
+        if number == 0:  # the first machine shows whether kernels are right, and the tables that decide
+            assert list(Day(tmp_path).states)[:6] == [s.name for s in wanted[:6]]
+        if not left:
+            break
+    assert not left and {state["status"] for state in Day(tmp_path).states.values()} == {DONE}
+
+
+def test_a_process_past_its_time_is_ended_with_its_children(tmp_path: Path):
+    log = tmp_path / "logs" / "x.log"
+    begun = time.monotonic()
+    assert spawned(["http.server", "0"], 1.0, log) is None
+    assert time.monotonic() - begun < 1.0 + 2 * gpu_day.GRACE + 5
+    assert spawned(["platform"], 60.0, log) == 0 and log.read_text().strip()
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu_day, "_has_gpu", lambda: False)
+    assert command.main(["gpu_day", "--out", str(tmp_path)]) == 2
+    assert "--rehearse" in capsys.readouterr().out
+    assert command.main(["gpu_day", "--out", str(tmp_path), "--rehearse", "--only", "nothing"]) == 2
+
+
+def test_every_stage_is_a_command_that_exists():
+    names = [s.name for s in stages()]
+    assert len(set(names)) == len(names)
+    for found in (*stages(), *stages(rehearsal=True)):
+        assert found.least + gpu_day.GRACE < 540 and found.least <= found.most
+        assert found.command[0] in ("tests.gpu_small_cases", "benchmarks", "benchmarks.ranks", "attngen", "pytest")
+    assert LEFT != FAILED
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "wanted"),
+    [
+        ([1, 2, 3], [10, 20, 30], 1),
+        ([1, 2, 3], [3, 2, 1], -1),
+        ([1, 2, 3, 4], [1, 3, 2, 4], 0.8),
+        ([1, 1, 2], [5, 5, 9], 1),
+    ],
+)
+def test_spearman(a: list[float], b: list[float], wanted: float):
+    assert spearman(a, b) == pytest.approx(wanted)
