@@ -318,8 +318,8 @@ def _about(spec: Any, kernel: str, head_dim: int, head_dim_v: int, dtype: Any, t
 def _wrapped(lines: Iterable[str], width: int = 100) -> Iterable[str]:
     for line in lines:
         while len(line) > width:
-            cut = line.rfind(" ", 0, width)
-            cut = width if cut <= 0 else cut
+            cut = line.rfind(" ", 5, width)  # behind the indent: a longer word is cut, too
+            cut = width if cut < 0 else cut
             yield line[:cut]
             line = "    " + line[cut:].lstrip()
         yield line
