@@ -19,12 +19,13 @@ from typing import Any, ClassVar
 import sympy
 import torch
 
+from attngen.language.call import LARGEST_PARAM
 from attngen.language.expression import is_int, loads, to_text
 from attngen.language.expression.evaluate import evaluate, tensor_of
 
 GRANULE = 16  # walked positions summarised together by an `order` table
 CHUNK = 8192  # positions evaluated at a time, so that temporaries stay small
-LIMIT = 2**31 - 1
+LIMIT = LARGEST_PARAM  # of a value, so that a bound's sums with positions fit 32 bits; none so large is ever met
 ROOM = 1e-6  # what a sum of real terms may be off by, relative to them
 
 

@@ -57,7 +57,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Outline:
-    """See `render.Outline`. room: of a sum of real numbers. limit: of an int32."""
+    """See `render.Outline`. room: of a sum of real numbers. limit: of a value."""
 
     about: tuple[str, ...]
     args: tuple[Arg, ...]

@@ -12,6 +12,7 @@ import triton.language as tl
 
 BLOCK_N = tl.constexpr(64)  # keys of a tile
 CHUNK = tl.constexpr(1024)  # queries looked at together
+LIMIT = tl.constexpr(1073676288)  # sums with positions fit an int32
 
 
 @triton.jit(
@@ -106,10 +107,10 @@ def tables(
     tl.store(made + program, q_offset + tl.min(first1, 0))  # bias_first
     tl.store(made + programs + program, q_offset + tl.max(stop1, 0))  # bias_stop
     a2 = tl.floor(tl.where(a2 == a2, a2, float("inf")))
-    a2 = tl.minimum(tl.maximum(a2, -2147483520.0), 2147483520.0)  # fits an int32
+    a2 = tl.minimum(tl.maximum(a2, -LIMIT), LIMIT)
     tl.store(made + 2 * programs + program, a2.to(tl.int32))  # slope_floor
     a3 = tl.floor(tl.where(a3 == a3, a3, float("inf")))
-    a3 = tl.minimum(tl.maximum(a3, -2147483520.0), 2147483520.0)  # fits an int32
+    a3 = tl.minimum(tl.maximum(a3, -LIMIT), LIMIT)
     tl.store(made + 3 * programs + program, a3.to(tl.int32))  # slope2_floor
     tl.store(made + 4 * programs + program, q_offset + tl.min(first4, 0))  # bias2_first
     tl.store(made + 5 * programs + program, q_offset + tl.max(stop4, 0))  # bias2_stop
