@@ -83,6 +83,15 @@ class Call:
         return self.captures["page_table"].shape[1] * self.spec.page_size
 
 
+def for_all_batches(spec: Spec, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
+    """k and v with the batch of q, where they have a batch of 1: one cache that serves every sequence. Pages have no batch."""
+    paged = spec.page_size is not None or (spec.keys is not None and spec.keys.name == "paged")
+    if paged or not all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in (q, k, v)):
+        return k, v
+    batch = q.shape[0]
+    return tuple(x.expand(batch, -1, -1, -1) if x.shape[0] == 1 and batch != 1 else x for x in (k, v))  # type: ignore[return-value]
+
+
 def bind(
     spec: Spec,
     q: torch.Tensor,

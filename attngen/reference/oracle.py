@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from attngen.language.call import Call, bind
+from attngen.language.call import Call, bind, for_all_batches
 from attngen.language.expression import evaluate, tensor_of
 from attngen.language.spec import Spec
 from attngen.plan.forward import split
@@ -32,6 +32,7 @@ def oracle(
     """
     if isinstance(captures.get("seed"), torch.Tensor):
         spec = spec.with_seed_on_device
+    k, v = for_all_batches(spec, q, k, v)
     if spec.keys is None:
         return written_out(bind(spec, q, k, v, q_offset=q_offset, captures=captures), torch.float64)
     call, given = split(spec, q, k, v, q_offset, captures)

@@ -16,9 +16,8 @@ from torch.utils._pytree import tree_map
 from attngen import backends, debug
 from attngen.analysis import facts
 from attngen.errors import InputError, SpecError
-from attngen.language.call import Call, number_of
+from attngen.language.call import Call, for_all_batches, number_of
 from attngen.language.keyset import KeySet
-from attngen.language.keysets.cached import Paged
 from attngen.language.keysets.union import Union
 from attngen.language.spec import Spec
 from attngen.plan.forward import bound, family_of
@@ -171,18 +170,14 @@ class CompiledAttention:
         return self._seeded if isinstance(captures.get("seed"), torch.Tensor) else None
 
     def for_all_batches(self, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
-        """k and v of a batch of 1 serve every batch of q. InputError for nested tensors."""
+        """k and v of a batch of 1 serve every batch of q, see `attngen.language.call.for_all_batches`. InputError for nested
+        tensors.
+        """
         for name, x in (("q", q), ("k", k), ("v", v)):
             if isinstance(x, torch.Tensor) and x.is_nested:
                 fix = "pack it: x.values() as [1, H, total, D], with cu_q= and cu_k= the offsets()"
                 raise InputError(name, "a tensor [B, H, N, D]", "a nested tensor", fix)
-        if self.spec.page_size is not None or isinstance(self.spec.keys, Paged):
-            return k, v
-        if not all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in (q, k, v)) or q.shape[0] == 1:
-            return k, v
-        if k.shape[0] == 1 == v.shape[0]:
-            return k.expand(q.shape[0], -1, -1, -1), v.expand(q.shape[0], -1, -1, -1)
-        return k, v
+        return for_all_batches(self.spec, q, k, v)
 
     # -- what a call goes through -------------------------------------------------------------------------------------
 

@@ -106,30 +106,55 @@ def weigh(
 
 
 class _Merge(torch.autograd.Function):
-    """d out_p = w_p * d_out and d lse_p = w_p * (d_lse + d_out . (out_p - out))."""
+    """out = sum of w_p * out_p and lse = logsumexp of lse_p, with w = softmax of lse_p: d out_p = w_p * d_out and
+    d lse_p = w_p * (d_lse + d_out . (out_p - out)); for tangents t, t_out = sum of w_p * (t_out_p + t_lse_p * (out_p - out)).
+    """
 
     @staticmethod
-    def forward(ctx: Any, count: int, *tensors: torch.Tensor) -> Result:
+    def forward(count: int, *tensors: torch.Tensor) -> Result:
         outs, lses = tensors[:count], tensors[count:]
         shape = (1, 1, lses[0].numel())
         out, lse = merge_parts(shape, [(o, l, None) for o, l in zip(outs, lses, strict=True)])
         out, lse = out.view(outs[0].shape), lse.view(lses[0].shape)
-        ctx.count = count
-        ctx.save_for_backward(*tensors, out)
         return out, lse
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
+        ctx.count, *tensors = inputs
+        ctx.save_for_backward(*tensors, output[0])
+        ctx.save_for_forward(*tensors, output[0])
+
+    @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        *tensors, out = ctx.saved_tensors
-        outs, lses = tensors[: ctx.count], tensors[ctx.count :]
+        outs, lses, out = _saved(ctx)
         grad_out, grad_lse = grads
-        real = lses[0].dtype
-        weights = torch.softmax(torch.stack(list(lses)), 0)
-        weights = torch.where(weights.isnan(), 0.0, weights)  # no set has a key
+        real, weights = lses[0].dtype, _weights(lses)
         shared = grad_lse - (grad_out * out).sum(-1, dtype=real)
         for_outs = [(grad_out * w.unsqueeze(-1)).to(out.dtype) for w in weights]
         for_lses = [w * (shared + (grad_out * o).sum(-1, dtype=real)) for w, o in zip(weights, outs, strict=True)]
         return None, *for_outs, *for_lses
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: torch.Tensor) -> Result:
+        outs, lses, out = _saved(ctx)
+        t_out, t_lse = torch.zeros_like(out, dtype=lses[0].dtype), torch.zeros_like(lses[0])
+        parts = zip(_weights(lses), outs, tangents[: ctx.count], tangents[ctx.count :], strict=True)
+        for weight, own, of_out, of_lse in parts:
+            t_lse = t_lse + weight * of_lse
+            t_out = t_out + weight.unsqueeze(-1) * (of_out + of_lse.unsqueeze(-1) * (own - out))
+        return t_out.to(out.dtype), t_lse
+
+
+def _saved(ctx: Any) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], torch.Tensor]:
+    """The outs, the lses, and the merged out."""
+    *tensors, out = ctx.saved_tensors
+    return tensors[: ctx.count], tensors[ctx.count :], out
+
+
+def _weights(lses: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Of each set, its share of every row; 0 where none has a key."""
+    weights = torch.softmax(torch.stack(list(lses)), 0)
+    return torch.where(weights.isnan(), 0.0, weights)
 
 
 def _chunks(rows: torch.Tensor) -> list[slice]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import attngen as ag
 from attngen.state.softmax import State, empty, finish, merge
 
 ROWS, KEYS, DV = 5, 24, 3
@@ -61,3 +62,38 @@ def test_base_two():
     ]
     out, _ = finish(merge(*states, base_2=True), base_2=True)
     torch.testing.assert_close(out, torch.softmax(logits, -1) @ values)
+
+
+def merging(parts: int = 3) -> tuple[torch.Tensor, ...]:
+    """outs and lses of some parts, float64."""
+    generator = torch.Generator().manual_seed(3)
+    outs = [torch.randn(2, 5, 4, generator=generator, dtype=torch.float64) for _ in range(parts)]
+    lses = [torch.randn(2, 5, generator=generator, dtype=torch.float64) for _ in range(parts)]
+    return (*outs, *lses)
+
+
+def merged(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    half = len(tensors) // 2
+    return ag.merge(*zip(tensors[:half], tensors[half:], strict=True))
+
+
+def test_merge_has_every_derivative():
+    tensors = [x.requires_grad_() for x in merging()]
+    assert torch.autograd.gradcheck(merged, tensors, check_forward_ad=True, check_undefined_grad=False)
+    assert torch.autograd.gradgradcheck(merged, tensors)
+
+
+def test_merge_under_functional_transforms():
+    tensors = merging(2)
+
+    def loss(*given: torch.Tensor) -> torch.Tensor:
+        out, lse = merged(*given)
+        return out.square().sum() + lse.sin().sum()
+
+    found = torch.func.grad(loss, argnums=tuple(range(4)))(*tensors)
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    for a, b in zip(found, torch.autograd.grad(loss(*leaves), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+    along = tuple(torch.ones_like(x) for x in tensors)
+    _, tangent = torch.func.jvp(loss, tensors, along)
+    torch.testing.assert_close(tangent, sum((a * t).sum() for a, t in zip(found, along, strict=True)))
