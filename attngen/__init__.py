@@ -75,6 +75,7 @@ _LAZY = {
     "facts": "attngen.analysis",
     "cross_compile": "attngen.inspect.cross",
     "cross_compile_call": "attngen.inspect.cross",
+    "from_flex": "attngen.integrations.flex",
     "tune": "attngen.tuning",
     "merge": "attngen.state.merging",
     "Preparation": "attngen.runtime.preparation",

@@ -1,0 +1,1 @@
+"""Other libraries' interfaces to attention, on top of attngen's own."""
