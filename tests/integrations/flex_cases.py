@@ -137,12 +137,20 @@ def dilated_window():
 
 @case
 def stand_alone_blocks():
-    return lambda b, h, q_idx, kv_idx: torch.floor_divide(q_idx, 16) == torch.div(kv_idx, 16, rounding_mode="floor"), None, {}
+    return (
+        lambda b, h, q_idx, kv_idx: torch.floor_divide(q_idx, 16) == torch.div(kv_idx, 16, rounding_mode="floor"),
+        None,
+        {},
+    )
 
 
 @case
 def global_and_local():
-    return or_masks(lambda b, h, q, kv: kv < 4, lambda b, h, q, kv: q < 4, lambda b, h, q, kv: (q - kv).abs() < 7), None, {}
+    return (
+        or_masks(lambda b, h, q, kv: kv < 4, lambda b, h, q, kv: q < 4, lambda b, h, q, kv: (q - kv).abs() < 7),
+        None,
+        {},
+    )
 
 
 @case
@@ -242,7 +250,11 @@ def relative_position():
 
 @case
 def relative_position_if_causal():
-    return None, lambda score, b, h, q_idx, kv_idx: torch.where(q_idx >= kv_idx, score + (q_idx - kv_idx) / 8, score), {}
+    return (
+        None,
+        lambda score, b, h, q_idx, kv_idx: torch.where(q_idx >= kv_idx, score + (q_idx - kv_idx) / 8, score),
+        {},
+    )
 
 
 @case
@@ -439,7 +451,9 @@ def extremes():
 @case
 def rounded():
     def score(score, b, h, q_idx, kv_idx):
-        return score + torch.floor(q_idx / 7) - torch.round(kv_idx / 8) + torch.ceil(h / 3) + torch.trunc((kv_idx - 9) / 4)
+        return (
+            score + torch.floor(q_idx / 7) - torch.round(kv_idx / 8) + torch.ceil(h / 3) + torch.trunc((kv_idx - 9) / 4)
+        )
 
     return None, score, {}
 
@@ -461,7 +475,9 @@ def division_towards_zero():
 @case
 def sign_and_reciprocal():
     def score(score, b, h, q_idx, kv_idx):
-        return torch.add(score, torch.sign(kv_idx - q_idx), alpha=0.5) - torch.reciprocal(kv_idx + 2.0) + 1 / (q_idx + 1)
+        return (
+            torch.add(score, torch.sign(kv_idx - q_idx), alpha=0.5) - torch.reciprocal(kv_idx + 2.0) + 1 / (q_idx + 1)
+        )
 
     return None, score, {}
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
-from typing import Any
 
 import pytest
 import torch
 from torch.nn.attention import flex_attention as torchs
 
-import attngen as ag
 from attngen import flex
-from tests.integrations.flex_cases import CASES, B, D, H, N, causal_mask, randn
+from tests.integrations.flex_cases import CASES, B, D, H, N, randn
 
 
 @pytest.fixture(autouse=True)
@@ -88,13 +85,22 @@ def test_same_as_torch(name):
         close(mine, theirs, 1e-10)
 
 
-@pytest.mark.parametrize("name", ["sliding_window", "documents", "alibi", "bias_by_distance", "causal_as_score", "soft_cap"])
+@pytest.mark.parametrize(
+    "name", ["sliding_window", "documents", "alibi", "bias_by_distance", "causal_as_score", "soft_cap"]
+)
 def test_generated_kernels(name):
     mask_mod, score_mod, learned = CASES[name]()
     q, k, v = inputs(torch.float32)
     want, want_lse = torch_result(*inputs(), score_mod, torch_mask(mask_mod))
     leaves = [x.requires_grad_() for x in (q, k, v)] + list(learned.values())
-    options = {"BLOCK_M": 32, "BLOCK_N": 32, "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 32, "bwd_BLOCK_M2": 32, "bwd_BLOCK_N2": 32}
+    options = {
+        "BLOCK_M": 32,
+        "BLOCK_N": 32,
+        "bwd_BLOCK_M1": 32,
+        "bwd_BLOCK_N1": 32,
+        "bwd_BLOCK_M2": 32,
+        "bwd_BLOCK_N2": 32,
+    }
     out, lse = flex.flex_attention(
         q, k, v, score_mod, own_mask(mask_mod), return_lse=True, kernel_options=options, backend="interpret"
     )

@@ -87,12 +87,11 @@ def from_flex(
     what score.dtype and .device say. Raises SpecError, with the line of the mod that can't be traced.
     """
     dtype = torch.float32 if dtype in _HALF else dtype
-    program, tensors = _traced(mask_mod, score_mod, dtype, torch.device(device))
+    program, captures = _traced(mask_mod, score_mod, dtype, torch.device(device))
     try:
-        spec = spec_of(program, scale)
+        return spec_of(program, scale), captures
     except StepError as error:
         raise _at_its_line(error, mask_mod, score_mod, dtype, torch.device(device)) from error
-    return spec, {f"t{n}": tensor for n, tensor in enumerate(tensors)}
 
 
 def _attention(
@@ -107,17 +106,17 @@ def _attention(
     """What computes a call, and its captures. SpecError, InputError, ScheduleError."""
     mask_mod, block, given = _mask(block_mask, query, key)
     dtype = torch.float32 if query.dtype in _HALF else query.dtype
-    program, tensors = _traced(mask_mod, score_mod, dtype, query.device)
+    program, captures = _traced(mask_mod, score_mod, dtype, query.device)
     options = tuple(sorted((kernel_options or {}).items()))
     try:
         if torch.compiler.is_compiling():
-            parts = (program.steps, program.tensors, program.score, program.mask)  # Dynamo's constants are plain tuples
+            parts = (program.steps, program.tensors, program.params, program.mask, program.score)
             attn = getattr(_held, _hold(parts, scale, block, options, backend))
         else:
             attn = _compiled(program, scale, block, options, backend)
     except StepError as error:
         raise _at_its_line(error, mask_mod, score_mod, dtype, query.device) from error
-    return attn, {**{f"t{n}": tensor for n, tensor in enumerate(tensors)}, **given}
+    return attn, {**captures, **given}
 
 
 def _mask(
@@ -156,7 +155,7 @@ def _mask(
 
 def _traced(
     mask_mod: Mod | None, score_mod: Mod | None, dtype: torch.dtype, device: torch.device
-) -> tuple[Program, list[torch.Tensor]]:
+) -> tuple[Program, dict[str, Any]]:
     if torch.compiler.is_compiling():  # Dynamo names the line itself
         return record(mask_mod, score_mod, dtype, device)
     try:
@@ -192,7 +191,9 @@ _held = _Held()
 
 @torch.compiler.assume_constant_result
 def _hold(parts: tuple[Any, ...], *others: Any) -> str:
-    """The attention of a program, kept for as long as a graph may call it; its name in `_held`."""
+    """The attention of a program, kept for as long as a graph may call it; its name in `_held`. parts: of the program, since
+    Dynamo's constants are plain tuples.
+    """
     attn = _compiled(Program(*parts), *others)
     name = f"attention_{attn.handle}"
     setattr(_held, name, attn)

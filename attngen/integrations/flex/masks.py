@@ -99,8 +99,8 @@ def create_block_mask(
 def mask_of(mask_mod: Mod, device: torch.device) -> tuple[Spec, dict[str, torch.Tensor]]:
     """The spec of a mask_mod alone and its captures. SpecError."""
     try:
-        program, tensors = record(mask_mod, None, torch.float32, device)
-        return spec_of(program), {f"t{n}": tensor for n, tensor in enumerate(tensors)}
+        program, captures = record(mask_mod, None, torch.float32, device)
+        return spec_of(program), captures
     except StepError as error:
         raise error.error from None
     except Exception as error:

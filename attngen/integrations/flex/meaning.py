@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from attngen.errors import SpecError
 from attngen.integrations.flex.trace import Operand, Program
 from attngen.integrations.flex.vocabulary import CONSTANTS, OPERATIONS, cast, condition, constant, number
-from attngen.language.expression import Expr, Tensor
+from attngen.language.expression import Expr, Param, Tensor
 from attngen.language.expression.builder import wrap
 from attngen.language.expression.functions import B, H, I, J, S
 from attngen.language.keysets.tiles import Block, block_sparse
@@ -37,12 +37,14 @@ class Value(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def spec_of(program: Program, scale: float | None = None, block: Block | None = None) -> Spec:
-    """The spec of a program, whose captured tensors are t0, t1, ... in its order. block: of the tiles that are given at the
-    call. StepError, SpecError.
+    """The spec of a program, whose captured tensors are t0, t1, ... in its order, its numbers p0, p1, ... block: of the tiles that
+    are given at the call. StepError, SpecError.
     """
     tensors = [Tensor(f"t{n}", ndim, kind) for n, (ndim, kind) in enumerate(program.tensors)]
     symbols = {"s": S, "b": B, "h": H, "i": I, "j": J}
     known: dict[Any, Value] = {name: Value(Expr(symbol)) for name, symbol in symbols.items()}
+    for n, kind in enumerate(program.params):
+        known["param", n] = Value(Param(f"p{n}", int if kind == "int" else float))
     for place, (name, args, named) in enumerate(program.steps):
         try:
             if name == "load":
@@ -72,6 +74,8 @@ def _read(operand: Operand, known: dict[Any, Value]) -> Any:
     kind, *rest = operand
     if kind == "ref":
         return known[rest[0]]
+    if kind == "param":
+        return known[operand]
     if kind == "tuple":
         return tuple(_read(x, known) for x in rest)
     if kind == "none":

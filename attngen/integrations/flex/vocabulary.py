@@ -231,6 +231,8 @@ INTEGERS = _set("int long short")
 CONSTANTS = _set("tensor as_tensor scalar_tensor zeros ones full zeros_like ones_like full_like") | _set(
     "new_zeros new_ones new_full new_tensor"
 )
+REVERSED = _set("radd rsub rmul rdiv rtruediv rfloordiv rmod rpow rand ror rxor rlshift rrshift")
+METADATA = _set("get dim ndimension size numel nelement is_floating_point is_complex")  # get: of a property
 VALUES = _set("item tolist numpy equal allclose __bool__ __int__ __float__ __complex__ __index__ __contains__")
 KNOWN = (
     "a mod may use operators, elements of captured tensors, conversions of dtype, and torch's where, masked_fill, minimum, "
@@ -239,13 +241,27 @@ KNOWN = (
 )
 
 
-@torch.compiler.assume_constant_result  # Dynamo does not look into names
+# Dynamo does not look into names, so both of these are constants to it.
+@torch.compiler.assume_constant_result
 def name_of(func: Any) -> str:
-    """The name of a torch function or of a tensor's method, operators without their underscores."""
+    """The name of a torch function, a tensor's method or an operator, without the underscores of operators and of what works in
+    place.
+    """
     name = getattr(func, "__name__", "")
-    if name.startswith("__") and name not in VALUES:
-        name = name.strip("_")
-    return name
+    if name in VALUES:
+        return name
+    plain = name.strip("_")
+    if plain[:1] == "i" and plain[1:] in OPERATIONS and plain not in OPERATIONS:
+        return plain[1:]
+    return plain if name.startswith("__") or plain in OPERATIONS else name
+
+
+@torch.compiler.assume_constant_result
+def in_place(func: Any) -> bool:
+    """Whether it changes its first argument: `x.add_(y)`, `x += y`."""
+    name = getattr(func, "__name__", "")
+    plain = name.strip("_")
+    return name == f"{plain}_" or (plain not in OPERATIONS and plain[:1] == "i" and plain[1:] in OPERATIONS)
 
 
 def constant(name: str, args: list[Any], named: dict[str, Any]) -> Expr:
