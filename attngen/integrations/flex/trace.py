@@ -72,6 +72,18 @@ class Rows:
         raise _rows(name_of(func))
 
 
+def _no_operator(name: str) -> Any:
+    def operator(self: Rows, *others: Any) -> Any:
+        raise _rows(name)
+
+    return operator
+
+
+for _name in "add sub mul truediv floordiv mod pow and or xor lt le gt ge eq ne neg abs invert".split():  # noqa: SIM905
+    setattr(Rows, f"__{_name}__", _no_operator(_name))
+    setattr(Rows, f"__r{_name}__", _no_operator(_name))
+
+
 def _rows(name: str) -> SpecError:
     return SpecError(
         f"{name} of rows of a captured tensor: a kernel reads single elements of it",
@@ -295,6 +307,8 @@ def _flat(values: Any) -> list[Any]:
     for x in values:
         if isinstance(x, (tuple, list)):
             found += _flat(x)
+        elif isinstance(x, slice):
+            found += _flat((x.start, x.stop, x.step))
         else:
             found.append(x)
     return found
