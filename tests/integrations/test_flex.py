@@ -431,6 +431,16 @@ def test_lists_in_a_compiled_graph(fresh_dynamo):
     close(compiled(q, k, v, None, block_mask), flex.flex_attention(q, k, v, None, block_mask))
 
 
+def test_a_graph_says_why_it_has_to_break(fresh_dynamo):
+    for score_mod, why in ((unknown_method, "cumsum has no counterpart"), (exponential_of_infinity, "minus infinity")):
+        compiled = torch.compile(flex.flex_attention, fullgraph=True, backend="aot_eager")
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=why):
+            compiled(*inputs(), score_mod)
+        with pytest.raises(ag.SpecError, match=why) as caught:
+            torch.compile(flex.flex_attention, backend="aot_eager")(*inputs(), score_mod)
+        assert "# here" in caught.value.text
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 table = torch.arange(N, dtype=torch.float64)

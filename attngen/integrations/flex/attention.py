@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import flex_attention as torchs
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 
-from attngen.errors import InputError, SpecError
+from attngen.errors import AttngenError, InputError, SpecError
 from attngen.integrations.flex.masks import LazyBlockMask, agrees, layout
 from attngen.integrations.flex.meaning import StepError, spec_of
 from attngen.integrations.flex.options import schedule_of
@@ -108,12 +108,14 @@ def _attention(
     dtype = torch.float32 if query.dtype in _HALF else query.dtype
     program, captures = _traced(mask_mod, score_mod, dtype, query.device)
     options = tuple(sorted((kernel_options or {}).items()))
+    if torch.compiler.is_compiling():
+        parts = (program.steps, program.tensors, program.params, program.mask, program.score)
+        name, problem = _hold(parts, scale, block, options, backend)
+        if name is not None:
+            return getattr(_held, name), {**captures, **given}
+        torch._dynamo.graph_break(msg=problem)
     try:
-        if torch.compiler.is_compiling():
-            parts = (program.steps, program.tensors, program.params, program.mask, program.score)
-            attn = getattr(_held, _hold(parts, scale, block, options, backend))
-        else:
-            attn = _compiled(program, scale, block, options, backend)
+        attn = _compiled(program, scale, block, options, backend)
     except StepError as error:
         raise _at_its_line(error, mask_mod, score_mod, dtype, query.device) from error
     return attn, {**captures, **given}
@@ -156,8 +158,6 @@ def _mask(
 def _traced(
     mask_mod: Mod | None, score_mod: Mod | None, dtype: torch.dtype, device: torch.device
 ) -> tuple[Program, dict[str, Any]]:
-    if torch.compiler.is_compiling():  # Dynamo names the line itself
-        return record(mask_mod, score_mod, dtype, device)
     try:
         return record(mask_mod, score_mod, dtype, device)
     except Exception as error:
@@ -190,14 +190,17 @@ _held = _Held()
 
 
 @torch.compiler.assume_constant_result
-def _hold(parts: tuple[Any, ...], *others: Any) -> str:
-    """The attention of a program, kept for as long as a graph may call it; its name in `_held`. parts: of the program, since
-    Dynamo's constants are plain tuples.
+def _hold(parts: tuple[Any, ...], *others: Any) -> tuple[str | None, str]:
+    """The attention of a program, kept for as long as a graph may call it: its name in `_held`, or None and why there is none.
+    parts: of the program, since Dynamo's constants are plain tuples.
     """
-    attn = _compiled(Program(*parts), *others)
+    try:
+        attn = _compiled(Program(*parts), *others)
+    except (AttngenError, StepError) as error:
+        return None, str(error)
     name = f"attention_{attn.handle}"
     setattr(_held, name, attn)
-    return name
+    return name, ""
 
 
 def _check(

@@ -24,7 +24,7 @@ class StepError(Exception):
     """A step that has no meaning. step: its place in the program."""
 
     def __init__(self, step: int, error: SpecError):
-        super().__init__(step, error)
+        super().__init__(str(error))
         self.step, self.error = step, error
 
 

@@ -85,7 +85,7 @@ for _name in "add sub mul truediv floordiv mod pow and or xor lt le gt ge eq ne 
 
 
 def _rows(name: str) -> SpecError:
-    return SpecError(
+    return refused(
         f"{name} of rows of a captured tensor: a kernel reads single elements of it",
         fix="index it down to a number, or do this outside of the mod, to the whole tensor",
     )
@@ -143,11 +143,9 @@ class Tracer(TorchFunctionMode):
         reverse = name in REVERSED  # x.__rsub__(y) is y - x
         name = name[1:] if reverse else name
         if name not in OPERATIONS and name not in CONSTANTS:
-            raise SpecError(f"torch's {name} has no counterpart in a kernel's score or mask", fix=KNOWN)
+            raise refused(f"torch's {name} has no counterpart in a kernel's score or mask", fix=KNOWN)
         if name in ("max", "min") and not (len(args) == 2 and isinstance(args[1], torch.Tensor)):
-            raise SpecError(
-                f"{name} of one value is a reduction", fix="torch.maximum and torch.minimum take two values"
-            )
+            raise refused(f"{name} of one value is a reduction", fix="torch.maximum and torch.minimum take two values")
         operands = [self.operand(x) for x in (reversed(args) if reverse else args)]
         if name == "where" and func is torch.Tensor.where:  # x.where(condition, other)
             operands = [operands[1], operands[0], *operands[2:]]
@@ -169,7 +167,7 @@ class Tracer(TorchFunctionMode):
         """How an argument stands in a program. SpecError for what can't."""
         if isinstance(x, torch.Tensor):
             if x.dim() > 0:
-                raise SpecError(
+                raise refused(
                     f"a captured tensor of shape {list(x.shape)} meets a single value",
                     fix="index it: one that is a number has no dimensions, t[0] or t.squeeze()",
                 )
@@ -188,7 +186,7 @@ class Tracer(TorchFunctionMode):
             return ("int", int(x))
         if isinstance(x, (float, numbers.Real)):
             return ("float", float(x))
-        raise SpecError(f"a mod computes with tensors and Python numbers, got {type(x).__name__}")
+        raise refused(f"a mod computes with tensors and Python numbers, got {type(x).__name__}")
 
     def param(self, x: Any) -> int:
         """The place of a number that torch.compile does not know: a run-time value of the kernel."""
@@ -206,13 +204,13 @@ class Tracer(TorchFunctionMode):
             place = [x is Ellipsis for x in given].index(True)
             given = given[:place] + [slice(None)] * (len(open_dims) - len(given) + 1) + given[place + 1 :]
         if len(given) > len(open_dims):
-            raise SpecError(f"{len(given)} indices for the {len(open_dims)} dimensions of a captured tensor")
+            raise refused(f"{len(given)} indices for the {len(open_dims)} dimensions of a captured tensor")
         found = list(indices)
         for dim, x in zip(open_dims, given, strict=False):
             if isinstance(x, slice) and x == slice(None):
                 continue
             if isinstance(x, bool) or not isinstance(x, (int, torch.Tensor)):
-                raise SpecError(
+                raise refused(
                     "a captured tensor is indexed by single positions", fix="cut and reshape it outside of the mod"
                 )
             found[dim] = x + tensor.shape[dim] if isinstance(x, int) and x < 0 else x
@@ -257,6 +255,13 @@ def record(
     return Program(tuple(tracer.steps), tensors, params, mask, score), captures
 
 
+def refused(problem: str, fix: str = "") -> SpecError:
+    """What to raise. Dynamo shows no exception's text: it is told to give up, and why."""
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg=problem)
+    return SpecError(problem, fix=fix)
+
+
 def located(error: Exception) -> SpecError:
     """The error of a mod, with the line of the mod that it comes from."""
     problem, fix = f"the mod fails on symbols: {type(error).__name__}: {error}", KNOWN
@@ -279,16 +284,16 @@ def kind(dtype: torch.dtype) -> str:
 def _value(name: str, symbol: bool) -> SpecError:
     """A mod takes a value out of a tensor."""
     if not symbol:
-        return SpecError(
+        return refused(
             f"the mod takes a Python value out of a captured tensor ({name}), which would wait for the device",
             fix="use the tensor itself: one without dimensions is a number; or take the value outside of the mod",
         )
     if name == "__bool__":
-        return SpecError(
+        return refused(
             "the mod branches on a value that is known only in the kernel (`if`, `and`, `or`, `not`, `a < b < c`, min, max)",
             fix="write torch.where(condition, a, b), and combine conditions with & | ~",
         )
-    return SpecError(
+    return refused(
         f"the mod wants a Python number of a value that is known only in the kernel ({name})",
         fix="compute with torch functions",
     )
