@@ -531,7 +531,25 @@ def other_objects(score, b, h, q_idx, kv_idx):
     return score * 1j  # here
 
 
+def random_number(score, b, h, q_idx, kv_idx):
+    return score + torch.randn(())  # here
+
+
+def narrow_integer(score, b, h, q_idx, kv_idx):
+    return score + q_idx.to(torch.uint8)  # here
+
+
+five = torch.zeros(B, H, 1, 1, 1)
+
+
+def five_dimensions(score, b, h, q_idx, kv_idx):
+    return score + five[b, h, 0, 0, 0]  # here
+
+
 REFUSED = [
+    (random_number, "randn draws one number for all pairs"),
+    (narrow_integer, "conversion to torch.uint8"),
+    (five_dimensions, "a captured tensor of 5 dimensions"),
     (branch, "branches on a value"),
     (conjunction, "branches on a value"),
     (python_minimum, "branches on a value"),
@@ -575,6 +593,20 @@ def test_a_mask_that_is_a_number_is_refused():
 
     with pytest.raises(ag.SpecError, match="mask_mod returns a number"):
         flex.flex_attention(*inputs(), None, own_mask(mask_mod))
+
+
+@pytest.mark.parametrize("result", [None, "score", [1.0]])
+def test_a_mod_that_returns_no_number_is_refused(result):
+    with pytest.raises(ag.SpecError, match=f"score_mod returns {type(result).__name__}"):
+        flex.flex_attention(*inputs(), lambda score, b, h, q_idx, kv_idx: result)
+
+
+def test_an_index_out_of_range_is_refused():
+    """Below 0 as well, where torch would count from the end."""
+    with pytest.raises(ag.InputError, match="t0: expected `i - j`"):
+        flex.flex_attention(*inputs(), lambda score, b, h, q_idx, kv_idx: score + table[q_idx - kv_idx])
+    causal_only = own_mask(causal_mask)
+    flex.flex_attention(*inputs(), lambda score, b, h, q_idx, kv_idx: score + table[q_idx - kv_idx], causal_only)
 
 
 def test_fallback_says_so_once():

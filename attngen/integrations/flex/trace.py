@@ -28,6 +28,7 @@ from attngen.integrations.flex.vocabulary import (
     KNOWN,
     METADATA,
     OPERATIONS,
+    RANDOM,
     REVERSED,
     VALUES,
     in_place,
@@ -128,6 +129,10 @@ class Tracer(TorchFunctionMode):
         captured = any(isinstance(x, torch.Tensor) for x in operands)
         if name in VALUES and captured:
             raise _value(name, len(symbols) > 0)
+        if name in RANDOM:
+            raise refused(
+                f"{name} draws one number for all pairs", fix="ag.from_flex gives a spec for ag.Spec(dropout=...)"
+            )
         if len(symbols) == 0:
             if name in CONSTANTS and not captured and _is_number(name, args, kwargs):
                 return self.record(func, name, args, kwargs)
@@ -173,6 +178,8 @@ class Tracer(TorchFunctionMode):
                 )
             return ("ref", self.refs[x if x in self.refs else self.load(x, (), ())])
         if isinstance(x, torch.dtype):
+            if x in (torch.uint8, torch.int8, torch.int16, torch.uint16):
+                raise refused(f"conversion to {x}, which may overflow", fix="convert to torch.int32 or torch.int64")
             return ("kind", kind(x))
         if isinstance(x, (tuple, list, torch.Size)):
             return ("tuple", *[self.operand(part) for part in x])
@@ -188,6 +195,12 @@ class Tracer(TorchFunctionMode):
             return ("float", float(x))
         raise refused(f"a mod computes with tensors and Python numbers, got {type(x).__name__}")
 
+    def result(self, place: str, x: Any) -> Operand:
+        """What a mod returns."""
+        if not isinstance(x, (torch.Tensor, numbers.Real)):
+            raise refused(f"{place} returns {type(x).__name__}", fix="return a number, or in a mask_mod a truth value")
+        return self.operand(x)
+
     def param(self, x: Any) -> int:
         """The place of a number that torch.compile does not know: a run-time value of the kernel."""
         for n in range(len(self.params)):
@@ -198,6 +211,9 @@ class Tracer(TorchFunctionMode):
 
     def load(self, tensor: torch.Tensor, indices: tuple[Any, ...], index: Any) -> Any:
         """tensor with its open dimensions, in order, indexed by `index`; rows as long as one is open."""
+        if tensor.dim() > 4:
+            fix = "a kernel reads tensors of up to 4: join some by .flatten(), outside of the mod"
+            raise refused(f"a captured tensor of {tensor.dim()} dimensions", fix=fix)
         given = list(index) if isinstance(index, tuple) else [index]
         open_dims = [dim for dim in range(len(indices)) if indices[dim] is None]
         if any(x is Ellipsis for x in given):
@@ -243,11 +259,9 @@ def record(
     mask = score = None
     with tracer:
         if mask_mod is not None:
-            mask = mask_mod(b, h, i, j)
+            mask = tracer.result("mask_mod", mask_mod(b, h, i, j))
         if score_mod is not None:
-            score = score_mod(s, b, h, i, j)
-    mask = None if mask_mod is None else tracer.operand(mask)
-    score = None if score_mod is None else tracer.operand(score)
+            score = tracer.result("score_mod", score_mod(s, b, h, i, j))
     tensors = tuple([(t.dim(), kind(t.dtype)) for t in tracer.tensors])
     params = tuple(["int" if isinstance(x, int) else "float" for x in tracer.params])
     captures: dict[str, Any] = {f"t{n}": tensor for n, tensor in enumerate(tracer.tensors)}

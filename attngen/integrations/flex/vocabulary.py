@@ -210,7 +210,7 @@ OPERATIONS: dict[str, Callable[..., Expr]] = {
     **_names("trunc fix", _numbers(_trunc)),
     **_names("sign sgn", _numbers(lambda x: where(x > 0, 1, where(x < 0, -1, 0)))),
     **_names("bool", lambda x: cast(x, "bool")),
-    **_names("int long short", lambda x: cast(x, "int")),
+    **_names("int long", lambda x: cast(x, "int")),
     **_names("float double half bfloat16", lambda x: cast(x, "float")),
     # What they convert to is read from their operands: see `meaning`.
     **_names("to type type_as", _same),
@@ -227,9 +227,12 @@ CONDITIONS = _set("lt less le less_equal gt greater ge greater_equal eq ne not_e
 FLOATS = _set("div divide truediv true_divide reciprocal float_power exp exp2 special_exp2 log log2 sqrt rsqrt") | _set(
     "tanh sigmoid special_expit sin cos erf special_erf silu gelu softplus float double half bfloat16"
 )
-INTEGERS = _set("int long short")
+INTEGERS = _set("int long")
 CONSTANTS = _set("tensor as_tensor scalar_tensor zeros ones full zeros_like ones_like full_like") | _set(
     "new_zeros new_ones new_full new_tensor"
+)
+RANDOM = _set(
+    "rand randn randint randperm rand_like randn_like randint_like normal bernoulli multinomial poisson dropout"
 )
 REVERSED = _set("radd rsub rmul rdiv rtruediv rfloordiv rmod rpow rand ror rxor rlshift rrshift")
 METADATA = _set("get dim ndimension size numel nelement is_floating_point is_complex")  # get: of a property
