@@ -473,6 +473,17 @@ def division_towards_zero():
 
 
 @case
+def methods():
+    kept = learned(N)
+
+    def score(score, b, h, q_idx, kv_idx):
+        near = q_idx.sub(kv_idx).abs().le(9).logical_and(kv_idx.remainder(3).ne(1))
+        return score.where(near, kept[kv_idx]).add(kept[..., 2], alpha=0.5).clamp_min(-1.5) + near.to(score)
+
+    return causal_mask, score, {"kept": kept}
+
+
+@case
 def sign_and_reciprocal():
     def score(score, b, h, q_idx, kv_idx):
         return (

@@ -158,6 +158,16 @@ def test_mask_inside_listed_blocks(full):
     close(flex.flex_attention(q, k, v, None, block_mask), dense(q, k, v, lambda b, h, i, j: pairs[b, h, i, j], None))
 
 
+def test_lists_that_change_in_place():
+    q, k, v = inputs(n_q=64, n_k=64)
+    block_mask = torchs.create_block_mask(causal_mask, B, H, 64, 64, "cpu", 16)
+    close(flex.flex_attention(q, k, v, None, block_mask), dense(q, k, v, causal_mask, None))
+    block_mask.full_kv_num_blocks[:, :, 3] = 0
+    kept = of_blocks(torch.tensor([[[[1] * 4] * 3 + [[0, 0, 0, 1]]]]).bool(), 16, 64)[0, 0]
+    want = dense(q, k, v, lambda b, h, i, j: causal_mask(b, h, i, j) & kept[i, j], None)
+    close(flex.flex_attention(q, k, v, None, block_mask), want)
+
+
 @pytest.mark.parametrize("name", ["sliding_window", "documents", "different_per_head", "lengths_per_batch"])
 def test_torchs_own_block_mask(name):
     mask_mod, _, _ = CASES[name]()
@@ -385,7 +395,7 @@ def fresh_dynamo():
 
 
 @pytest.mark.parametrize(
-    "name", ["documents_with_local_positions", "gated_bias", "bias_by_clamped_distance", "causal_as_score"]
+    "name", ["documents_with_local_positions", "methods", "gated_bias", "bias_by_clamped_distance", "causal_as_score"]
 )
 def test_in_a_compiled_graph(name, fresh_dynamo):
     mask_mod, score_mod, learned = CASES[name]()
@@ -531,6 +541,14 @@ def other_objects(score, b, h, q_idx, kv_idx):
     return score * 1j  # here
 
 
+number = torch.tensor(2.0)
+
+
+def changed_capture(score, b, h, q_idx, kv_idx):
+    number.mul_(score)  # here
+    return number
+
+
 def random_number(score, b, h, q_idx, kv_idx):
     return score + torch.randn(())  # here
 
@@ -547,6 +565,7 @@ def five_dimensions(score, b, h, q_idx, kv_idx):
 
 
 REFUSED = [
+    (changed_capture, r"changes a captured tensor \(mul\)"),
     (random_number, "randn draws one number for all pairs"),
     (narrow_integer, "conversion to torch.uint8"),
     (five_dimensions, "a captured tensor of 5 dimensions"),

@@ -10,7 +10,7 @@ from torch.nn.attention import flex_attention as torchs
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 
 from attngen.errors import AttngenError, InputError, SpecError
-from attngen.integrations.flex.masks import LazyBlockMask, agrees, layout
+from attngen.integrations.flex.masks import LazyBlockMask, agrees, blocks_of
 from attngen.integrations.flex.meaning import StepError, spec_of
 from attngen.integrations.flex.options import schedule_of
 from attngen.integrations.flex.trace import Mod, Program, located, record
@@ -135,16 +135,12 @@ def _mask(
         raise InputError(
             "block_mask", "blocks that are multiples of 16", (block_q, block_k), "choose another BLOCK_SIZE"
         )
-    columns = -(-key.shape[2] // block_k)
-    live, full = layout(block_mask.kv_num_blocks, block_mask.kv_indices, columns), None
-    if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
-        full = layout(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, columns)
-        live = live | full
+    # Whoever compiles has no values to look at.
+    if mask_mod is not None and not torch.compiler.is_compiling() and agrees(block_mask, query, key):
+        return mask_mod, None, {}
+    live, full = blocks_of(block_mask, -(-key.shape[2] // block_k))
     if mask_mod is None:
         return None, (block_q, block_k), {"layout": live}
-    # Whoever compiles has no values to look at.
-    if not torch.compiler.is_compiling() and agrees(block_mask, live, full, query, key):
-        return mask_mod, None, {}
     if full is None:
         return mask_mod, (block_q, block_k), {"layout": live}
 

@@ -148,8 +148,16 @@ def _list(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
 
-def layout(counts: torch.Tensor, indices: torch.Tensor, columns: int) -> torch.Tensor:
-    """bool [B', H', blocks_q, columns] of a BlockMask's counts and indices."""
+def blocks_of(block_mask: BlockMask, columns: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Which blocks are listed, and which of them as full, None without such a list: bool [B', H', blocks_q, columns]."""
+    live = _layout(block_mask.kv_num_blocks, block_mask.kv_indices, columns)
+    if block_mask.full_kv_num_blocks is None or block_mask.full_kv_indices is None:
+        return live, None
+    full = _layout(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, columns)
+    return live | full, full
+
+
+def _layout(counts: torch.Tensor, indices: torch.Tensor, columns: int) -> torch.Tensor:
     while counts.dim() < 3:
         counts, indices = counts.unsqueeze(0), indices.unsqueeze(0)
     counted = torch.arange(indices.shape[-1], device=indices.device) < counts.unsqueeze(-1)
@@ -159,21 +167,22 @@ def layout(counts: torch.Tensor, indices: torch.Tensor, columns: int) -> torch.T
     return live.scatter(-1, places, True)[..., :columns]
 
 
-_agreements: WeakKeyDictionary[BlockMask, tuple[Any, ...]] = WeakKeyDictionary()
+_agreements: WeakKeyDictionary[BlockMask, tuple[Any, bool]] = WeakKeyDictionary()
 
 
-def agrees(
-    block_mask: BlockMask, live: torch.Tensor, full: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor
-) -> bool:
+def agrees(block_mask: BlockMask, q: torch.Tensor, k: torch.Tensor) -> bool:
     """Whether the listed blocks say nothing that mask_mod doesn't, as those of torch's create_block_mask: then attention can
-    find its tiles by itself. Asked once per BlockMask, since the answer waits for the device. SpecError.
+    find its tiles by itself. Asked once per mask and sizes, since the answer waits for the device. SpecError.
     """
-    asked = (block_mask.mask_mod, q.shape[:3], k.shape[2])
+    lists = [getattr(block_mask, name) for name in _LISTS[:4]]
+    versions = [None if x is None or x.is_inference() else (id(x), x._version) for x in lists]
+    asked = (block_mask.mask_mod, q.shape[:3], k.shape[2], versions)
     known = _agreements.get(block_mask)
     if known is None or known[0] != asked:
-        spec, captures = mask_of(block_mask.mask_mod, live.device)
+        spec, captures = mask_of(block_mask.mask_mod, q.device)
         batch, heads, n_q, _ = q.shape
         state = _map(spec, captures, batch, heads, n_q, k.shape[2], block_mask.BLOCK_SIZE)
+        live, full = blocks_of(block_mask, state.shape[-1])
         same = not bool((~live.cpu() & (state != EMPTY)).any())
         same = same and (full is None or not bool((full.cpu() & (state != FULL)).any()))
         known = _agreements[block_mask] = (asked, same)

@@ -131,7 +131,7 @@ class Tracer(TorchFunctionMode):
             raise _value(name, len(symbols) > 0)
         if name in RANDOM:
             raise refused(
-                f"{name} draws one number for all pairs", fix="ag.from_flex gives a spec for ag.Spec(dropout=...)"
+                f"{name} draws one number for all pairs", fix="dropout is a part of a spec: ag.Spec(dropout=...)"
             )
         if len(symbols) == 0:
             if name in CONSTANTS and not captured and _is_number(name, args, kwargs):
@@ -151,9 +151,11 @@ class Tracer(TorchFunctionMode):
             raise refused(f"torch's {name} has no counterpart in a kernel's score or mask", fix=KNOWN)
         if name in ("max", "min") and not (len(args) == 2 and isinstance(args[1], torch.Tensor)):
             raise refused(f"{name} of one value is a reduction", fix="torch.maximum and torch.minimum take two values")
-        operands = [self.operand(x) for x in (reversed(args) if reverse else args)]
+        if in_place(func) and not self.is_symbol(args[0]):
+            raise refused(f"the mod changes a captured tensor ({name})", fix="change it outside of the mod")
         if name == "where" and func is torch.Tensor.where:  # x.where(condition, other)
-            operands = [operands[1], operands[0], *operands[2:]]
+            args = (args[1], args[0], *args[2:])
+        operands = [self.operand(x) for x in (reversed(args) if reverse else args)]
         named = tuple([(key, self.operand(kwargs[key])) for key in sorted(kwargs)])
         step = self.step(name, tuple(operands), named)
         if in_place(func):
@@ -254,14 +256,13 @@ def record(
     at that step, to find its line. SpecError.
     """
     tracer = Tracer(dtype, device, stop, error)
-    b, h, i, j = [tracer.symbol(name, "int") for name in ("b", "h", "i", "j")]
-    s = tracer.symbol("s", "float")
     mask = score = None
     with tracer:
         if mask_mod is not None:
-            mask = tracer.result("mask_mod", mask_mod(b, h, i, j))
+            mask = tracer.result("mask_mod", mask_mod(*[tracer.symbol(name, "int") for name in "bhij"]))
         if score_mod is not None:
-            score = tracer.result("score_mod", score_mod(s, b, h, i, j))
+            places = [tracer.symbol(name, "int") for name in "bhij"]
+            score = tracer.result("score_mod", score_mod(tracer.symbol("s", "float"), *places))
     tensors = tuple([(t.dim(), kind(t.dtype)) for t in tracer.tensors])
     params = tuple(["int" if isinstance(x, int) else "float" for x in tracer.params])
     captures: dict[str, Any] = {f"t{n}": tensor for n, tensor in enumerate(tracer.tensors)}
