@@ -122,18 +122,19 @@ class Tracer(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = name_of(func)
-        operands = _flat((*args, *kwargs.values()))
-        if any(isinstance(x, Rows) for x in operands):
-            raise _rows(name)
-        symbols = [x for x in operands if self.is_symbol(x)]
-        captured = any(isinstance(x, torch.Tensor) for x in operands)
+        captured = symbols = False
+        for x in _flat((*args, *kwargs.values())):
+            if isinstance(x, torch.Tensor):
+                captured, symbols = True, symbols or x in self.refs
+            elif isinstance(x, Rows):
+                raise _rows(name)
         if name in VALUES and captured:
-            raise _value(name, len(symbols) > 0)
+            raise _value(name, symbols)
         if name in RANDOM:
             raise refused(
                 f"{name} draws one number for all pairs", fix="dropout is a part of a spec: ag.Spec(dropout=...)"
             )
-        if len(symbols) == 0:
+        if not symbols:
             if name in CONSTANTS and not captured and _is_number(name, args, kwargs):
                 return self.record(func, name, args, kwargs)
             return func(*args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -244,27 +245,30 @@ KNOWN = (
 )
 
 
-# Dynamo does not look into names, so both of these are constants to it.
+# Dynamo does not look into names, so these are constants to it.
 @torch.compiler.assume_constant_result
 def name_of(func: Any) -> str:
     """The name of a torch function, a tensor's method or an operator, without the underscores of operators and of what works in
     place.
     """
-    name = getattr(func, "__name__", "")
-    if name in VALUES:
-        return name
-    plain = name.strip("_")
-    if plain[:1] == "i" and plain[1:] in OPERATIONS and plain not in OPERATIONS:
-        return plain[1:]
-    return plain if name.startswith("__") or plain in OPERATIONS else name
+    return _read(func)[0]
 
 
 @torch.compiler.assume_constant_result
 def in_place(func: Any) -> bool:
     """Whether it changes its first argument: `x.add_(y)`, `x += y`."""
+    return _read(func)[1]
+
+
+@lru_cache(maxsize=4096)
+def _read(func: Any) -> tuple[str, bool]:
     name = getattr(func, "__name__", "")
     plain = name.strip("_")
-    return name == f"{plain}_" or (plain not in OPERATIONS and plain[:1] == "i" and plain[1:] in OPERATIONS)
+    if name in VALUES:
+        return name, False
+    if plain[:1] == "i" and plain[1:] in OPERATIONS and plain not in OPERATIONS:  # iadd
+        return plain[1:], True
+    return (plain if name.startswith("__") or plain in OPERATIONS else name), name == f"{plain}_"
 
 
 def constant(name: str, args: list[Any], named: dict[str, Any]) -> Expr:
