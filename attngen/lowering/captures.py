@@ -124,7 +124,7 @@ def collect(
         summed = buffer.sum(gone) if gone else buffer
         return _padded(summed.permute([left.index(place) for place in places]), tensor.shape)
     index = [_lookup(place, size, axes, buffer, env) for place, size in zip(indices, tensor.shape, strict=True)]
-    return torch.zeros(tensor.shape, device=buffer.device).index_put_(tuple(index), buffer, accumulate=True)
+    return buffer.new_zeros(tensor.shape).index_put_(tuple(index), buffer, accumulate=True)
 
 
 def _lookup(place: Any, size: int, axes: list[Any], buffer: torch.Tensor, env: Mapping[str, Any]) -> torch.Tensor:

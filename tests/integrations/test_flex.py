@@ -92,7 +92,7 @@ def test_same_as_torch(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["sliding_window", "documents", "alibi", "bias_by_distance", "causal_as_score", "soft_cap"]
+    "name", ["sliding_window", "documents", "alibi", "bias_by_distance", "bias_of_documents", "causal_as_score", "soft_cap"]
 )
 def test_generated_kernels(name):
     mask_mod, score_mod, learned = CASES[name]()
