@@ -92,7 +92,8 @@ def test_same_as_torch(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["sliding_window", "documents", "alibi", "bias_by_distance", "bias_of_documents", "causal_as_score", "soft_cap"]
+    "name",
+    ["sliding_window", "documents", "alibi", "bias_by_distance", "bias_of_documents", "causal_as_score", "soft_cap"],
 )
 def test_generated_kernels(name):
     mask_mod, score_mod, learned = CASES[name]()
@@ -317,11 +318,13 @@ def test_nothing_is_compiled_for_new_values():
         close(got, dense(q, k, v, mask_mod, score_mod))
 
     attention(randn(H), 20)
+    flex.flex_attention(q, k, v, scale=0.5)
     made = _compiled.cache_info().misses
     slope = randn(H) * 2
     attention(slope, 20)
     slope.mul_(0.5)
     attention(slope, 20)
+    flex.flex_attention(q, k, v, scale=0.6)
     assert _compiled.cache_info().misses == made
     attention(slope, 21)  # a number of Python's is a constant of the kernel
     assert _compiled.cache_info().misses == made + 1
@@ -372,15 +375,15 @@ def test_minus_infinity_in_a_captured_bias():
 def test_from_flex():
     _, score_mod, learned = CASES["gated_bias"]()
     q, k, v = inputs()
-    spec, captures = ag.from_flex(causal_mask, score_mod, scale=0.5)
+    spec, captures = ag.from_flex(causal_mask, score_mod)
     assert list(captures.values()) == [learned["gate"], learned["bias"]]
     assert spec == ag.Spec(
         mask=ag.causal(),
         score=lambda s, b, h, i, j: s + ag.sigmoid(ag.Tensor("t0", 1)[h]) * ag.Tensor("t1", 1)[j],
-        scale=0.5,
     )
     close(
-        ag.compile(spec)(q, k, v, **captures), torch_result(q, k, v, score_mod, torch_mask(causal_mask), scale=0.5)[0]
+        ag.compile(spec)(q, k, v, scale=0.5, **captures),
+        torch_result(q, k, v, score_mod, torch_mask(causal_mask), scale=0.5)[0],
     )
 
 
@@ -674,6 +677,7 @@ def test_fallback_of_a_mask():
         (dict(block_mask=own_mask(causal_mask, 40, 40)), r"block_mask: expected one for lengths \(72, 72\)"),
         (dict(return_lse=True, return_aux=flex.AuxRequest(lse=True)), "return_lse: expected False next to return_aux"),
         (dict(return_aux=flex.AuxRequest(max_scores=True)), "return_aux: .*max_scores"),
+        (dict(scale=0.0), "scale: expected .* above 0"),
         (dict(fallback="eager"), "fallback: expected None or \"torch\", got 'eager'"),
         (dict(backend="cuda"), "backend: expected one of"),
     ],

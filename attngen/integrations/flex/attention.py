@@ -46,9 +46,9 @@ def flex_attention(
     number is a new kernel. Captured float tensors get gradients. score is float32, float64 for float64 inputs.
     block_mask: what `attngen.flex.create_block_mask` or torch's makes, or lists of blocks (`BlockMask.from_kv_blocks`): pairs
     in full blocks attend whatever mask_mod says, as in torch's kernels; blocks are multiples of 16.
-    scale: None is 1 / sqrt(E). kernel_options: block sizes, warps, stages and USE_TMA pin the schedule; others are named in a
-    warning, once. fallback: "torch" calls torch's flex_attention for mods that can't be traced, and says so once. backend: as in
-    `ag.compile`.
+    scale: above 0; None is 1 / sqrt(E). Another one compiles nothing. kernel_options: block sizes, warps, stages and USE_TMA pin
+    the schedule; others are named in a warning, once. fallback: "torch" calls torch's flex_attention for mods that can't be
+    traced, and says so once. backend: as in `ag.compile`.
 
     Returns out [B, Hq, L, Ev] in query's dtype; with return_lse (out, lse), with return_aux (out, AuxOutput(lse)). lse
     [B, Hq, L] float32 (float64 for float64), natural log, -inf for a row without keys, whose out is 0.
@@ -58,7 +58,7 @@ def flex_attention(
     if fallback not in (None, "torch"):
         raise InputError("fallback", 'None or "torch"', repr(fallback))
     try:
-        attn, captures = _attention(query, key, score_mod, block_mask, scale, kernel_options, backend)
+        attn, captures = _attention(query, key, score_mod, block_mask, kernel_options, backend)
     except SpecError as error:
         if fallback is None:
             raise
@@ -66,7 +66,7 @@ def flex_attention(
         others: Any = (scale, enable_gqa, return_lse, kernel_options)
         aux: Any = return_aux
         return torchs.flex_attention(query, key, value, score_mod, block_mask, *others, return_aux=aux)
-    out, lse = attn(query, key, value, return_lse=True, **captures)
+    out, lse = attn(query, key, value, return_lse=True, scale=scale, **captures)
     if return_aux is not None:
         return out, AuxOutput(lse=lse if return_aux.lse else None)
     return (out, lse) if return_lse else out
@@ -76,7 +76,6 @@ def from_flex(
     mask_mod: Mod | None = None,
     score_mod: Mod | None = None,
     *,
-    scale: float | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tuple[Spec, dict[str, torch.Tensor]]:
@@ -89,7 +88,7 @@ def from_flex(
     dtype = torch.float32 if dtype in _HALF else dtype
     program, captures = _traced(mask_mod, score_mod, dtype, torch.device(device))
     try:
-        return spec_of(program, scale), captures
+        return spec_of(program), captures
     except StepError as error:
         raise _at_its_line(error, mask_mod, score_mod, dtype, torch.device(device)) from error
 
@@ -99,7 +98,6 @@ def _attention(
     key: torch.Tensor,
     score_mod: Mod | None,
     block_mask: BlockMask | None,
-    scale: float | None,
     kernel_options: dict[str, Any] | None,
     backend: str,
 ) -> tuple[CompiledAttention, dict[str, Any]]:
@@ -110,12 +108,12 @@ def _attention(
     options = tuple(sorted((kernel_options or {}).items()))
     if torch.compiler.is_compiling():
         parts = (program.steps, program.tensors, program.params, program.mask, program.score)
-        name, problem = _hold(parts, scale, block, options, backend)
+        name, problem = _hold(parts, block, options, backend)
         if name is not None:
             return getattr(_held, name), {**captures, **given}
         torch._dynamo.graph_break(msg=problem)
     try:
-        attn = _compiled(program, scale, block, options, backend)
+        attn = _compiled(program, block, options, backend)
     except StepError as error:
         raise _at_its_line(error, mask_mod, score_mod, dtype, query.device) from error
     return attn, {**captures, **given}
@@ -173,9 +171,9 @@ def _at_its_line(
 
 @lru_cache(maxsize=1024)
 def _compiled(
-    program: Program, scale: float | None, block: Block | None, options: tuple[tuple[str, Any], ...], backend: str
+    program: Program, block: Block | None, options: tuple[tuple[str, Any], ...], backend: str
 ) -> CompiledAttention:
-    return compile(spec_of(program, scale, block), schedule=schedule_of(options), backend=backend)
+    return compile(spec_of(program, block), schedule=schedule_of(options), backend=backend)
 
 
 class _Held:

@@ -36,7 +36,7 @@ class Value(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def spec_of(program: Program, scale: float | None = None, block: Block | None = None) -> Spec:
+def spec_of(program: Program, block: Block | None = None) -> Spec:
     """The spec of a program, whose captured tensors are t0, t1, ... in its order, its numbers p0, p1, ... block: of the tiles that
     are given at the call. StepError, SpecError.
     """
@@ -66,7 +66,7 @@ def spec_of(program: Program, scale: float | None = None, block: Block | None = 
     if score is not None and score.excluded is not None:
         mask = ~score.excluded if mask is None else mask & ~score.excluded
     keys = None if block is None else block_sparse(block)
-    return Spec(mask, None if score is None else number(score.expr), scale=scale, keys=keys)
+    return Spec(mask, None if score is None else number(score.expr), keys=keys)
 
 
 def _read(operand: Operand, known: dict[Any, Value]) -> Any:
