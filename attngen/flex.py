@@ -19,9 +19,10 @@ device. What a kernel can't do for one pair of a query and a key is a SpecError 
         log1p, ...), complex numbers
     randomness (torch.rand) in a mod                   one number for all pairs                     ag.Spec(dropout=...)
 
-An index that is out of range for a pair that attends is an InputError, one below 0 included (torch counts it from the end).
-Differences that remain: floating-point conversions (`.half()`) do not round; `max_scores` of AuxRequest is not kept; BlockMasks made
-here are lazy, and those of torch's whose blocks say the same as their mask_mod are treated alike.
+An index that is out of range for a pair that attends is an InputError, one below 0 included (torch counts it from the end), and
+so is a scale that is not above 0. Differences that remain: floating-point conversions (`.half()`) do not round; `max_scores` of
+AuxRequest is not kept; BlockMasks made here are lazy, and those of torch's whose blocks say the same as their mask_mod are treated
+alike.
 """
 
 from torch.nn.attention.flex_attention import (
