@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +32,7 @@ L2_BYTES = (
     24  # that the second-level cache hands a multiprocessor in a cycle: 5.5 TB/s of an H100, shared by all of them
 )
 LENGTH = 4096  # of the sequences whose tiles are counted
+Case = tuple[str, str, int]  # a name of SPECS, a kernel, a head dim
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 SPECS: dict[str, ag.Spec] = {
@@ -128,34 +129,72 @@ def tiles(
     head_dim: Annotated[list[int], typer.Option("--head-dim", help="again for each")] = [64, 128],  # noqa: B006
     spec: Annotated[list[str], typer.Option("--spec", help=f"of {', '.join(SPECS)}; again for each")] = list(SPECS),  # noqa: B006
     log: Annotated[Path | None, typer.Option(help="keeps what was compiled, to go on from there")] = None,
+    beside: Annotated[
+        Path | None, typer.Option(help="a log of another Triton: of its tiles the best that spills here neither")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="the file to write; else the one that ships")] = None,
-    check: Annotated[bool, typer.Option(help="compile only what the file has, and list what spills")] = False,
 ) -> None:
-    """Find the default tiles of an architecture, and write them to its file in `tuning_db/`."""
-    known = _read_log(log)
-    work = [(name, d, kernel) for name in spec for d in head_dim for kernel in KERNELS]
+    """Find the default tiles of an architecture, and write them to its file in `tuning_db/`.
+
+    What ships spills under no supported Triton: run it under the newest with --log, then under the oldest with --beside.
+    """
+    here, there = Log(log, target), None if beside is None else Log(beside, target)
+    work = [(name, kernel, d) for name in spec for d in head_dim for kernel in KERNELS]
     found = []
-    for name, d, kernel in track(work, "compiling", console=Console(stderr=True)):
-        best: tuple[float, Tile, dict[str, object]] | None = None
-        for tile in candidates(kernel):
-            place = json.dumps([target, name, d, kernel, tile.block_m, tile.block_n, tile.num_warps, tile.num_stages])
-            if place not in known:
-                known[place] = tried(name, kernel, tile, target, d)
-                if log is not None:
-                    with log.open("a") as file:
-                        file.write(json.dumps([place, known[place]]) + "\n")
-            made = known[place]
-            if not made or made["spills"]:
-                continue
-            modelled = round(cycles(name, kernel, tile, made, target, d), 1)
-            if best is None or modelled < best[0]:
-                best = modelled, tile, {"cycles": modelled, "registers": made["registers"]}
-        if best is None:
-            typer.echo(f"{name} {kernel} head dim {d}: no tile without spills", err=True)
+    for case in track(work, "compiling", console=Console(stderr=True)):
+        if there is None:
+            ranked = here.ranked(case, candidates(case[1]))
+        else:
+            first = there.ranked(case, [tile for tile in candidates(case[1]) if there.has(case, tile)])
+            ranked = list(itertools.islice((line for line in first if here.fits(case, line[1])), 1))
+        if not ranked:
+            typer.echo(f"{' '.join(map(str, case))}: no tile without spills", err=True)
             continue
-        found.append(((form_of(SPECS[name]), kernel, d), *best[1:]))
-        typer.echo(f"{name:20} {kernel:8} {d:4} {best[1]} {best[2]}")
+        modelled, tile, made = ranked[0]
+        name, kernel, d = case
+        found.append(((form_of(SPECS[name]), kernel, d), tile, {"cycles": modelled, "registers": made["registers"]}))
+        typer.echo(f"{name:20} {kernel:8} {d:4} {modelled:7.1f} {made['registers']} {tile}")
     write_tiles(out or FOLDER / f"tiles-{target}.json", found)
+
+
+class Log:
+    """What was compiled under one Triton, kept in a file if there is one: a line for each tile."""
+
+    def __init__(self, path: Path | None, target: str):
+        self.path, self.target = path, target
+        lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else []
+        self.known: dict[str, dict[str, Any]] = dict(map(json.loads, lines))
+
+    def _place(self, case: Case, tile: Tile) -> str:
+        name, kernel, d = case
+        return json.dumps([self.target, name, d, kernel, tile.block_m, tile.block_n, tile.num_warps, tile.num_stages])
+
+    def has(self, case: Case, tile: Tile) -> bool:
+        """Whether the tile was compiled."""
+        return self._place(case, tile) in self.known
+
+    def made(self, case: Case, tile: Tile) -> dict[str, Any]:
+        """What compiling it found, see `tried`."""
+        place = self._place(case, tile)
+        if place not in self.known:
+            name, kernel, d = case
+            self.known[place] = tried(name, kernel, tile, self.target, d)
+            if self.path is not None:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([place, self.known[place]]) + "\n")
+        return self.known[place]
+
+    def fits(self, case: Case, tile: Tile) -> bool:
+        """Whether it compiles without spills."""
+        made = self.made(case, tile)
+        return bool(made) and not made["spills"]
+
+    def ranked(self, case: Case, tiles: Iterable[Tile]) -> list[tuple[float, Tile, dict[str, Any]]]:
+        """Those that fit, by modelled cycles."""
+        name, kernel, d = case
+        found = [(tile, self.made(case, tile)) for tile in tiles if self.fits(case, tile)]
+        lines = [(round(cycles(name, kernel, tile, made, self.target, d), 1), tile, made) for tile, made in found]
+        return sorted(lines, key=lambda line: line[0])
 
 
 def tried(name: str, kernel: str, tile: Tile, target: str, head_dim: int) -> dict[str, Any]:
@@ -169,10 +208,6 @@ def tried(name: str, kernel: str, tile: Tile, target: str, head_dim: int) -> dic
     found = [loop.cycles(tile.num_warps) for loop in made.loops]
     loops = [(modelled.matrix, modelled.rest) for modelled in (found if len(found) > 1 else found * 2)]
     return {"registers": made.registers, "spills": made.spills, "shared": made.shared, "loops": loops}
-
-
-def _read_log(log: Path | None) -> dict[str, dict[str, Any]]:
-    return dict(map(json.loads, log.read_text().splitlines())) if log is not None and log.is_file() else {}
 
 
 if __name__ == "__main__":
