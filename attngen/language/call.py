@@ -84,12 +84,13 @@ class Call:
 
 
 def for_all_batches(spec: Spec, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
-    """k and v with the batch of q, where they have a batch of 1: one cache that serves every sequence. Pages have no batch."""
+    """k and v with the batch of q, where both have a batch of 1: one cache that serves every sequence. Pages have no batch."""
     paged = spec.page_size is not None or (spec.keys is not None and spec.keys.name == "paged")
-    if paged or not all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in (q, k, v)):
+    if paged or not all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in (q, k, v)) or q.shape[0] == 1:
         return k, v
-    batch = q.shape[0]
-    return tuple(x.expand(batch, -1, -1, -1) if x.shape[0] == 1 and batch != 1 else x for x in (k, v))  # type: ignore[return-value]
+    if k.shape[0] == 1 == v.shape[0]:
+        return k.expand(q.shape[0], -1, -1, -1), v.expand(q.shape[0], -1, -1, -1)
+    return k, v
 
 
 def bind(

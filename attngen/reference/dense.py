@@ -117,5 +117,6 @@ def dense_env(call: Call, dtype: torch.dtype, read: Iterable[Any] | None = None)
     names = call.captures if read is None else {load.name for expr in read for load in expr.atoms(Load)}
     for name in names:
         tensor = call.captures[name]
-        env[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        kind = dtype if tensor.is_floating_point() else tensor.dtype if tensor.dtype == torch.bool else torch.int64
+        env[name] = tensor.to(kind)  # sums of narrow integers would wrap
     return env

@@ -82,7 +82,7 @@ def test_compile_takes_gpus_by_name_and_fits_80_columns(monkeypatch: pytest.Monk
     lines = run("compile", "i >= j", "--target", "H100", "--target", "sm_80", "--head-dim", "64").output.splitlines()
     rows = [line for line in lines if "sm_" in line]
     assert [line.split()[1] for line in rows] == ["sm_90"] * 4 + ["sm_80"] * 4 and max(map(len, lines)) <= 80
-    assert "mma 8" in run("compile", "i >= j", "--target", "H100", "--head-dim", "64", "--loops").output
+    assert "mma 16" in run("compile", "i >= j", "--target", "H100", "--head-dim", "64", "--loops").output
 
 
 def test_a_target_is_an_architecture_or_a_gpu_everywhere(tmp_path):

@@ -208,10 +208,8 @@ def test_keys_of_one_batch_serve_all(backend: str, dtype: torch.dtype, keys: str
         torch.testing.assert_close(a, b)
     with pytest.raises(ag.InputError, match="k: expected batch 2"):
         attn(q, torch.cat([k] * 3), torch.cat([v] * 3), **more)
-    mixed = attn(q, k, v.expand(2, -1, -1, -1), **more)  # each for itself
-    torch.testing.assert_close(mixed, found[0][0])
     if not more:
-        torch.testing.assert_close(ag.oracle(attn.spec, q, k, v)[0].to(q.dtype), mixed, atol=2e-3, rtol=1e-3)
+        torch.testing.assert_close(ag.oracle(attn.spec, q, k, v)[0].to(q.dtype), found[0][0], atol=2e-3, rtol=1e-3)
 
 
 FIRST, HELD = 23, 24  # the position of a sliding cache's first key, and how many it holds
