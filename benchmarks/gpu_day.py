@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.suite import write_json
+
 DONE, LEFT, FAILED = "done", "left", "failed"
 TURNS = 2  # that a stage may fail, or end without having got further
 GRACE = 5.0  # seconds that a stage has to end in, once it is asked to
@@ -116,10 +118,7 @@ class Day:
 
     def write(self) -> None:
         """Atomically, and everything so far into one file that is easy to bring home."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text(json.dumps(self.states, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, self.path)
+        write_json(self.path, self.states)
         packed = self.out / "day.tar.gz"
         with tarfile.open(packed.with_suffix(".tmp"), "w:gz") as archive:
             for path in sorted(self.out.rglob("*")):

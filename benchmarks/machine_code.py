@@ -19,12 +19,10 @@ from rich.console import Console
 from rich.progress import track
 
 import attngen as ag
-from attngen.analysis import facts
-from attngen.inspect.cross import Compiled, compile_source
+from attngen.inspect.cross import Compiled, cross_compile
 from attngen.inspect.machine_code import Cycles
-from attngen.language.schedule import KERNELS, Schedule, Tile
-from attngen.lowering import render
-from attngen.schedule import Target, complete
+from attngen.language.schedule import KERNELS, Tile
+from attngen.schedule import Target
 from attngen.schedule.shipped import FOLDER, form_of, write_tiles
 from attngen.tuning.model import TILE_OVERHEAD, Resources
 
@@ -89,11 +87,8 @@ def candidates(kernel: str) -> Iterator[Tile]:
 
 def compiled(spec: ag.Spec, kernel: str, tile: Tile, target: str, head_dim: int) -> Compiled:
     """ScheduleError for a tile that does not fit."""
-    gpu = Target.named(target)
-    schedule = complete(spec, gpu, head_dim, head_dim, torch.bfloat16, Schedule(**{kernel: tile}))
-    shape = {"head_dim": head_dim, "head_dim_v": head_dim, "dtype": torch.bfloat16}
-    source = render(spec, facts(spec), kernel, schedule=schedule, **shape)
-    return compile_source(source, gpu, torch.bfloat16, {n: tensor.kind for n, tensor in spec.tensors.items()})
+    pinned = ag.Schedule(**{kernel: tile})
+    return cross_compile(spec, target, head_dim=head_dim, schedule=pinned, passes=(kernel,))[0]
 
 
 def cycles(name: str, kernel: str, tile: Tile, made: dict[str, Any], target: str, head_dim: int) -> float:
@@ -142,15 +137,13 @@ def tiles(
     work = [(name, kernel, d) for name in spec for d in head_dim for kernel in KERNELS]
     found = []
     for case in track(work, "compiling", console=Console(stderr=True)):
-        if there is None:
-            ranked = here.ranked(case, candidates(case[1]))
-        else:
-            first = there.ranked(case, [tile for tile in candidates(case[1]) if there.has(case, tile)])
-            ranked = list(itertools.islice((line for line in first if here.fits(case, line[1])), 1))
-        if not ranked:
+        wanted = [tile for tile in candidates(case[1]) if there is None or there.has(case, tile)]
+        ranked = (line for line in (there or here).ranked(case, wanted) if here.fits(case, line[1]))
+        best = next(ranked, None)
+        if best is None:
             typer.echo(f"{' '.join(map(str, case))}: no tile without spills", err=True)
             continue
-        modelled, tile, made = ranked[0]
+        modelled, tile, made = best
         name, kernel, d = case
         found.append(((form_of(SPECS[name]), kernel, d), tile, {"cycles": modelled, "registers": made["registers"]}))
         typer.echo(f"{name:20} {kernel:8} {d:4} {modelled:7.1f} {made['registers']} {tile}")

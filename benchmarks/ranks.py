@@ -6,7 +6,6 @@ python -m benchmarks.ranks --out FILE.json      on a GPU; used by `python -m ben
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from attngen.language.schedule import Tile
 from attngen.schedule import Target
 from attngen.tuning.stopwatch import Candidate
 from benchmarks import machine_code
+from benchmarks.suite import write_json
 from benchmarks.timing import race, stopwatch_for
 
 CASES = (("causal", 128), ("causal", 64), ("causal documents", 128), ("window", 128))
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
             ],
         }
         entries.append(entry)
-        given.out.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+        write_json(given.out, entries)
         print(f"{name} d{head_dim}: Spearman {entry['spearman']:.2f} of {len(times)} tiles", flush=True)
     return 0
 

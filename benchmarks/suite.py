@@ -34,6 +34,14 @@ class DeviceLost(Exception):
     """The device answers no more: a new process has to go on."""
 
 
+def write_json(path: Path, data: Any) -> None:
+    """The whole file or none of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
 class Results:
     """One suite's file. Everything is on disk after each `add`, and a write never leaves half a file."""
 
@@ -86,10 +94,7 @@ class Results:
 
     def write(self) -> None:
         """Atomically."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, self.path)
+        write_json(self.path, self.data)
 
 
 def run(

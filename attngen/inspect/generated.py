@@ -9,9 +9,9 @@ import torch
 from attngen.errors import ScheduleError
 from attngen.inspect.explanation import Attention, Explanation
 from attngen.inspect.traffic import MODELLED, PROCESSORS
-from attngen.lowering import Source, kernels_of, render
-from attngen.lowering.tables import render_tables
+from attngen.lowering import Source, kernels_of
 from attngen.plan.launches import forward_launches
+from attngen.runtime.pipeline import rendered
 from attngen.schedule import Target
 from attngen.schedule.choice import on_gpu
 
@@ -64,20 +64,6 @@ def _sources(own: Attention, backend: str) -> list[tuple[str, Source]]:
     left = {"delta_of_out", *(() if "merge" in forward_launches(schedule) else ("merge",))}
     names = [name for name in kernels_of(spec, known, dtype) if name not in left]
     shifted = isinstance(call.q_offset, torch.Tensor)
-    sources = []
-    for name in names if spec.page_size is None else [name for name in names if name in INFERENCE]:
-        if name == "tables":
-            source = render_tables(spec, known, "forward", schedule.tile("forward").block_m, shifted)
-        else:
-            source = render(
-                spec,
-                known,
-                name,
-                head_dim=own.sizes.head_dim,
-                head_dim_v=own.sizes.head_dim_v,
-                dtype=dtype,
-                schedule=schedule,
-                offset_tensor=shifted,
-            )
-        sources.append((name, source))
-    return sources
+    kept = names if spec.page_size is None else [name for name in names if name in INFERENCE]
+    dims = own.sizes.head_dim, own.sizes.head_dim_v
+    return [(name, rendered(spec, name, *dims, dtype, schedule, shifted)) for name in kept]

@@ -48,9 +48,32 @@ def source_of(
     names = kernels_of(spec, known, dtype)
     if kernel not in names:
         raise InputError("kernel", f"one of {', '.join(names)}", repr(kernel))
+    return rendered(spec, kernel, head_dim, head_dim_v, dtype, schedule)
+
+
+def rendered(
+    spec: Spec,
+    kernel: str,
+    head_dim: int,
+    head_dim_v: int,
+    dtype: torch.dtype,
+    schedule: Schedule,
+    offset_tensor: bool = False,
+) -> Source:
+    """The generated file of one of a spec's kernels (`kernels_of`) under a complete schedule. offset_tensor: q_offset is one."""
+    known = analyse(spec)
     if kernel == "tables":
-        return render_tables(spec, known, "forward", schedule.tile("forward").block_m, offset_tensor=False)
-    return render(spec, known, kernel, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype, schedule=schedule)
+        return render_tables(spec, known, "forward", schedule.tile("forward").block_m, offset_tensor)
+    return render(
+        spec,
+        known,
+        kernel,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        dtype=dtype,
+        schedule=schedule,
+        offset_tensor=offset_tensor,
+    )
 
 
 def bind(spec: Spec, keys: KeySet | None, sizes: Sizes, executor: Executor, backend: str) -> Executable:

@@ -8,10 +8,8 @@ import pytest
 import torch
 
 import attngen as ag
-from attngen.analysis import facts
-from attngen.inspect.cross import compile_source
+from attngen.inspect.cross import cross_compile
 from attngen.language.schedule import KERNELS, Tile
-from attngen.lowering import render
 from attngen.schedule import Target, complete, shipped
 from attngen.schedule.shipped import FOLDER, form_of, read_tiles, write_tiles
 from benchmarks.machine_code import SPECS
@@ -89,8 +87,5 @@ def test_no_shipped_tile_spills(family: str, form: str, kernel: str, head_dim: i
     spec = next(spec for spec in SPECS.values() if form_of(spec) == form)
     schedule = complete(spec, Target.named(family), head_dim, head_dim, torch.bfloat16)
     assert getattr(schedule, kernel).block_m == tile.block_m
-    dims = {"head_dim": head_dim, "head_dim_v": head_dim, "dtype": torch.bfloat16}
-    source = render(spec, facts(spec), kernel, schedule=schedule, **dims)
-    kinds = {name: tensor.kind for name, tensor in spec.tensors.items()}
-    made = compile_source(source, Target.named(family), torch.bfloat16, kinds)
+    made = cross_compile(spec, family, head_dim=head_dim, passes=(kernel,))[0]
     assert made.spills == 0, f"{made}"
