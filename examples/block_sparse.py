@@ -7,26 +7,12 @@ backward, with the preparation of the lists of tiles at every call. Dense time g
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from verdict import FLOAT16, FLOAT32, here, relative, verdict
+from verdict import FLOAT16, FLOAT32, here, relative, timed, verdict
 
 import attngen as ag
-
-
-def seconds(run: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> float:
-    """Forward and backward, the best of three."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        torch.autograd.grad(run().sum(), leaves)
-        if leaves[0].is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def main(lengths: list[int]) -> None:
@@ -40,8 +26,8 @@ def main(lengths: list[int]) -> None:
         q, k, v = leaves = [torch.randn(1, 8, n, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
         plan = attn.plan(q, k, v)
         live = int(plan.values["query_runs"][..., 1:].sum())  # one list, shared by all heads
-        dense = seconds(lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v), leaves)
-        sparse = seconds(lambda q=q, k=k, v=v: attn(q, k, v), leaves)
+        _, dense = timed(lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v).sum(), leaves), 3)  # noqa: B023
+        _, sparse = timed(lambda: torch.autograd.grad(attn(q, k, v).sum(), leaves), 3)  # noqa: B023
         tile = torch.arange(min(n, 1024), device=device) // 128  # the first rows, from the definition
         apart = torch.arange(-(-n // 128), device=device)[:, None] ^ torch.arange(-(-n // 128), device=device)
         seen = ((apart & (apart - 1)) == 0)[tile].repeat_interleave(128, 1)[:, :n]

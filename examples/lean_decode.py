@@ -7,27 +7,13 @@ programs, whatever the lengths, against dense attention on the padded batch, on 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from verdict import FLOAT16, FLOAT32, here, relative, verdict
+from verdict import FLOAT16, FLOAT32, here, relative, timed, verdict
 
 import attngen as ag
 from attngen.plan.stream_k import balance, stream_k
-
-
-def seconds(run: Callable[[], torch.Tensor]) -> float:
-    """The best of five."""
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 @torch.no_grad()
@@ -44,10 +30,10 @@ def main(longest: int) -> None:
     there = (torch.arange(longest, device=device) < lengths[:, None])[:, None, None]
 
     attn = ag.compile(ag.Spec())
-    padded = seconds(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=there, enable_gqa=True))
+    _, padded = timed(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=there, enable_gqa=True))
     print(f"one query each over {lengths.tolist()} keys, H{heads}/{kv_heads} D{head_dim}, {device}")
     print(f"  SDPA on the padded batch: {padded * 1e3:.1f} ms")
-    taken = seconds(lambda: attn(q, k, v, k_len=lengths))
+    _, taken = timed(lambda: attn(q, k, v, k_len=lengths))
     print(f"  attngen, only the keys that are there: {taken * 1e3:.1f} ms, {padded / taken:.1f}x")
 
     # What stream-K does on a GPU of 132 multiprocessors, by its own assignment.

@@ -8,12 +8,10 @@ call. 6 heads see tiles that belong together, scattered over the sequence; 2 see
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from verdict import FLOAT32, here, relative, verdict
+from verdict import FLOAT32, here, relative, timed, verdict
 
 import attngen as ag
 
@@ -30,29 +28,17 @@ def inputs(n: int, dim: int = 64) -> tuple[torch.Tensor, ...]:
     return real * (topics[topic] + q / 4), real * (topics[topic] + k / 4), real * topics[topic] / 4 + v
 
 
-def seconds(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
-    """The result and the best of three."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        out = run()
-        if out.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return out, min(times)
-
-
 def main(n: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     q, k, v = (x.to(device) for x in inputs(n))
-    exact, dense = seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    exact, dense = timed(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), 3)
     print(f"dense causal, N {n}, B1 H{HEADS} D64 float32, {device}: {dense * 1e3:.1f} ms")
     tiles = -(-n // BLOCK)
     whole = float("nan")
     for keep, heads in ((1.0, 1.0), (0.5, 1.0), (0.25, 1.0), (0.125, 1.0), (0.25, 1 - FLAT / HEADS)):
         attn = ag.compile(ag.Spec(keys=ag.pruned(keep, (BLOCK, BLOCK), heads), mask=ag.causal()))
         live = attn.plan(q, k, v).values["query_runs"][..., 1:].sum((2, 3)).expand(1, HEADS)  # tiles of each head
-        out, taken = seconds(lambda: attn(q, k, v))  # noqa: B023
+        out, taken = timed(lambda: attn(q, k, v), 3)  # noqa: B023
         whole = relative(out, exact) if keep == heads == 1.0 else whole
         share = int(live.sum()) / (HEADS * tiles * (tiles + 1) / 2)
         print(

@@ -7,26 +7,18 @@ dense causal attention on this machine. Forward and backward, with sorting, gath
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from verdict import FLOAT32, here, relative, verdict
+from verdict import FLOAT32, here, relative, timed, verdict
 
 import attngen as ag
 
 
-def seconds(run: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> float:
-    """Forward and backward, the better of two."""
-    times = []
-    for _ in range(2):
-        start = time.perf_counter()
-        torch.autograd.grad(run().sum(), leaves)
-        if leaves[0].is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def training(run: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> float:
+    """Seconds of forward and backward, the better of two."""
+    return timed(lambda: torch.autograd.grad(run().sum(), leaves), 2)[1]
 
 
 def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
@@ -40,13 +32,13 @@ def main(n: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     q, k, v = leaves = [torch.randn(1, 8, n, 64, device=device, requires_grad=True) for _ in range(3)]
-    dense = seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), leaves)
+    dense = training(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), leaves)
     print(f"dense causal, N {n}, B1 H8 D64, {device}: {dense:.3f} s")
 
     dropping = ag.compile(ag.Spec(keys=ag.qk_sparse(), mask=ag.causal()))
     for dropped in (0.3, 0.5, 0.7, 0.8):
         keep_q, keep_k = (torch.rand(1, 8, n, device=device) >= dropped for _ in range(2))
-        taken = seconds(lambda q_=keep_q, k_=keep_k: dropping(q, k, v, keep_q=q_, keep_k=k_), leaves)
+        taken = training(lambda q_=keep_q, k_=keep_k: dropping(q, k, v, keep_q=q_, keep_k=k_), leaves)
         print(f"  {dropped:.0%} of queries and keys dropped: {taken:.3f} s, {dense / taken:.1f}x")
 
     hashing = ag.compile(ag.Spec(keys=ag.hash_sparse(), mask=ag.causal()))
@@ -56,7 +48,7 @@ def main(n: int) -> None:
             q_bucket, k_bucket = ag.lsh_buckets(q, k, buckets)
             return hashing(q, k, v, q_bucket=q_bucket, k_bucket=k_bucket)
 
-        taken = seconds(run, leaves)
+        taken = training(run, leaves)
         print(f"  {buckets} hash buckets: {taken:.3f} s, {dense / taken:.1f}x")
 
     # From the definition, over the first rows.

@@ -8,28 +8,14 @@ step of a 7B model on an H100 at 8k: 31.7 ms against 109.6 with 16 samples, 31.8
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from verdict import FLOAT16, FLOAT32, here, relative, verdict
+from verdict import FLOAT16, FLOAT32, here, relative, timed, verdict
 
 import attngen as ag
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
-
-
-def seconds(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
-    """The result and the best of five."""
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        out = run()
-        if out.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return out, min(times)
 
 
 @torch.no_grad()
@@ -50,8 +36,8 @@ def main(context: int, suffix: int, samples: list[int]) -> None:
             torch.cat([p.expand(batch, -1, -1, -1), own], 2) for p, own in ((prefix_k, k), (prefix_v, v))
         )
 
-        out, once = seconds(lambda: attn(q, k, v, prefix_k=prefix_k, prefix_v=prefix_v))  # noqa: B023
-        _, repeated = seconds(lambda: F.scaled_dot_product_attention(q, whole_k, whole_v, enable_gqa=True))  # noqa: B023
+        out, once = timed(lambda: attn(q, k, v, prefix_k=prefix_k, prefix_v=prefix_v))  # noqa: B023
+        _, repeated = timed(lambda: F.scaled_dot_product_attention(q, whole_k, whole_v, enable_gqa=True))  # noqa: B023
         want = torch.cat([exact(q[b], whole_k[b], whole_v[b]) for b in range(batch)])
         read, copied = (sum(x.nbytes for x in xs) / 2**20 for xs in ((prefix_k, prefix_v, k, v), (whole_k, whole_v)))
         errors.append(relative(out, want))

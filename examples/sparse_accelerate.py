@@ -8,13 +8,11 @@ to find: the first keys and the nearest, some columns, tiles that belong togethe
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from verdict import FLOAT32, here, relative, verdict
+from verdict import FLOAT32, here, relative, timed, verdict
 
 import attngen as ag
 from attngen.plan.keysets.estimate import KINDS
@@ -38,18 +36,6 @@ def inputs(n: int, budget: int, dim: int = 64) -> tuple[torch.Tensor, ...]:
     return q, k, torch.randn(1, 3, n, dim, generator=random)
 
 
-def seconds(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
-    """The result and the better of two."""
-    times = []
-    for _ in range(2):
-        start = time.perf_counter()
-        out = run()
-        if out.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return out, min(times)
-
-
 def main(lengths: list[int], budget: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     attn = ag.compile(ag.Spec(keys=ag.adaptive(BLOCK), mask=ag.causal()))
@@ -63,8 +49,8 @@ def main(lengths: list[int], budget: int) -> None:
         def error(out: torch.Tensor) -> list[float]:
             return ((out - exact).norm(dim=(2, 3)) / exact.norm(dim=(2, 3)))[0].tolist()  # noqa: B023
 
-        exact, dense = seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))  # noqa: B023
-        out, taken = seconds(lambda: attn(q, k, v, estimate=estimate()))  # noqa: B023
+        exact, dense = timed(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), 2)  # noqa: B023
+        out, taken = timed(lambda: attn(q, k, v, estimate=estimate()), 2)  # noqa: B023
         print(f"  N {n}: dense {dense * 1e3:.1f} ms, estimate and attention {taken * 1e3:.1f} ms, {dense / taken:.2f}x")
         found = estimate()
         for head, (kind, own) in enumerate(zip(found.kind[0].tolist(), error(out), strict=True)):

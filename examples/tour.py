@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from verdict import GRADIENT, here, relative, verdict
+from verdict import GRADIENT, here, relative, timed, verdict
 
 import attngen as ag
 
@@ -93,8 +92,8 @@ def main(out: Path) -> None:
     same = captures["doc"][0][:, None] == captures["doc"][0]
     seen = same & (i >= j) & (i - j < 256)
     with torch.no_grad():
-        dense = seconds(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=seen))
-        taken = seconds(lambda: again(q, k, v, **captures))
+        _, dense = timed(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=seen))
+        _, taken = timed(lambda: again(q, k, v, **captures))
     verdict(
         "matches dense attention in float64, gradients included, and finds what it learned",
         max(errors.values()),
@@ -102,18 +101,6 @@ def main(out: Path) -> None:
         f"{seen.numel() / int(seen.sum()):.1f}x fewer pairs",
         f"{taken / dense:.2f}x the time of SDPA with the mask as a tensor and no score, on {here()}",
     )
-
-
-def seconds(run: Callable[[], torch.Tensor]) -> float:
-    """The best of five."""
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 if __name__ == "__main__":

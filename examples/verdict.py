@@ -1,8 +1,14 @@
-"""How every example ends: one line that says whether its result was right, and the figures that it was about."""
+"""How every example ends: one line that says whether its result was right, and the figures that it was about, timed alike."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
+
+Result = TypeVar("Result")
 
 FLOAT32, GRADIENT, FLOAT16 = 1e-5, 1e-4, 5e-3  # what a result may be off by, relative to its norm
 
@@ -10,6 +16,18 @@ FLOAT32, GRADIENT, FLOAT16 = 1e-5, 1e-4, 5e-3  # what a result may be off by, re
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     """The norm of the difference against the norm of what is wanted."""
     return ((got.detach().double() - want.detach()).norm() / want.detach().norm()).item()
+
+
+def timed(run: Callable[[], Result], runs: int = 5) -> tuple[Result, float]:
+    """The result, and the best of so many runs in seconds."""
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        out = run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return out, min(times)
 
 
 def here() -> str:
