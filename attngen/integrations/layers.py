@@ -1,0 +1,65 @@
+"""The attention of a model's layer as a spec: the one place where both a model's configuration (to tune ahead of time) and its calls
+(transformers' attention functions) get it from, so that a call finds the record that was made for it.
+
+The scale is no part of it: calls give theirs (`scale=`), and models that differ in it alone share records and kernels.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from functools import lru_cache, reduce
+
+from attngen.errors import SpecError
+from attngen.language import patterns
+from attngen.language.expression import Expr, I, J
+from attngen.language.patterns import causal, sink, window
+from attngen.language.spec import Condition, Spec
+
+SINK = "sink"  # the capture that holds a layer's sinks, float [H]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What an attention layer does besides multiplying. window: keys that a causal query sees, itself included; without `causal`
+    those at a distance below it on either side. chunk: keys of its own chunk of so many positions only. soft_cap: scores are
+    cap * tanh(s / cap). sinks: a learned logit per head in the softmax's denominator.
+    """
+
+    causal: bool = True
+    window: int | None = None
+    chunk: int | None = None
+    soft_cap: float | None = None
+    sinks: bool = False
+
+    @property
+    def mask(self) -> Expr | None:
+        """The mask without anything of a batch (padding, packed sequences). SpecError for sizes that are not positive."""
+        if self.chunk is not None and self.chunk < 1:
+            raise SpecError(f"chunk: expected a positive number, got {self.chunk}")
+        parts = [causal()] if self.causal else []
+        parts += [window(self.window)] if self.window is not None else []
+        parts += [Expr(I) // self.chunk == Expr(J) // self.chunk] if self.chunk is not None else []
+        return reduce(operator.and_, parts) if parts else None
+
+    @property
+    def spec(self) -> Spec:
+        """The spec of its calls without padding."""
+        return _spec(self)
+
+    def __str__(self) -> str:
+        words = ["causal" if self.causal else "full"]
+        words += [f"window {self.window}"] if self.window is not None else []
+        words += [f"chunk {self.chunk}"] if self.chunk is not None else []
+        words += [f"soft-cap {self.soft_cap:g}"] if self.soft_cap is not None else []
+        return ", ".join([*words, *(["sinks"] if self.sinks else [])])
+
+
+@lru_cache(maxsize=256)
+def _spec(layer: Layer) -> Spec:
+    return layer_spec(layer.mask, soft_cap=layer.soft_cap, sinks=layer.sinks)
+
+
+def layer_spec(mask: Condition, *, soft_cap: float | None = None, sinks: bool = False) -> Spec:
+    """A layer's spec for any mask, as of a batch with padding. Its captures are the mask's, and `SINK` with sinks. SpecError."""
+    return Spec(mask, None if soft_cap is None else patterns.soft_cap(soft_cap), sink=sink(SINK) if sinks else None)
