@@ -1,0 +1,46 @@
+"""Compile and launch kernels by Triton itself, without torch and attngen: `python by_triton.py JOBS`, a file of JSON.
+
+A job: file, symbol (a generated source), signature, divisible (places of arguments), options, arch; programs, stream, values.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+SCRATCH = 0x7F00_0000_0000  # where the memory lies that kernels are given as scratch
+
+
+def compiled(job: dict[str, Any]) -> Any:
+    """Triton's CompiledKernel."""
+    spec = importlib.util.spec_from_file_location(f"job_{Path(job['file']).stem}", job["file"])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    attributes = {(place,): [["tt.divisibility", 16]] for place in job["divisible"]}
+    source = ASTSource(getattr(module, job["symbol"]), job["signature"], {}, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", job["arch"], 32), options=job["options"])
+
+
+def main() -> None:
+    from triton.backends.nvidia.driver import CudaDriver
+
+    assert "torch" not in sys.modules
+    triton.runtime.driver.set_active(CudaDriver())
+    asked = []
+    triton.set_allocator(lambda size, alignment, stream: asked.append((size, alignment)) or SCRATCH)
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        compiled(job)[(job["programs"], 1, 1)](*job["values"], stream=job["stream"])
+    print(json.dumps(asked))
+
+
+if __name__ == "__main__":
+    main()
