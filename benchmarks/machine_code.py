@@ -9,29 +9,30 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import track
 
 import attngen as ag
+from attngen.backends.triton.machine_code import Cycles
 from attngen.inspect.cross import Compiled, cross_compile
-from attngen.inspect.machine_code import Cycles
 from attngen.language.schedule import KERNELS, Tile
 from attngen.schedule import Target
 from attngen.schedule.shipped import FOLDER, form_of, write_tiles
 from attngen.tuning.model import TILE_OVERHEAD, Resources
+from benchmarks import beside_flex
+from benchmarks.suite import write_json
+from benchmarks.workload import pairs, tile_counts
 
 L2_BYTES = (
     24  # that the second-level cache hands a multiprocessor in a cycle: 5.5 TB/s of an H100, shared by all of them
 )
-LENGTH = 4096  # of the sequences whose tiles are counted
 Case = tuple[str, str, int]  # a name of SPECS, a kernel, a head dim
-app = typer.Typer(add_completion=False, no_args_is_help=True)
+RESULTS = Path(__file__).parent / "results" / "modelled"
+app = typer.Typer(add_completion=False)
 
 SPECS: dict[str, ag.Spec] = {
     "full": ag.Spec(),
@@ -46,30 +47,6 @@ SPECS: dict[str, ag.Spec] = {
     "ALiBi": ag.Spec(mask=ag.causal(), score=ag.alibi()),
     "soft cap, ALiBi": ag.Spec(mask=ag.causal(), score=[ag.soft_cap(30.0), ag.alibi()]),
 }
-
-
-def lengths() -> list[int]:
-    """Of the documents that fill a sequence: many short ones, few long ones."""
-    generator, found = torch.Generator().manual_seed(0), [0]
-    while sum(found) < LENGTH:
-        drawn = torch.empty(1).exponential_(1 / 512, generator=generator).item()
-        found.append(min(max(int(drawn), 32), 2048, LENGTH - sum(found)))
-    return found[1:]
-
-
-def captures(spec: ag.Spec) -> dict[str, Any]:
-    """What the mask reads."""
-    ids = torch.repeat_interleave(torch.arange(len(lengths())), torch.tensor(lengths())).int()[None]
-    known = {"doc": ids, "slope": torch.ones(1), "width": 1024, "prefix": 512}
-    return {name: known[name] for name in (*spec.tensors, *spec.params)}
-
-
-@cache
-def tile_counts(name: str, block_m: int, block_n: int, by_keys: bool) -> tuple[int, int]:
-    """(full, partial) tiles of a head of `SPECS[name]`."""
-    spec = SPECS[name]
-    tiles = ag.tile_map(spec, LENGTH, LENGTH, block_m, block_n, transposed=by_keys, **captures(spec))
-    return int((tiles == 2).sum()), int((tiles == 1).sum())
 
 
 def candidates(kernel: str) -> Iterator[Tile]:
@@ -99,23 +76,32 @@ def cycles(name: str, kernel: str, tile: Tile, made: dict[str, Any], target: str
     programs = max(1, resources.resident(Target.named(target)))
     walked = tile.block_m if kernel == "dkv" else tile.block_n
     fetching = 2 * 2 * walked * head_dim / L2_BYTES
-    total, counts = 0.0, tile_counts(name, tile.block_m, tile.block_n, kernel == "dkv")
+    total, counts = 0.0, tile_counts(SPECS[name], tile.block_m, tile.block_n, kernel == "dkv")
     for count, (matrix, rest) in zip(counts, made["loops"], strict=True):
         modelled = Cycles(matrix, rest)
         alone = modelled.serial - modelled.overlap + TILE_OVERHEAD
         total += count * max(modelled.overlap + alone / programs, fetching)
-    return 1000 * total / pairs(name)
+    return 1000 * total / pairs(SPECS[name])
 
 
-@cache
-def pairs(name: str) -> int:
-    """Attended pairs of one head."""
-    return int((ag.tile_map(SPECS[name], LENGTH, LENGTH, 1, 1, **captures(SPECS[name])) > 0).sum())
+@app.callback(invoke_without_command=True)
+def suite(context: typer.Context) -> None:
+    """What the machine code of kernels says where no GPU is: modelled, never measured. Without a command: `compare`."""
+    if context.invoked_subcommand is None:
+        compare()
 
 
-@app.callback()
-def about() -> None:
-    """What the machine code of kernels says where no GPU is: modelled, never measured."""
+@app.command()
+def compare(
+    gpu: Annotated[str, typer.Option(help="to compile for")] = "H100",
+    only: Annotated[str, typer.Option(help="cases whose name has this")] = "",
+    out: Annotated[Path, typer.Option(help="folder of the JSON, the table and the chart")] = RESULTS,
+) -> None:
+    """attngen's kernels beside FlexAttention's, in the same cases."""
+    results = beside_flex.run(gpu, only, typer.echo)
+    write_json(out / "machine_code.json", results)
+    (out / "machine_code.md").write_text(beside_flex.table(results), encoding="utf-8")
+    beside_flex.chart(results, out / "machine_code.png")
 
 
 @app.command()

@@ -21,6 +21,7 @@ from attngen.tuning.stopwatch import Candidate
 from benchmarks import machine_code
 from benchmarks.suite import write_json
 from benchmarks.timing import race, stopwatch_for
+from benchmarks.workload import captures as workload_captures
 
 CASES = (("causal", 128), ("causal", 64), ("causal documents", 128), ("window", 128))
 SHAPE = (2, 16, 4096)  # batch, heads, length
@@ -53,7 +54,7 @@ def measured(name: str, head_dim: int, found: Sequence[Tile], device: torch.devi
     q, k, v = (torch.randn(batch, heads, n, head_dim, device=device, dtype=dtype) for _ in range(3))
     spec = machine_code.SPECS[name]
     captures = {key: value[:, :n].to(device) if isinstance(value, torch.Tensor) else value
-                for key, value in machine_code.captures(spec).items()}  # fmt: skip
+                for key, value in workload_captures(spec).items()}  # fmt: skip
     backend = "auto" if device.type == "cuda" else "interpret"
     runs = {}
     for number, tile in enumerate(found):

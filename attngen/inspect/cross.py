@@ -5,17 +5,15 @@ Registers and spills come from the tools inside the triton package, instruction 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 
 from attngen.analysis import facts as analyse
-from attngen.errors import ScheduleError
-from attngen.inspect.machine_code import Loop, disassembled, nvidia_resources, product_loops
+from attngen.backends.triton.compiling import compile_source
+from attngen.backends.triton.machine_code import MachineCode
 from attngen.lowering import Source, render
 from attngen.plan.launches import backward_launches, forward_launches
 from attngen.runtime.attention import CompiledAttention
@@ -25,22 +23,13 @@ from attngen.schedule.legality import check
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """One kernel compiled for one target.
+class Compiled(MachineCode):
+    """One kernel of attngen compiled for one target; loops over full tiles stand before those over partial ones.
 
-    registers: per thread; spills: 32-bit registers spilled per thread; shared: bytes per program; stack: bytes per thread.
     ptx and cubin are None for AMD targets, whose assembly and code object are `assembly` and `binary`.
     """
 
-    name: str
-    target: str
     source: Source
-    registers: int
-    spills: int
-    shared: int
-    stack: int
-    assembly: str
-    binary: bytes
 
     @property
     def ptx(self) -> str | None:
@@ -51,19 +40,6 @@ class Compiled:
     def cubin(self) -> bytes | None:
         """The cubin, for NVIDIA targets."""
         return self.binary if self.target.startswith("sm_") else None
-
-    def sass(self) -> str:
-        """Machine code as text (NVIDIA), by the nvdisasm that ships inside triton; else the assembly."""
-        return self._sass
-
-    @cached_property
-    def _sass(self) -> str:
-        return disassembled(self.binary) if self.cubin is not None else self.assembly
-
-    @cached_property
-    def loops(self) -> tuple[Loop, ...]:
-        """The innermost loops that do matrix products, in address order: full tiles before partial ones."""
-        return product_loops(self.sass())
 
     def __str__(self) -> str:
         return (
@@ -114,7 +90,8 @@ def cross_compile(
     for kernel in kernels:
         source = render(spec, known, kernel, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype, schedule=chosen)
         kinds = {name: "wide" if name in wide else tensor.kind for name, tensor in spec.tensors.items()}
-        results.append(compile_source(source, gpu, dtype, kinds))
+        made = compile_source(source, gpu, dtype, kinds)
+        results.append(Compiled(**vars(made), source=source))
     return results
 
 
@@ -161,46 +138,3 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "packed heads, stream-K": {"pack": True, "split": "stream"},
 }
 FORWARD_ONLY = ("specialised warps", "packed heads, stream-K")
-
-
-def compile_source(source: Source, target: Target, dtype: torch.dtype, captured: Mapping[str, str] = {}) -> Compiled:
-    """Compile one generated file for a target. `captured`: kind of each captured tensor ("wide": int64). Raises ScheduleError."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature = {arg.name: arg.triton_type(dtype, captured) for arg in source.args}
-    attrs = {(place,): [["tt.divisibility", 16]] for place, arg in enumerate(source.args) if arg.divisible}
-    options = {"num_warps": source.num_warps, "num_stages": source.num_stages, "enable_fp_fusion": True}
-    gpu = GPUTarget(target.backend, target.arch, target.warp_size)
-    try:
-        kernel = triton.compile(ASTSource(source.load(), signature, {}, attrs), target=gpu, options=options)
-    except triton.runtime.errors.OutOfResources as error:
-        raise ScheduleError(
-            f"{source.name} on {target.name}: {error}; choose smaller blocks or fewer stages"
-        ) from error
-    shared = int(kernel.metadata.shared)
-    if shared > target.shared_limit:
-        raise ScheduleError(
-            f"{source.name} on {target.name} needs {shared} bytes of shared memory, {shared - target.shared_limit} more than "
-            f"the limit of {target.shared_limit}; choose smaller blocks or fewer stages"
-        )
-    if "cubin" in kernel.asm:
-        registers, stack = nvidia_resources(kernel.asm["cubin"])
-        return Compiled(
-            source.name,
-            target.name,
-            source,
-            registers,
-            stack // 4,
-            shared,
-            stack,
-            kernel.asm["ptx"],
-            kernel.asm["cubin"],
-        )
-    assembly = kernel.asm["amdgcn"]
-    registers, spills, stack = (
-        int(match[1]) if (match := re.search(rf"{key}:\s*(\d+)", assembly)) else 0
-        for key in (r"\.vgpr_count", r"\.vgpr_spill_count", r"\.private_segment_fixed_size")
-    )
-    return Compiled(source.name, target.name, source, registers, spills, shared, stack, assembly, kernel.asm["hsaco"])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import attngen as ag
 from attngen.analysis import facts
 from attngen.backends import interpret, meta
-from attngen.inspect.cross import compile_source
+from attngen.backends.triton.compiling import compile_source
 from attngen.language.call import bind
 from attngen.lowering.tables import render_tables
 from attngen.schedule import Schedule, Target, complete

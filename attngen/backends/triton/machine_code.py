@@ -15,6 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 SCHEDULERS = 4  # of a multiprocessor
@@ -123,20 +124,63 @@ class Loop:
         """Instructions of a class: "mma", "exp", "compare", "select", "load", "shared" or "spill"."""
         return sum(self.opcodes.get(opcode, 0) for opcode in _CLASSES[kind])
 
-    def cycles(self, num_warps: int) -> Cycles:
-        """Of one iteration of a program with so many warps (NVIDIA up to sm_90)."""
+    def pipes(self, num_warps: int) -> dict[str, float]:
+        """Cycles that each part of a multiprocessor is busy for one iteration of a program with so many warps (NVIDIA up to
+        sm_90): "matrix", "fetching" its operands from shared memory, "issue" of instructions, "multiply-add", "logic" (with
+        comparisons, selections and conversions) and "exp".
+        """
         each, groups = num_warps / SCHEDULERS, num_warps / WARP_GROUP
         products = sum(m * n * k for m, n, k, _ in self.products) * groups / MACS["HGMMA"]
         products += self.opcodes.get("HMMA", 0) * num_warps * MMA_SYNC / MACS["HMMA"]
-        fetched = sum(2 * k * (n + m * shared) for m, n, k, shared in self.products) * groups / SHARED_BYTES
-        full = sum(count for opcode, count in self.opcodes.items() if opcode in _FULL_RATE)
-        half = sum(count for opcode, count in self.opcodes.items() if opcode in _HALF_RATE)
-        rest = max(self.instructions, full, 2 * half, _EXP_CYCLES * self.opcodes.get("MUFU", 0)) * each
-        return Cycles(max(products, fetched), rest)
+        return {
+            "matrix": products,
+            "fetching": sum(2 * k * (n + m * shared) for m, n, k, shared in self.products) * groups / SHARED_BYTES,
+            "issue": self.instructions * each,
+            "multiply-add": sum(count for opcode, count in self.opcodes.items() if opcode in _FULL_RATE) * each,
+            "logic": 2 * sum(count for opcode, count in self.opcodes.items() if opcode in _HALF_RATE) * each,
+            "exp": _EXP_CYCLES * self.opcodes.get("MUFU", 0) * each,
+        }
+
+    def cycles(self, num_warps: int) -> Cycles:
+        """Of one iteration of a program with so many warps (NVIDIA up to sm_90)."""
+        busy = self.pipes(num_warps)
+        matrix = max(busy.pop("matrix"), busy.pop("fetching"))
+        return Cycles(matrix, max(busy.values()))
 
     def __str__(self) -> str:
         counts = ", ".join(f"{kind} {self.count(kind)}" for kind in _CLASSES if self.count(kind))
         return f"{self.instructions} instructions: {counts}"
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """A kernel compiled for a target.
+
+    registers: per thread; spills: 32-bit registers spilled per thread; shared: bytes per program; stack: bytes per thread;
+    assembly: PTX, or AMD's assembly; binary: a cubin, or a code object.
+    """
+
+    name: str
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    stack: int
+    assembly: str
+    binary: bytes
+
+    def sass(self) -> str:
+        """Machine code as text (NVIDIA), by the nvdisasm that ships inside triton; else the assembly."""
+        return self._sass
+
+    @cached_property
+    def _sass(self) -> str:
+        return disassembled(self.binary) if self.target.startswith("sm_") else self.assembly
+
+    @cached_property
+    def loops(self) -> tuple[Loop, ...]:
+        """The innermost loops that do matrix products, in address order."""
+        return product_loops(self.sass())
 
 
 def disassembled(cubin: bytes) -> str:

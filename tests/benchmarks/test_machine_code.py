@@ -1,0 +1,100 @@
+"""attngen's machine code beside FlexAttention's: what is rendered, counted and said."""
+
+import json
+
+import pytest
+import torch
+from torch._inductor.template_heuristics.triton import CUDAConfigHeuristic
+from typer.testing import CliRunner
+
+from attngen.backends.triton.machine_code import Loop, MachineCode
+from attngen.schedule import Target
+from benchmarks import beside_flex, flex_kernels
+from benchmarks.beside_flex import Part, Side
+from benchmarks.flex_kernels import Filling, Problem
+from benchmarks.machine_code import app
+
+SM_90, SM_80 = Target.named("sm_90"), Target.named("sm_80")
+
+
+def causal(b, h, i, j):
+    return i >= j
+
+
+def biased(s, b, h, i, j, bias):
+    return s + bias[h, i, j]
+
+
+def test_default_tiles_are_those_of_the_installed_torch():
+    heuristic = CUDAConfigHeuristic()
+    for target, table in (
+        (SM_90, heuristic.h100_default_flex_config),
+        (SM_80, heuristic.a100_default_flex_config),
+    ):
+        for d in (64, 128, 256):
+            found, expected = flex_kernels.default("forward", d, target), table[torch.bfloat16, d]
+            assert found.blocks == {"BLOCK_M": expected.block_m, "BLOCK_N": expected.block_n}
+            assert (found.num_stages, found.num_warps) == (expected.num_stages, expected.num_warps)
+    searched = [str(options) for options in flex_kernels.every("backward", 128, SM_90)]
+    assert str(flex_kernels.default("backward", 128, SM_90)) in searched
+    assert len(searched) == len(set(searched)) > 10
+
+
+def test_a_mod_is_printed_with_its_derivative_and_the_gradient_of_what_it_captures():
+    bias = torch.empty((), requires_grad=True).expand(16, 4096, 4096)
+    options = flex_kernels.default("backward", 64, SM_90)
+    text = Filling("backward", Problem(64, score=biased, score_captures=(bias,)), options).text()
+    assert "tl.load(in_0 + (16777216*tmp" in text
+    assert "tl.atomic_add(out_grad + tl.broadcast_to((16777216*tmp" in text
+    assert "out_grad" not in Filling("backward", Problem(64, causal), options).text()
+
+
+def test_a_mod_that_is_not_known_is_named():
+    def floored(s, b, h, i, j):
+        return torch.floor(s)
+
+    filling = Filling("forward", Problem(64, score=floored), flex_kernels.default("forward", 64, SM_90))
+    with pytest.raises(NotImplementedError, match=r"aten\.floor"):
+        filling.text()
+
+
+def test_flex_attention_has_loops_over_partial_and_full_tiles():
+    made = flex_kernels.compiled("forward", Problem(128, causal), flex_kernels.default("forward", 128, SM_90), SM_90)
+    partial, full = made.loops
+    assert partial.count("compare") > full.count("compare")
+    assert len(partial.products) == len(full.products) > 0
+
+
+def side(opcodes, count=10):
+    loop = Loop(opcodes, ((64, 128, 16, True),))
+    return Side((Part(MachineCode("k", "sm_90", 100, 0, 0, 0, "", b""), (loop, loop), (count, 0), 4, "k"),))
+
+
+def test_the_pipe_and_the_instructions_that_cost_are_named():
+    mine, other = side({"FSEL": 100, "FFMA": 50, "HGMMA": 1}), side({"FSEL": 50, "FFMA": 50, "HGMMA": 1})
+    assert mine.cycles("overlap") == 10 * 200  # logic takes two cycles for an instruction of each warp
+    said = beside_flex.costs(mine, other)
+    assert said.startswith("logic x 2.00") and "FSEL 50%" in said and "FFMA" not in said
+
+
+@pytest.mark.slow
+def test_the_suite_writes_json_table_and_chart(tmp_path):
+    run = CliRunner().invoke(app, ["compare", "--only", "decode, GQA 8 d128", "--out", str(tmp_path)])
+    assert run.exit_code == 0, run.output
+    results = json.loads((tmp_path / "machine_code.json").read_text())
+    assert results["modelled"] is True
+    (line,) = results["lines"]
+    assert line["direction"] == "forward" and line["ratios"]["overlap"] > 0
+    assert (line["costs"] != "") == (max(line["ratios"].values()) > 1)
+    table = (tmp_path / "machine_code.md").read_text()
+    assert "Modelled, not measured" in table and "decode, GQA 8 d128" in table
+    assert (tmp_path / "machine_code.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", list(beside_flex.cases()), ids=lambda case: case.title)
+def test_every_case_has_both_sides(case):
+    """Both are compiled, and walk at least the attended pairs."""
+    mine, other = (make(case, "forward", "H100") for make in (beside_flex.ours, beside_flex.flex))
+    for part in (*mine.parts, *other.parts):
+        assert sum(part.counts) > 0 and all(loop.count("mma") for loop in part.loops)
