@@ -22,7 +22,10 @@ from attngen.store.text import record_to_dict
 db_app = typer.Typer(help="The database of tuned records.", no_args_is_help=True)
 console = Console(highlight=False, soft_wrap=True)
 
-Database = Annotated[str | None, typer.Option("--db", help="The record database; default: the user's own.")]
+Database = Annotated[
+    str | None,
+    typer.Option("--db", help="The record database: a file, or postgresql://... of a fleet. Default: the user's own."),
+]
 OfSpec = Annotated[
     str | None,
     typer.Option("--spec", metavar="SPEC", help="Only of this spec: its text, file, or the start of its key."),

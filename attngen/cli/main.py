@@ -30,7 +30,7 @@ from attngen.reference.oracle import oracle
 from attngen.runtime.attention import compile as compile_spec
 from attngen.schedule import Target
 from attngen.store import Shape as Sizes
-from attngen.store import cache_folder, default_path, open_store
+from attngen.store import cache_folder, open_store, shown
 from attngen.tuning import tune as tune_spec
 from attngen.tuning.attends import example
 from attngen.tuning.captures import make_captures
@@ -251,9 +251,9 @@ def doctor() -> None:
         except metadata.PackageNotFoundError:
             table.add_row(package, "[red]not installed[/red]")
     for name, value in _folders().items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     for name in sorted(name for name in os.environ if name.startswith("ATTNGEN_")):
-        table.add_row(name, os.environ[name])
+        table.add_row(name, escape(shown(os.environ[name])))
     console.print(table)
     checks = Table("check", "result")
     failed = False
@@ -269,7 +269,7 @@ def doctor() -> None:
         except Exception as error:  # the doctor reports whatever is broken, and goes on
             failed = True
             checks.add_row(
-                name, f"[red]{type(error).__name__}[/red]: {str(error).splitlines()[0] if str(error) else ''}"
+                name, f"[red]{type(error).__name__}[/red]: {escape(str(error).splitlines()[0]) if str(error) else ''}"
             )
     console.print(checks)
     raise typer.Exit(1 if failed else 0)
@@ -356,7 +356,7 @@ def _write_kernel(folder: Path, kernel: Any) -> None:
 
 
 def _folders() -> dict[str, str]:
-    return {"cache folder": str(cache_folder()), "database": str(default_path())}
+    return {"cache folder": str(cache_folder()), "database": open_store().name}
 
 
 def _check_gpu() -> str:
@@ -382,4 +382,4 @@ def _check_cross() -> str:
 
 def _check_store() -> str:
     store = open_store()
-    return f"{len(store.records())} records"
+    return f"{len(store.records())} records in {escape(store.name)}"

@@ -1,10 +1,10 @@
-"""Tuned records: one SQLite file of the user's own over text records shipped per GPU.
+"""Tuned records: one SQLite file of the user's own, or a fleet's PostgreSQL database, over text records shipped per GPU.
 
     key = Key.of(spec.key, "forward", "bfloat16", shape, device, versions)
     found = open_store().lookup(key)          # Found(record, how) or None, never an exception
     open_store("my.db").put(record)           # keeps the better of old and new
 
-Imports neither Optuna nor SQLAlchemy, and torch only to ask for a device's name.
+Imports neither Optuna nor, for a file, SQLAlchemy, and torch only to ask for a device's name.
 """
 
 from attngen.store.database import Store, cache_folder, default_path, open_store
@@ -24,6 +24,7 @@ from attngen.store.record import (
     utc_now,
 )
 from attngen.store.text import parse_records, read_records, write_records
+from attngen.store.url import engine_url, is_url, shown
 
 __all__ = [
     "MAX_SPEC",
@@ -42,9 +43,12 @@ __all__ = [
     "choose",
     "default_path",
     "device_of",
+    "engine_url",
+    "is_url",
     "open_store",
     "parse_records",
     "read_records",
+    "shown",
     "time_text",
     "utc_now",
     "write_records",

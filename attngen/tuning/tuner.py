@@ -83,7 +83,7 @@ class TuneReport:
     results: tuple[Tuned, ...]
     device: str
     kind: str
-    database: Path
+    database: str  # the file, or the URL without its password
     interrupted: bool
     made_up: tuple[str, ...]  # captures that the caller did not give
 
@@ -153,6 +153,7 @@ def tune(
     target_device = find_target_device(target, device)
     dtype = dtype or (torch.float32 if target_device.target is None else torch.bfloat16)
     store = open_store(db)
+    store.put()  # a database that can't be written is said now, and not after the search
     deadline = time.monotonic() + timeout if timeout is not None else float("inf")
     results: list[Tuned] = []
     interrupted, made_up = False, list[str]()
@@ -190,7 +191,7 @@ def tune(
             results.append(tuned)
             interrupted = tuned.result.ended == "interrupted"
     device_name, kind = target_device.device.name, target_device.kind
-    return TuneReport(tuple(results), device_name, kind, store.path, interrupted, tuple(made_up))
+    return TuneReport(tuple(results), device_name, kind, store.name, interrupted, tuple(made_up))
 
 
 @dataclass(frozen=True, eq=False)
