@@ -19,6 +19,8 @@ from rich.table import Table
 import attngen
 from attngen.analysis import tile_map
 from attngen.cli.db import Database, db_app
+from attngen.cli.pack import pack_app
+from attngen.cli.sizes import bytes_text
 from attngen.errors import AttngenError, AttngenWarning, InputError, ScheduleError
 from attngen.inspect import picture
 from attngen.inspect.cross import FORWARD_ONLY, VARIANTS, cross_compile
@@ -45,6 +47,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(db_app, name="db")
+app.add_typer(pack_app, name="pack")
 console = Console(highlight=False, soft_wrap=True)
 
 SpecArg = Annotated[
@@ -189,7 +192,7 @@ def compile_(
                 found = kernel.loops[:2]
                 counts = [str(loop.instructions) for loop in found]
                 counts = ["", *counts] if len(counts) == 1 and "partial" not in kernel.source.text else counts
-                sizes = [str(kernel.registers), str(kernel.spills), _bytes(kernel.shared)]
+                sizes = [str(kernel.registers), str(kernel.spills), bytes_text(kernel.shared)]
                 table.add_row(*label, name, kernel.name, *sizes, *[*counts, "", ""][:2])
                 if loops:
                     where = " ".join([*label, name, kernel.name])
@@ -295,10 +298,6 @@ def main() -> None:
 
 
 # -- helpers ----------------------------------------------------------------------------------------------------------
-
-
-def _bytes(size: int) -> str:
-    return f"{size / 1024:.0f} KiB" if size >= 1024 else f"{size} B"
 
 
 def _dtype(name: str) -> Any:

@@ -211,6 +211,8 @@ def _content(path: Path, limit: int, links: bool) -> bytes:
         if status.st_size > limit:
             raise PackError(f"{path}: expected at most {limit} bytes, got {status.st_size}")
         return path.read_bytes()
+    except FileNotFoundError:
+        raise PackError(f"{path}: expected a file of a pack, got none; build the pack again") from None
     except OSError as error:
         raise PackError(f"{path}: expected a file of a pack that can be read: {error.strerror}") from None
 

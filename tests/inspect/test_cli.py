@@ -23,6 +23,8 @@ COMMANDS = [
     "tune",
     "doctor",
     *(f"db {name}" for name in ["ls", "show", "rm", "export", "import", "verify"]),
+    "pack ls",
+    "pack verify",
 ]
 
 
