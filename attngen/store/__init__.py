@@ -25,6 +25,7 @@ from attngen.store.record import (
 )
 from attngen.store.text import parse_records, read_records, write_records
 from attngen.store.url import engine_url, is_url, shown
+from attngen.store.workload import Workload, specs_of
 
 __all__ = [
     "MAX_SPEC",
@@ -37,6 +38,7 @@ __all__ = [
     "Store",
     "StoreWarning",
     "Versions",
+    "Workload",
     "better",
     "bucket",
     "cache_folder",
@@ -49,6 +51,7 @@ __all__ = [
     "parse_records",
     "read_records",
     "shown",
+    "specs_of",
     "time_text",
     "utc_now",
     "write_records",
