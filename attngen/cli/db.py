@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from attngen.cli.options import Database, console
 from attngen.errors import InputError, SpecError
 from attngen.language.files import read_spec
 from attngen.language.spec import Spec
@@ -20,12 +20,7 @@ from attngen.store import Record, open_store, time_text
 from attngen.store.text import record_to_dict
 
 db_app = typer.Typer(help="The database of tuned records.", no_args_is_help=True)
-console = Console(highlight=False, soft_wrap=True)
 
-Database = Annotated[
-    str | None,
-    typer.Option("--db", help="The record database: a file, or postgresql://... of a fleet. Default: the user's own."),
-]
 OfSpec = Annotated[
     str | None,
     typer.Option("--spec", metavar="SPEC", help="Only of this spec: its text, file, or the start of its key."),

@@ -18,10 +18,15 @@ from rich.table import Table
 
 import attngen
 from attngen.analysis import tile_map
-from attngen.cli.db import Database, db_app
+from attngen.cli.coverage import EXAMPLE as COVERAGE_EXAMPLE
+from attngen.cli.coverage import db_coverage
+from attngen.cli.db import db_app
+from attngen.cli.options import Database, Dtype, Set, Shape, SpecArg, console, given_captures, read_dtype
 from attngen.cli.pack import pack_app
 from attngen.cli.sizes import bytes_text
-from attngen.errors import AttngenError, AttngenWarning, InputError, ScheduleError
+from attngen.cli.tune import EXAMPLE as TUNE_EXAMPLE
+from attngen.cli.tune import tune
+from attngen.errors import AttngenError, AttngenWarning, ScheduleError
 from attngen.inspect import picture
 from attngen.inspect.cross import FORWARD_ONLY, VARIANTS, cross_compile
 from attngen.language.files import read_spec
@@ -33,7 +38,6 @@ from attngen.runtime.attention import compile as compile_spec
 from attngen.schedule import Target
 from attngen.store import Shape as Sizes
 from attngen.store import cache_folder, open_store, shown
-from attngen.tuning import tune as tune_spec
 from attngen.tuning.attends import example
 from attngen.tuning.captures import make_captures
 
@@ -48,19 +52,8 @@ app = typer.Typer(
 )
 app.add_typer(db_app, name="db")
 app.add_typer(pack_app, name="pack")
-console = Console(highlight=False, soft_wrap=True)
-
-SpecArg = Annotated[
-    str, typer.Argument(metavar="SPEC", help="Text such as 'i >= j and i - j < 1024', a TOML file, or file.py:NAME.")
-]
-Shape = Annotated[str, typer.Option(help="Sizes, as 'B1 H8 N4096 D64' or 'B2 Hq32 Hkv8 Nq1 Nk8192 D128'.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="NAME=VALUE", help="A param's value, or a 1-D int tensor as 0,0,1,1. Others are made up."
-    ),
-]
-Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
+app.command(epilog=TUNE_EXAMPLE)(tune)
+db_app.command(name="coverage", epilog=COVERAGE_EXAMPLE)(db_coverage)
 
 
 def _version(wanted: bool) -> None:
@@ -130,7 +123,7 @@ def explain(
     value = read_spec(spec)
     captures = _captures(value, shape, set_)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows, captures, made = example(value, Sizes.of(shape), _dtype(dtype), captures, device=device)
+    rows, captures, made = example(value, Sizes.of(shape), read_dtype(dtype), captures, device=device)
     if made:
         console.print(f"[dim]made up: {', '.join(made)}[/dim]")
     console.print(compile_spec(value, db=db).explain(*rows, png=png, html=html, **captures), markup=False)
@@ -159,7 +152,7 @@ def compile_(
     """Compile for GPUs that need not be here: registers and spills of a thread, shared memory of a program, and instructions of
     the loops over full and partial tiles.
     """
-    value, element = read_spec(spec), _dtype(dtype)
+    value, element = read_spec(spec), read_dtype(dtype)
     targets = [Target.named(name).name for name in target or ["sm_90"]]
     if source:
         attention = compile_spec(value)
@@ -204,42 +197,6 @@ def compile_(
         console.print(line, markup=False)
     if out is not None:
         console.print(f"written: {out}")
-
-
-@app.command(epilog="Example: [b]attngen tune 'i >= j and i - j < 512' --shape 'B1 H8 N4096 D64' --trials 20[/b]")
-def tune(
-    spec: SpecArg,
-    shape: Annotated[
-        list[str] | None, typer.Option(help="Sizes; give it several times. Default: 'B1 H8 N4096 D64'.")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16. Default: bfloat16 for a GPU, float32 for the CPU.")
-    ] = None,
-    set_: Set = None,
-    trials: Annotated[int, typer.Option(help="Candidates to try for each shape.")] = 20,
-    target: Annotated[
-        str | None, typer.Option(help="Model this GPU (H200, sm_90, ...) instead of measuring here.")
-    ] = None,
-    timeout: Annotated[float | None, typer.Option(help="Stop after this many seconds.")] = None,
-    storage: Annotated[
-        str | None, typer.Option(help="Optuna storage URL for a fleet, such as postgresql://...")
-    ] = None,
-    db: Database = None,
-) -> None:
-    """Search for the fastest schedule and remember it. Ctrl-C keeps what was learned."""
-    value = read_spec(spec)
-    report = tune_spec(
-        value,
-        shapes=shape or ["B1 H8 N4096 D64"],
-        dtype=None if dtype is None else _dtype(dtype),
-        captures=_given(value, set_),
-        trials=trials,
-        target=target,
-        timeout=timeout,
-        storage=storage,
-        db=db,
-    )
-    console.print(str(report), markup=False)
 
 
 @app.command(epilog="Example: [b]attngen doctor[/b]")
@@ -300,16 +257,9 @@ def main() -> None:
 # -- helpers ----------------------------------------------------------------------------------------------------------
 
 
-def _dtype(name: str) -> Any:
-    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if name not in known:
-        raise InputError("--dtype", f"one of {', '.join(known)}", name)
-    return known[name]
-
-
 def _captures(spec: Any, shape: str, assignments: list[str] | None) -> dict[str, Any]:
     """The spec's captures: those given by --set, and made-up ones, which is said."""
-    given = _given(spec, assignments)
+    given = given_captures(spec, assignments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     captures: dict[str, Any] = {}
     for part in _parts(spec):
@@ -318,27 +268,6 @@ def _captures(spec: Any, shape: str, assignments: list[str] | None) -> dict[str,
     if made:
         console.print(f"[dim]made up for this picture: {', '.join(made)} (give them with --set NAME=VALUE)[/dim]")
     return captures
-
-
-def _given(spec: Any, assignments: list[str] | None) -> dict[str, Any]:
-    """What --set says. InputError."""
-    given: dict[str, Any] = {}
-    for assignment in assignments or []:
-        name, _, text = assignment.partition("=")
-        if name not in spec.params and name not in spec.tensors:
-            known = ", ".join([*spec.params, *spec.tensors]) or "none"
-            raise InputError("--set", f"NAME=VALUE with a capture of the spec ({known})", repr(assignment))
-        try:
-            if name in spec.tensors:
-                numbers = torch.tensor([float(x) for x in text.split(",")])
-                kind, ndim = spec.tensors[name].kind, spec.tensors[name].ndim
-                tensor = numbers.to({"int": torch.int32, "bool": torch.bool}.get(kind, torch.float32))
-                given[name] = tensor.view(*[1] * (ndim - 1), -1)
-            else:
-                given[name] = int(text) if spec.params[name].number_kind == "int" else float(text)
-        except ValueError:
-            raise InputError("--set", "NAME=NUMBER or NAME=NUMBER,NUMBER,...", repr(assignment)) from None
-    return given
 
 
 def _parts(spec: Any) -> tuple[Any, ...]:

@@ -98,7 +98,8 @@ def workloads(
     training: bool = False,
 ) -> list[Workload]:
     """The calls of a model: for each attention, batch and context a prefill of the whole context, and for a causal one the decoding
-    of its last token. dtype: by default the configuration's. training: the prefill's backward too.
+    of its last token, whose cache holds no more keys than the window. dtype: by default the configuration's. training: the
+    prefill's backward too.
     """
     part = config.get("text_config", config)
     dtype = dtype or str(_value(part, "dtype") or "").removeprefix("torch.")
@@ -106,9 +107,11 @@ def workloads(
     found = []
     for attention, batch, n in product(attentions(config), batches, contexts):
         name = f"{part.get('model_type')}, {attention.layer}"
-        found.append(Workload(name, attention.spec, attention.shape(batch, n, n), dtype, {}, directions))
-        if attention.layer.causal:
-            found.append(Workload(name, attention.spec, attention.shape(batch, 1, n), dtype, {}, ("forward",)))
+        layer, spec, captures = attention.layer, attention.spec, attention.layer.captures(batch)
+        found.append(Workload(name, spec, attention.shape(batch, n, n), dtype, captures, directions))
+        if layer.causal:
+            shape = attention.shape(batch, 1, min(n, layer.window or n, layer.chunk or n))
+            found.append(Workload(name, spec, shape, dtype, captures, ("forward",)))
     return found
 
 

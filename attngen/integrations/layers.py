@@ -9,14 +9,17 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 from functools import lru_cache, reduce
+from typing import Any
+
+import torch
 
 from attngen.errors import SpecError
 from attngen.language import patterns
-from attngen.language.expression import Expr, I, J
+from attngen.language.expression import B, Expr, I, J, Param, Tensor
 from attngen.language.patterns import causal, sink, window
 from attngen.language.spec import Condition, Spec
 
-SINK = "sink"  # the capture that holds a layer's sinks, float [H]
+SINK = "sinks"  # the capture that holds a layer's sinks, float [H]
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Layer:
             raise SpecError(f"chunk: expected a positive number, got {self.chunk}")
         parts = [causal()] if self.causal else []
         parts += [window(self.window)] if self.window is not None else []
-        parts += [Expr(I) // self.chunk == Expr(J) // self.chunk] if self.chunk is not None else []
+        parts += [_same_chunk(self.chunk)] if self.chunk is not None else []
         return reduce(operator.and_, parts) if parts else None
 
     @property
@@ -47,12 +50,24 @@ class Layer:
         """The spec of its calls without padding."""
         return _spec(self)
 
+    def captures(self, batch: int) -> dict[str, Any]:
+        """Of a typical call without padding, all that the mask reads."""
+        return {} if self.chunk is None else {"t0": torch.zeros(batch, dtype=torch.int64), "shift": 0}
+
     def __str__(self) -> str:
         words = ["causal" if self.causal else "full"]
         words += [f"window {self.window}"] if self.window is not None else []
         words += [f"chunk {self.chunk}"] if self.chunk is not None else []
         words += [f"soft-cap {self.soft_cap:g}"] if self.soft_cap is not None else []
         return ", ".join([*words, *(["sinks"] if self.sinks else [])])
+
+
+def _same_chunk(size: int) -> Expr:
+    """As transformers' chunks are traced: they begin behind a sequence's left padding, and positions count from the first key at
+    hand, which in a sliding cache is not the sequence's first.
+    """
+    start, shift = Tensor("t0", 1, "int")[Expr(B)], Param("shift")
+    return (Expr(I) + shift - start) // size == (Expr(J) + shift - start) // size
 
 
 @lru_cache(maxsize=256)

@@ -238,25 +238,33 @@ class Spec:
         lists, page_size; tables [params] (name = "int"
         or "float"), [tensors] (name = "float[1]"), [schedule]. Raises SpecError.
         """
-        path = Path(path)
-        try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise SpecError(f"{path}: not a readable TOML file: {error}") from None
+        return cls.from_table(read_toml(path), str(path), Path(path).stem)
+
+    @classmethod
+    def from_table(cls, data: dict[str, Any], where: str, name: str = "") -> Spec:
+        """The same from what such a file holds. where: said by errors; name: unless it has its own. Raises SpecError."""
         unknown = set(data) - {"name", "params", "tensors", "schedule", *_FIELDS}
         if unknown:
             raise SpecError(
-                f"{path}: unknown keys {sorted(unknown)}",
+                f"{where}: unknown keys {sorted(unknown)}",
                 fix=f"the keys are name, params, tensors, schedule, {', '.join(_FIELDS)}",
             )
-        params, tensors, schedule = (_table(path, data, name) for name in ("params", "tensors", "schedule"))
+        params, tensors, schedule = (_table(where, data, table) for table in ("params", "tensors", "schedule"))
         return cls(
-            **{name: data[name] for name in _FIELDS if name in data},
+            **{field: data[field] for field in _FIELDS if field in data},
             params=[_declare_param(n, k) for n, k in params.items()],
             tensors=[_declare_tensor(n, k) for n, k in tensors.items()],
             schedule=Schedule(**schedule) if schedule else None,
-            name=str(data.get("name", path.stem)),
+            name=str(data.get("name", name)),
         )
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """What a TOML file holds. SpecError."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SpecError(f"{path}: not a readable TOML file: {error}") from None
 
 
 _FIELDS = ("mask", "score", "scale", "sink", "dropout", "keys", "lists", "page_size")
@@ -446,8 +454,8 @@ def _declare_tensor(name: str, kind: Any) -> Tensor:
     return Tensor(name, int(match[2]), match[1])
 
 
-def _table(path: Path, data: dict[str, Any], name: str) -> dict[str, Any]:
+def _table(where: str, data: dict[str, Any], name: str) -> dict[str, Any]:
     table = data.get(name, {})
     if not isinstance(table, dict):
-        raise SpecError(f"{path}: [{name}] is a table, got {type(table).__name__}")
+        raise SpecError(f"{where}: [{name}] is a table, got {type(table).__name__}")
     return table

@@ -81,11 +81,12 @@ class Worker:
     """A process that answers JSON requests, one line each; started when first needed, and again after it died.
 
     A process of its own rather than multiprocessing: nothing is pickled, and a user's script needs no main guard.
-    `job` is the first request of every process.
+    `job` is the first request of every process. `begin` gives another one to the process that is there, since starting one
+    takes seconds.
     """
 
     def __init__(self, job: dict[str, Any], limit: float = 60.0, command: Sequence[str] | None = None):
-        self.job, self.limit = job, limit
+        self.begin(job, limit)
         self.command = list(command or (sys.executable, "-m", "attngen.tuning.worker"))
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str | None] = queue.Queue()
@@ -96,7 +97,15 @@ class Worker:
         """The answer. Raises WorkerDied after the time limit or when the process ended."""
         if self._process is None:
             self._start()
+        if not self._begun:
+            self._begin()
         return self._exchange(request, self.limit if limit is None else limit)
+
+    def begin(self, job: dict[str, Any], limit: float) -> None:
+        """Another job from the next request on."""
+        self.job, self.limit = job, limit
+        # Whether this process knows the job; whether one has, so that a death is a candidate's fault; whether it is the job's own.
+        self._begun = self._works = self._fresh = False
 
     @property
     def alive(self) -> bool:
@@ -131,15 +140,22 @@ class Worker:
         )
         self._answers = queue.Queue()
         threading.Thread(target=_forward, args=(self._process.stdout, self._answers), daemon=True).start()
+        self._begun, self._fresh = False, True
+
+    def _begin(self) -> None:
         try:
             answer = self._exchange(self.job, START_LIMIT)
         except WorkerDied as death:
-            if self.starts > 1:
+            if self._works:
                 raise
+            if not self._fresh:  # an earlier job may have left the process in a bad state
+                self._start()
+                return self._begin()
             raise AttngenError(f"tuning cannot start: {death.reason}") from death
         if answer["status"] != "ok":
             self.close()
             raise AttngenError(f"tuning cannot start: {answer['reason']}")
+        self._begun = self._works = True
 
     def _exchange(self, request: dict[str, Any], limit: float) -> dict[str, Any]:
         assert self._process is not None and self._process.stdin is not None

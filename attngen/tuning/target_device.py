@@ -57,6 +57,11 @@ class TargetDevice:
     gpu: Gpu | None
     exact: bool = True
 
+    @property
+    def usual_dtype(self) -> torch.dtype:
+        """What is tuned where nobody says."""
+        return torch.float32 if self.target is None else torch.bfloat16
+
     def space(self, job: Searched) -> tuple[Space, Schedule]:
         """What may be chosen, and the complete schedule that a point changes."""
         shape, pins, known = job.shape, job.spec.schedule or Schedule(), facts(job.spec)

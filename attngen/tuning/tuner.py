@@ -8,7 +8,8 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
@@ -20,12 +21,13 @@ import torch
 from attngen.errors import AttngenWarning, InputError, StoreError
 from attngen.language.spec import Spec
 from attngen.schedule import Schedule
-from attngen.store import MAX_SPEC, Found, Key, Record, Shape, Store, cache_folder, open_store, utc_now
+from attngen.store import MAX_SPEC, Found, Key, Record, Shape, Store, Workload, cache_folder, open_store, utc_now
 from attngen.tuning.attends import Part, check_names, parts_of
 from attngen.tuning.captures import make_captures, save_captures
+from attngen.tuning.effort import effort_named
 from attngen.tuning.measure import Measurer, Outcome, Worker, WorkerMeasurer
 from attngen.tuning.model import ModelMeasurer
-from attngen.tuning.progress import Watch, shown
+from attngen.tuning.progress import Bars, shown
 from attngen.tuning.search import NoModel, Result, Search, count
 from attngen.tuning.space import PIECES, Point, Space
 from attngen.tuning.target_device import TargetDevice, find_target_device
@@ -36,11 +38,12 @@ Shapes = Iterable[Shape | str | Mapping[str, int] | Sequence[Any]]
 
 @dataclass(frozen=True)
 class Tuned:
-    """What became of one attention and direction. part: its step in the plan, "" for a plain call. record: the best
+    """What became of one attention and direction. name: of the workload; part: its step in the plan, "" for a plain call. record: the best
     schedule, now in the database, or None if nothing worked; start: the untuned schedule's time in the same final race, if it
     ran.
     """
 
+    name: str
     part: str
     piece: str
     shape: Shape
@@ -49,12 +52,19 @@ class Tuned:
     result: Result
     seconds: float  # that the search took
 
+    @property
+    def skipped(self) -> bool:
+        """Whether an earlier call had finished it."""
+        return self.seconds == 0 and self.record is not None
+
     def __str__(self) -> str:
         progress = self.result.progress
         counts = f"{progress.done} trials, {progress.failed} failed, {progress.pruned} pruned by the model"
         if progress.resumed:
             counts = f"resumed at {progress.resumed}; " + counts
-        name = f"{self.part}, {self.piece}" if self.part else self.piece
+        name = ", ".join(filter(None, [self.name, self.part, self.piece]))
+        if self.skipped:
+            return f"{name} {self.shape}: finished before, {self.record.time_text}"  # type: ignore[union-attr]
         lines = [f"{name} {self.shape}: {counts}; {self.seconds:.1f} s, ended by {_ENDED[self.result.ended]}"]
         if self.record is None:
             reasons = {tried.outcome.reason for tried in self.result.failures}
@@ -105,7 +115,8 @@ def tune(
     shapes: Shapes,
     *,
     dtype: torch.dtype | None = None,
-    trials: int = 40,
+    effort: str = "standard",
+    trials: int | None = None,
     db: str | Path | None = None,
     target: str | None = None,
     device: torch.device | str | None = None,
@@ -116,15 +127,16 @@ def tune(
     captures: Mapping[str, Any] | None = None,
     pieces: Sequence[str] = ("forward", "backward"),
     tighten: bool = True,
-    patience: float = 0.5,
+    patience: float | None = None,
     seed: int = 0,
 ) -> TuneReport:
     """Search for the fastest schedules and remember them.
 
     shapes: each a text "B1 Hq8 Hkv2 N4096 D64", (B, H, N, D), the shapes of q, k and v, or a `Shape`.
     dtype: of q, k, v; by default bfloat16 on a GPU and float32 on a CPU.
-    trials: measured or failed candidates that each shape and piece shall have in all: a second call resumes the study
-        and does what is missing. Candidates that the model refuses do not count.
+    effort: "quick" (the model's choice and two guesses: 3 trials), "standard" (40) or "full" (150, in longer races).
+    trials: measured or failed candidates that each shape and piece shall have in all, whatever the effort: a second call resumes
+        the study and does what is missing. Candidates that the model refuses do not count.
     db: the record database, None for the user's.
     storage: the trials, a file or an Optuna URL such as postgresql://...; with one URL, the same command on many machines
         is one search.
@@ -140,7 +152,7 @@ def tune(
     captures that it really gets, and its record is found by every call that has it. Equal ones are searched once.
 
     tighten: search near the best when suggesting takes longer than measuring.
-    patience: seconds of each race.
+    patience: seconds of each race, by default the effort's.
 
     A final race whose winner's times are more than `attngen.store.NOISY` apart is run again, twice at most and for longer; what is
     noisy even then is kept with an `AttngenWarning`, and marked in the report, `attngen db ls` and `attn.explain`.
@@ -148,50 +160,115 @@ def tune(
     Ctrl-C ends the call early: what was learned is kept and reported. Raises InputError, ScheduleError, StoreError.
     """
     spec = Spec.from_text(spec) if isinstance(spec, str) else spec
+    if not isinstance(spec, Spec):
+        raise InputError("spec", "a Spec or its text", type(spec).__name__)
     sizes = [Shape.of(shapes)] if isinstance(shapes, (Shape, str)) else [Shape.of(shape) for shape in shapes]
-    _check_arguments(spec, sizes, trials, pieces, captures)
+    if not sizes:
+        raise InputError("shapes", "at least one shape", "none", "e.g. shapes=['B1 H8 N4096 D64']")
+    element = "" if dtype is None else str(dtype).removeprefix("torch.")
+    return tune_all(
+        [Workload("", spec, shape, element, captures or {}, tuple(pieces)) for shape in sizes],
+        effort=effort,
+        trials=trials,
+        db=db,
+        target=target,
+        device=device,
+        timeout=timeout,
+        candidate_timeout=candidate_timeout,
+        storage=storage,
+        progress=progress,
+        tighten=tighten,
+        patience=patience,
+        seed=seed,
+    )
+
+
+def tune_all(
+    workloads: Sequence[Workload],
+    *,
+    effort: str = "standard",
+    trials: int | None = None,
+    db: str | Path | None = None,
+    target: str | None = None,
+    device: torch.device | str | None = None,
+    timeout: float | None = None,
+    candidate_timeout: float = 60.0,
+    storage: str | Path | None = None,
+    progress: bool = True,
+    tighten: bool = True,
+    patience: float | None = None,
+    seed: int = 0,
+) -> TuneReport:
+    """`tune` for calls of many specs, as those of a model. What is finished already is skipped, which its result says. A spec that
+    more than one call has is searched once for each exact shape. Raises InputError, ScheduleError, StoreError.
+    """
+    chosen = effort_named(effort, trials, patience)
+    for one in workloads:
+        _check_workload(one)
     target_device = find_target_device(target, device)
-    dtype = dtype or (torch.float32 if target_device.target is None else torch.bfloat16)
     store = open_store(db)
     store.put()  # a database that can't be written is said now, and not after the search
     deadline = time.monotonic() + timeout if timeout is not None else float("inf")
     results: list[Tuned] = []
     interrupted, made_up = False, list[str]()
-    for shape in sizes:
-        parts, words = parts_of(
-            spec,
-            shape,
-            dtype,
-            captures or {},
-            device=target_device.torch_device or torch.device("cpu"),
-            patient=target_device.target is None,
-            backward="backward" in pieces,
-            seed=seed,
-        )
-        made_up += [word for word in words if word not in made_up]
-        for part, piece in product(parts, pieces):
-            if interrupted or (results and time.monotonic() >= deadline):
-                break
-            if piece == "backward" and part.spec.page_size is not None:  # pages are for inference
-                continue
-            job = Job(part, piece, dtype, target_device, seed, candidate_timeout)
-            if not job.has_choices():
-                continue
-            with shown(" ".join(filter(None, [part.name, piece, str(part.shape)])), progress) as watch:
+    worker = Worker({}, candidate_timeout)
+    searches = sum(len(one.directions) for one in workloads)
+    try:
+        with shown(searches, chosen.trials, progress) as bars:
+            for job in jobs_of(workloads, target_device, seed, candidate_timeout, made_up):
+                if interrupted or (results and time.monotonic() >= deadline):
+                    break
                 tuned = _tune_one(
                     job,
                     store,
                     storage,
-                    trials=trials,
+                    worker,
+                    bars,
+                    trials=chosen.trials,
                     deadline=deadline,
                     tighten=tighten,
-                    patience=patience,
-                    watch=watch,
+                    patience=chosen.patience,
                 )
-            results.append(tuned)
-            interrupted = tuned.result.ended == "interrupted"
+                results.append(tuned)
+                interrupted = tuned.result.ended == "interrupted"
+    except KeyboardInterrupt:  # between two searches
+        interrupted = True
+    finally:
+        worker.close()
     device_name, kind = target_device.device.name, target_device.kind
     return TuneReport(tuple(results), device_name, kind, store.name, interrupted, tuple(made_up))
+
+
+def jobs_of(
+    workloads: Iterable[Workload],
+    target_device: TargetDevice,
+    seed: int = 0,
+    limit: float = 60.0,
+    made_up: list[str] | None = None,
+) -> Iterator[Job]:
+    """The searches that calls come to, each once. made_up: gets the names of what was made up for them. InputError."""
+    seen: set[tuple[Key, Shape]] = set()
+    for one in workloads:
+        dtype = getattr(torch, one.dtype) if one.dtype else target_device.usual_dtype
+        parts, words = parts_of(
+            one.spec,
+            one.shape,
+            dtype,
+            one.captures,
+            device=target_device.torch_device or torch.device("cpu"),
+            patient=target_device.target is None,
+            backward="backward" in one.directions,
+            seed=seed,
+        )
+        if made_up is not None:
+            made_up += [word for word in words if word not in made_up]
+        for part, piece in product(parts, one.directions):
+            if piece == "backward" and part.spec.page_size is not None:  # pages are for inference
+                continue
+            job = Job(part, piece, dtype, target_device, seed, limit, one.name)
+            if (job.key, job.shape) not in seen and job.has_choices():
+                seen.add((job.key, job.shape))
+                yield job
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,6 +281,12 @@ class Job:
     target_device: TargetDevice
     seed: int
     limit: float
+    name: str = ""  # of the workload
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return " ".join(filter(None, [self.name, self.part.name, self.piece, str(self.part.shape)]))
 
     @property
     def spec(self) -> Spec:
@@ -271,12 +354,13 @@ def _tune_one(
     job: Job,
     store: Store,
     storage: str | Path | None,
+    worker: Worker,
+    bars: Bars,
     *,
     trials: int,
     deadline: float,
     tighten: bool,
     patience: float,
-    watch: Watch,
 ) -> Tuned:
     started = time.monotonic()
     space, base = job.space
@@ -285,19 +369,20 @@ def _tune_one(
     today = _todays(store, job.key)
     if today is not None and today.key == job.key and today.kind == job.target_device.kind:
         finished = count(study.history())
-        if finished.done >= trials:  # all is known: the same command again costs nothing
+        if finished.done >= min(trials, space.size - finished.pruned):  # the same command again costs nothing
             finished.trials, finished.resumed = trials, finished.done
             finished.kept = Tried(today.schedule, Outcome("ok", today.seconds, today.spread, today.error))
-            watch(finished)
-            return Tuned(job.part.name, job.piece, job.shape, today, None, Result(None, (), finished, "trials"), 0.0)
+            bars.skipped(job.title, f"finished before, {today.time_text}")
+            return Tuned(
+                job.name, job.part.name, job.piece, job.shape, today, None, Result(None, (), finished, "trials"), 0.0
+            )
     incumbent = _point(today, space)
     folder = Path(tempfile.mkdtemp(prefix="attngen-tune-"))
-    worker = Worker(job.request(base, folder), job.limit)
-    measurer: Measurer | None = None
+    worker.begin(job.request(base, folder), job.limit)
     saved: list[Record] = []
-    try:
+    with _removed(folder), bars.search(job.title) as watch:
         model = job.target_device.model(job, worker)
-        measurer = (
+        measurer: Measurer = (
             WorkerMeasurer(worker) if model is None or job.target_device.kind == "measured" else ModelMeasurer(model)
         )
         search = Search(
@@ -315,17 +400,12 @@ def _tune_one(
             patience=patience,
         )
         result = search.run()
-    finally:
-        worker.close()
-        if measurer is not None:
-            measurer.close()
-        shutil.rmtree(folder, ignore_errors=True)
     record = _settle(store, job, result, saved)
     if record is not None and record.noisy:
         fix = "the schedule may be no better than another; tune again when the machine is idle, or with more patience="
-        warnings.warn(AttngenWarning(f"{job.piece} {job.shape}: {record.time_text}: {fix}"), stacklevel=3)
+        warnings.warn(AttngenWarning(f"{job.piece} {job.shape}: {record.time_text}: {fix}"), stacklevel=4)
     untuned = next((t.outcome.seconds for t in result.final if t.point == space.start and t.outcome.ok), None)
-    return Tuned(job.part.name, job.piece, job.shape, record, untuned, result, time.monotonic() - started)
+    return Tuned(job.name, job.part.name, job.piece, job.shape, record, untuned, result, time.monotonic() - started)
 
 
 def _keep(store: Store, job: Job, saved: list[Record], best: Tried) -> None:
@@ -401,16 +481,17 @@ def _storage(storage: str | Path | None, name: str) -> str | Path:
     return cache_folder() / "trials" / f"{name.split()[-1]}.journal"
 
 
-def _check_arguments(
-    spec: Any, shapes: list[Shape], trials: Any, pieces: Sequence[str], captures: Mapping[str, Any] | None
-) -> None:
-    if not isinstance(spec, Spec):
-        raise InputError("spec", "a Spec or its text", type(spec).__name__)
-    if not shapes:
-        raise InputError("shapes", "at least one shape", "none", "e.g. shapes=['B1 H8 N4096 D64']")
-    if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
-        raise InputError("trials", "a positive int", repr(trials))
-    for piece in pieces:
+def _check_workload(one: Workload) -> None:
+    for piece in one.directions:
         if piece not in PIECES:
             raise InputError("pieces", f"some of {', '.join(PIECES)}", repr(piece))
-    check_names(spec, captures or {})
+    check_names(one.spec, one.captures)
+
+
+@contextmanager
+def _removed(folder: Path) -> Iterator[None]:
+    """The folder is gone afterwards."""
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

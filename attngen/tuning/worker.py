@@ -69,6 +69,7 @@ class Handlers:
 
     def __init__(self) -> None:
         self.bench: Bench | None = None
+        self.check = os.environ.get("ATTNGEN_CHECK", "")
         self.job: Request = {}
 
     def __call__(self, request: Request) -> dict[str, Any]:
@@ -87,8 +88,9 @@ class Handlers:
         if request.get("threads"):
             torch.set_num_threads(request["threads"])
         self.job, self.bench = request, None
-        if not request.get("whole", True):  # a part's indices are the key set's own
-            os.environ["ATTNGEN_CHECK"] = "0"
+        os.environ["ATTNGEN_CHECK"] = (
+            self.check if request.get("whole", True) else "0"
+        )  # a part's indices are the key set's own
         if request["device"] is not None:
             self._bench()
         return {}

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(path.stem for path in DOCS.glob("*.md"))
 BLOCK = re.compile(r"^( *)```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^\1```$", re.M | re.S)
-KNOWN = {"python", "pycon", "bash", "toml"}
+KNOWN = {"python", "pycon", "bash", "toml", "json"}
 COOKBOOK = {"from_flex_attention": 11, "from_sdpa": 9}  # comparisons
 CLOSE = 1e-5  # tests.check's bound for results in float32; gradients have ten times as much
 

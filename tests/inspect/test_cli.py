@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -22,7 +23,7 @@ COMMANDS = [
     "compile",
     "tune",
     "doctor",
-    *(f"db {name}" for name in ["ls", "show", "rm", "export", "import", "verify"]),
+    *(f"db {name}" for name in ["ls", "show", "rm", "export", "import", "verify", "coverage"]),
     "pack ls",
     "pack verify",
 ]
@@ -190,3 +191,48 @@ def test_errors_are_messages(arguments: list[str], says: str):
     code = "import sys; from attngen.cli.main import main; sys.argv[0] = 'attngen'; main()"
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_lists_and_models_are_tuned_and_covered(tmp_path):
+    """Read, and what is missing said; the searches are tested in tests/tuning."""
+    config = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "dtype": "float32",
+    }
+    path, db = tmp_path / "config.json", str(tmp_path / "records.db")
+    path.write_text(json.dumps(config))
+    told = run(
+        "db", "coverage", "--model", str(path), "--context", "128", "--target", "H100", "--target", "H200", "--db", db
+    )
+    assert "causal: Hq4 Hkv4 D16, 2 layers" in told.output and "NVIDIA H200" in told.output
+    assert "covered: 0 exact, 0 by the nearest record, 4 without a record" in told.output
+    assert max(map(len, told.output.splitlines())) <= 80
+    lines = run("db", "coverage", "--model", str(path), "--target", "H100", "--json", "--db", db).output.splitlines()
+    assert [(one["n_q"], one["n_k"], one["status"]) for one in map(json.loads, lines)] == [
+        (4096, 4096, "none"),
+        (1, 4096, "none"),
+    ]
+    assert "no records" in run("db", "coverage", "--db", db).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["tune"], "SPEC: expected a spec, a TOML file, or --model, got nothing"),
+        (["tune", "i >= j", "--model", "x.json"], "SPEC: expected a spec, a TOML file, or --model, got both"),
+        (["tune", "i >= j", "--batch", "2"], "--batch: expected nothing next to SPEC"),
+        (["tune", "--model", "x.json", "--shape", "H1 N8 D16"], "--shape: expected nothing next to --model"),
+        (["tune", "--model", "x.json", "--context", "0"], "--context: expected a positive int"),
+        (["tune", "--model", "x.json"], "--model: expected a config.json"),
+        (["tune", "i >= j", "--effort", "heroic"], "effort: expected one of quick"),
+        (["tune", "list.toml", "--shape", "H1 N8 D16"], "--shape: expected nothing next to FILE.toml"),
+    ],
+)
+def test_what_tune_cannot_take_is_said(arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.toml").write_text("[[attention]]\nmask = 'i >= j'\nshapes = ['H1 N8 D16']\n")
+    with pytest.raises(attngen.InputError, match=re.escape(says)):
+        run(*arguments)

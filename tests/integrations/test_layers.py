@@ -14,7 +14,12 @@ from attngen.integrations.layers import SINK, Layer, layer_spec
         (Layer(causal=False), ag.Spec()),
         (Layer(window=64), ag.Spec(mask=ag.causal() & ag.window(64))),
         (Layer(causal=False, window=65), ag.Spec(mask=ag.window(65))),
-        (Layer(chunk=64), ag.Spec(mask="i >= j and i // 64 == j // 64")),
+        (
+            Layer(chunk=64),
+            ag.Spec.from_text(
+                "param shift: int; tensor t0: int[1]; mask: i >= j and (i + shift - t0[b]) // 64 == (j + shift - t0[b]) // 64"
+            ),
+        ),
         (Layer(soft_cap=50.0), ag.Spec(mask=ag.causal(), score=ag.soft_cap(50.0))),
         (Layer(sinks=True), ag.Spec(mask=ag.causal(), sink=ag.sink(SINK))),
     ],

@@ -249,14 +249,14 @@ def test_a_noisy_final_race_is_run_again_and_the_quietest_counts():
 
 def test_the_bar_says_which_time_it_shows(capsys: pytest.CaptureFixture[str]):
     """So far by the races on the way; in the end what the record gets. What the model refused is told beside."""
-    with shown("forward", True) as watch:
+    with shown(1, 12) as bars, bars.search("forward") as watch:
         searching, _ = search(count=12, drift=0.5, model=FakeModel(), watch=watch)
         result = searching.run()
     told = capsys.readouterr().err
     assert result.progress.kept == result.best and result.progress.pruned > 0
     assert f"kept {time_text(result.best.outcome.seconds)}" in told and f"pruned {result.progress.pruned}" in told
     assert "so far" not in told and "took" in told and "failed" not in told
-    with shown("forward", True) as watch:
+    with shown(1, 4) as bars, bars.search("forward") as watch:
         watch(Progress(trials=4, done=2, failed=1, best=Tried({}, Outcome("ok", 0.193))))
     told = capsys.readouterr().err
     assert "2/4 so far 193 ms  failed 1 left" in told
@@ -820,7 +820,7 @@ def test_tune_on_the_cpu(cache):
         assert one.kind == "measured" and one.seconds > 0 and one.error <= 1.0 and one.schedule
     again = ag.tune(spec, shapes=["B1 H2 N256 D32"], **options)
     assert all(tuned.result.progress.resumed == tuned.result.progress.done for tuned in again.results)
-    assert "resumed at" in str(again) and again.records == report.records
+    assert "finished before, measured" in str(again) and again.records == report.records
     assert all(tuned.seconds == 0 for tuned in again.results)
     q, k, v = (torch.randn(1, 2, 256, 32) for _ in range(3))
     attention = ag.compile(spec, db=str(db))
