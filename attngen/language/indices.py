@@ -128,7 +128,7 @@ def _box(call: Call) -> Box:
         low, high = (float(x) for x in offset.aminmax()) if offset.device.type == "cpu" else ANY
     box: dict[Any, Bounds] = {B: (0, batch - 1), H: (0, heads - 1), J: (0, call.n_k - 1)}
     box |= {I: (low, high + n_q - 1), Q_OFFSET: (low, high)}
-    box |= {call.spec.params[name].sym: (float(value), float(value)) for name, value in call.params.items()}
+    box |= {call.spec.call_params[name].sym: (float(value), float(value)) for name, value in call.params.items()}
     return tuple(box.items())
 
 

@@ -51,6 +51,9 @@ EXAMPLES = {
         (r"random inputs, N 512.* HyperAttention", r"clustered inputs, N 512.* HyperAttention"),
         ((r"relative error", 2, 0.0),),  # of three digits
     ),
+    "in_a_model": Example(
+        "--n 128 --layers 2", (r"attngen: \d+ ms for the prompts", r"the same 16 tokens generated: True")
+    ),
     "lean_decode": Example(
         "--longest 1024",
         (r"only the keys that are there: \S+ ms", r"240 key tiles of 64 over 132 programs: 1 to 2 each, 91%"),

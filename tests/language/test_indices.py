@@ -31,6 +31,7 @@ IDS = dict(doc=torch.zeros(2, 9, dtype=torch.int32))
 
 RIGHT = {
     "shifted": (spec(lambda b, h, i, j: t[j + 5]), floats(14)),
+    "shifted, at a scale": (spec(lambda b, h, i, j: t[j + 5]), floats(14) | dict(scale=0.3)),
     "a number": (spec(lambda b, h, i, j: t[3]), floats(4)),
     "distance under causal": (spec(lambda b, h, i, j: t[i - j], causal), floats(5)),
     "distance in a window": (spec(lambda b, h, i, j: t[i - j], causal & ag.window(w)), floats(3) | dict(w=3)),

@@ -11,35 +11,14 @@ import attngen as ag
 from attngen.analysis import facts
 from attngen.backends.triton import launch as gpu
 from attngen.language.call import bind
-from attngen.lowering import Source
 from attngen.schedule.choice import complete_for
+from tests.compilations import counted
 
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
     """Distinct compilations that launches would have needed; the kernels themselves do not run."""
-    keys: set[Any] = set()
-
-    class Kernel:
-        def __init__(self, source: Source):
-            self.source = source
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            def run(*values: Any, **options: Any) -> None:
-                described = [_seen_by_triton(arg, value) for arg, value in zip(self.source.args, values, strict=True)]
-                keys.add((self.source.key, tuple(described), tuple(options.items())))
-
-            return run
-
-    monkeypatch.setattr(Source, "load", lambda self, folder=None: Kernel(self))
-    return keys
-
-
-def _seen_by_triton(arg: Any, value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return (value.dtype, value.data_ptr() % 16 == 0) if arg.specialize else value.dtype
-    kind = "i64" if isinstance(value, int) and abs(value) >= 2**31 else type(value).__name__
-    return (kind, value == 1, value % 16 == 0) if arg.specialize else kind
+    return counted(monkeypatch)
 
 
 def launch(

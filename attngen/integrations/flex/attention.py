@@ -86,11 +86,11 @@ def from_flex(
     what score.dtype and .device say. Raises SpecError, with the line of the mod that can't be traced.
     """
     dtype = torch.float32 if dtype in _HALF else dtype
-    program, captures = _traced(mask_mod, score_mod, dtype, torch.device(device))
+    program, captures = traced(mask_mod, score_mod, dtype, torch.device(device))
     try:
         return spec_of(program), captures
     except StepError as error:
-        raise _at_its_line(error, mask_mod, score_mod, dtype, torch.device(device)) from error
+        raise at_its_line(error, mask_mod, score_mod, dtype, torch.device(device)) from error
 
 
 def _attention(
@@ -104,7 +104,7 @@ def _attention(
     """What computes a call, and its captures. SpecError, InputError, ScheduleError."""
     mask_mod, block, given = _mask(block_mask, query, key)
     dtype = torch.float32 if query.dtype in _HALF else query.dtype
-    program, captures = _traced(mask_mod, score_mod, dtype, query.device)
+    program, captures = traced(mask_mod, score_mod, dtype, query.device)
     options = tuple(sorted((kernel_options or {}).items()))
     if torch.compiler.is_compiling():
         parts = (program.steps, program.tensors, program.params, program.mask, program.score)
@@ -115,7 +115,7 @@ def _attention(
     try:
         attn = _compiled(program, block, options, backend)
     except StepError as error:
-        raise _at_its_line(error, mask_mod, score_mod, dtype, query.device) from error
+        raise at_its_line(error, mask_mod, score_mod, dtype, query.device) from error
     return attn, {**captures, **given}
 
 
@@ -149,7 +149,7 @@ def _mask(
     return inside, (block_q, block_k), {"layout": live}
 
 
-def _traced(
+def traced(
     mask_mod: Mod | None, score_mod: Mod | None, dtype: torch.dtype, device: torch.device
 ) -> tuple[Program, dict[str, Any]]:
     try:
@@ -158,7 +158,7 @@ def _traced(
         raise located(error) from error
 
 
-def _at_its_line(
+def at_its_line(
     error: StepError, mask_mod: Mod | None, score_mod: Mod | None, dtype: torch.dtype, device: torch.device
 ) -> SpecError:
     """The error of a step with the line of the mod: the mods run once more, and stop there."""
