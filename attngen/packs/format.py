@@ -62,20 +62,24 @@ def write(
     """Write a pack, in the place of an older one if there is one: the folder appears whole, or stays as it was.
 
     manifest: fields for others to read, plain JSON. kernels: by name. files: their cubins, by `Kernel.file`. attngen: the version
-    that makes it. Raises PackError where `read` would not take the result, and for a folder that holds something else.
+    that makes it. Returns the folder. Raises PackError where `read` would not take the result, for a folder that holds something
+    else, and where nothing can be written.
     """
-    folder = Path(folder)
-    _check_replaceable(folder)
+    folder = Path(os.path.abspath(folder))
     whole = _manifest_of(folder, manifest, kernels, attngen)
     _check_kernels(folder, whole[KERNELS], files)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
-        staged = Path(beside, "new")
-        (staged / KERNELS).mkdir(parents=True)
-        for name, content in files.items():
-            (staged / name).write_bytes(content)
-        (staged / MANIFEST).write_text(_canonical(whole), encoding="ascii")
-        _swap(staged, folder, Path(beside, "old"))
+    try:
+        _check_replaceable(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
+            staged = Path(beside, "new")
+            (staged / KERNELS).mkdir(parents=True)
+            for name, content in files.items():
+                (staged / name).write_bytes(content)
+            (staged / MANIFEST).write_text(_canonical(whole), encoding="ascii")
+            _swap(staged, folder, Path(beside, "old"))
+    except OSError as error:
+        raise PackError(f"{folder}: expected a place where a pack can be written: {error}") from error
     return folder
 
 
@@ -189,14 +193,16 @@ def _check_names(folder: Path, expected: Iterable[str], found: Iterable[str]) ->
 
 def _check_listing(folder: Path, files: Iterable[str], links: bool) -> None:
     """Exactly the named files, and the folder of cubins a real one."""
-    found = []
-    for entry in folder.iterdir():
-        if entry.name != KERNELS:
-            found.append(entry.name)
-        elif entry.is_symlink() and not links:
-            raise PackError(f"{entry}: expected the folder of cubins, got a symbolic link")
-        else:
-            found += [f"{KERNELS}/{inner.name}" for inner in entry.iterdir()] if entry.is_dir() else [KERNELS]
+    inner = folder / KERNELS
+    if inner.is_symlink() and not links:
+        raise PackError(f"{inner}: expected the folder of cubins, got a symbolic link")
+    try:
+        found = [entry.name for entry in folder.iterdir()]
+        if inner.is_dir():
+            found.remove(KERNELS)
+            found += [f"{KERNELS}/{entry.name}" for entry in inner.iterdir()]
+    except OSError as error:
+        raise PackError(f"{error.filename}: expected a folder of a pack that can be read: {error.strerror}") from None
     _check_names(folder, {MANIFEST, *files}, found)
 
 

@@ -227,7 +227,7 @@ def swap_cubin(rng: Random, folder: Path) -> set[Path]:
         others = [other for other in files_of_kernels(folder) if other != path]
         content = bytearray(rng.choice(sorted(others)).read_bytes())
     elif way == 1:
-        content[49] ^= 1 << rng.randrange(8)  # the architecture
+        content[48 if content[8] == 7 else 49] ^= 1 << rng.randrange(8)  # the architecture, in ELF ABI 7 or 8
     elif way == 2:
         content[rng.choice([0, 1, 2, 3, 4, 5, 7, 8, 18, 19])] ^= 0xFF  # what the header starts with
     elif way == 3:

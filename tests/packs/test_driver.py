@@ -120,8 +120,11 @@ def copied(tmp_path: Path) -> Path:
 def test_launches_are_those_of_triton(stub: Stub, copied: Path, tmp_path: Path):
     descriptors = ag.Schedule(tma=True)
     with_scratch = ag.cross_compile(ag.Spec(mask=ag.causal()), "sm_90", schedule=descriptors, passes=("forward",))
+    more_warps = descriptors.over(ag.Schedule(warp_specialize=True, num_warps=4))  # 12 in the end
+    specialised = ag.cross_compile(ag.Spec(), "sm_90", schedule=more_warps, passes=("forward",))
     jobs = [job_of(kernel.source, name) for name, kernel in causal_kernels().items()]
-    jobs += [job_of(with_scratch[0].source, "descriptors"), cluster_job(tmp_path)]
+    jobs += [job_of(with_scratch[0].source, "descriptors"), job_of(specialised[0].source, "specialised")]
+    jobs += [cluster_job(tmp_path)]
     with knobs.compilation.scope():
         knobs.compilation.disable_line_info = True
         made = {job["name"]: record_of_job(job) for job in jobs}
@@ -139,7 +142,8 @@ def test_launches_are_those_of_triton(stub: Stub, copied: Path, tmp_path: Path):
     assert [line.split()[1] for line in lines_of(ours)] == [f"kernel={job['symbol']}" for job in jobs]
     # Room for the alignment, which Triton leaves to the allocator.
     assert json.loads(asked) == [size + alignment - 1 for size, alignment in json.loads(asked_by_triton)] != []
-    cluster = lines_of(ours)[-1]
+    specialised_line, cluster = lines_of(ours)[-2:]
+    assert "block=384,1,1" in specialised_line
     assert "grid=10,1,1 block=128,1,1" in cluster and "attributes=4:2,1,1;5:1" in cluster
 
 
@@ -275,11 +279,14 @@ def test_scratch_memory_is_aligned_and_enough(log: Path):
     ("settings", "says"),
     [
         (
-            {"FAIL": "cuModuleLoadData=209", "VERSION": "12040"},
-            "NO_BINARY_FOR_GPU.*CUDA 13.*driver here knows CUDA 12.4: install",
+            {"FAIL": "cuModuleLoadData=209", "VERSION": "12000"},
+            "NO_BINARY_FOR_GPU.*ELF ABI.*driver here knows CUDA 12.0: install",
         ),
         ({"FAIL": "cuModuleLoadData=200", "VERSION": "14000"}, "INVALID_IMAGE.*ELF ABI.*for CUDA 14.0, should take"),
-        ({"FAIL": "cuModuleLoadData=222", "VERSION": "12080"}, "UNSUPPORTED_PTX_VERSION.*install a driver for CUDA 13"),
+        (
+            {"FAIL": "cuModuleLoadData=222", "VERSION": "12000"},
+            "UNSUPPORTED_PTX_VERSION.*install a driver for CUDA 1[23]",
+        ),
         ({"FAIL": "cuModuleLoadData=999"}, "loading it: CUDA error 999"),
         ({"CAPABILITY": "80"}, "expected a device that runs sm_90, got cuda:0 of sm_80"),
         ({"CAPABILITY": "100"}, "expected a device that runs sm_90, got cuda:0 of sm_100"),

@@ -10,12 +10,13 @@ from random import Random
 
 import pytest
 
+import attngen as ag
 from attngen.errors import PackError
 from attngen.packs.elf import read_cubin
 from attngen.packs.format import KERNELS, MANIFEST, read, write
 from attngen.packs.record import SHARED_LIMITS, Kernel
 from attngen.schedule.target import TARGETS
-from tests.packs.cases import causal_pack
+from tests.packs.cases import causal_pack, record_of
 from tests.packs.mutations import MUTATIONS, files_of, manifest_of, seal
 
 SPECS = {"specs": {"causal": {"text": "mask: i >= j"}}, "numbers": [1, 0.1, True, None, "é"]}
@@ -61,6 +62,14 @@ def test_a_mutated_pack_is_refused_by_name(kind: str, sound: Path, tmp_path: Pat
 
 def test_there_are_a_thousand_mutations():
     assert sum(number for _, number in MUTATIONS.values()) == 1000
+
+
+@pytest.mark.parametrize("target", [name for name, target in TARGETS.items() if target.backend == "cuda"])
+def test_the_cubins_of_every_target_are_understood(target: str):
+    delta = ag.cross_compile(ag.Spec(mask=ag.causal()), target, passes=("delta",))[0]
+    record = record_of(delta)
+    record.check(delta.cubin or b"", "delta")
+    assert record.target == target and record.abi in (7, 8) and float(record.toolkit) > 12
 
 
 def test_a_damaged_cubin_never_crashes_the_reader():
@@ -123,6 +132,8 @@ def test_what_is_no_pack_stays(tmp_path: Path):
     for name in ("file", "link"):
         with pytest.raises(PackError, match="a link or a file"):
             write_causal(tmp_path / name)
+    with pytest.raises(PackError, match="expected a place where a pack can be written"):
+        write_causal(tmp_path / "file" / "pack")
 
 
 def test_a_failed_write_leaves_the_older_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -136,7 +147,7 @@ def test_a_failed_write_leaves_the_older_pack(tmp_path: Path, monkeypatch: pytes
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", fail_to_put_the_new_one)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(PackError, match="expected a place where a pack can be written: disk full"):
             write_causal(folder, {"new": 2})
     assert read(folder).manifest == {"old": 1} and [path.name for path in tmp_path.iterdir()] == ["pack"]
 
