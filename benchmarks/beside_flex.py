@@ -128,13 +128,28 @@ def cases() -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class Part:
-    """A kernel of a call: its loops over full and partial tiles, how often each runs for a head, and its tile in words."""
+    """A kernel of a call: its name, its loops over full and partial tiles, how often each runs for a head, and its tile."""
 
+    name: str
     made: MachineCode
     loops: tuple[Loop, Loop]
     counts: tuple[int, int]
-    num_warps: int
-    tile: str
+    tile: Tile
+
+    @property
+    def num_warps(self) -> int:
+        """Of a program."""
+        assert self.tile.num_warps is not None
+        return self.tile.num_warps
+
+    @property
+    def by_keys(self) -> bool:
+        """Whether a program has a tile of keys and walks queries."""
+        return self.name == "dkv"
+
+    def __str__(self) -> str:
+        tile = self.tile
+        return f"{self.name} {tile.block_m} x {tile.block_n}, {tile.num_warps} warps, stages {tile.num_stages}"
 
     def busy(self) -> Counter[str]:
         """Cycles of each pipe."""
@@ -203,7 +218,7 @@ def ours(case: Case, direction: str, gpu: str) -> Side:
             continue
         tile = chosen.tile(made.name)
         counts = case.tiles(tile.block_m, tile.block_n, made.name == "dkv")
-        parts.append(Part(made, _pair(made, full_first=True), counts, tile.num_warps, _words(made.name, tile)))
+        parts.append(Part(made.name, made, _pair(made), counts, tile))
     if direction == "backward" and case.gradient:
         tile = chosen.tile("dq")
         for site in sites(known.load_grads[case.gradient]):
@@ -211,18 +226,15 @@ def ours(case: Case, direction: str, gpu: str) -> Side:
                             schedule=chosen, site=site)  # fmt: skip
             made = compile_source(source, target, torch.bfloat16)
             counts = case.tiles(tile.block_m, tile.block_n)
-            words = _words(f"gradient of {case.gradient}", tile)
-            parts.append(Part(made, _pair(made, full_first=True), counts, source.num_warps, words))
+            parts.append(Part(f"gradient of {case.gradient}", made, _pair(made), counts, tile))
     return Side(tuple(parts))
 
 
-def _pair(made: MachineCode, full_first: bool) -> tuple[Loop, Loop]:
+def _pair(made: MachineCode) -> tuple[Loop, Loop]:
     """The loops over full and over partial tiles; one loop serves both where nothing is masked."""
-    found = made.loops
-    if len(found) not in (1, 2):
-        raise ValueError(f"{made.name}: expected one or two loops with products, got {len(found)}")
-    full, partial = (found[0], found[-1]) if full_first else (found[-1], found[0])
-    return full, partial
+    if len(made.loops) not in (1, 2):
+        raise ValueError(f"{made.name}: expected one or two loops with products, got {len(made.loops)}")
+    return made.loops[0], made.loops[-1]
 
 
 # -- FlexAttention ----------------------------------------------------------------------------------------------------
@@ -264,17 +276,14 @@ def flex_with(case: Case, kind: str, options: Options, gpu: str) -> Side:
             ("dq", made.loops[:2], blocks["BLOCK_M2"], blocks["BLOCK_N2"]),
             ("dkv", made.loops[2:], blocks["BLOCK_M1"], blocks["BLOCK_N1"]),
         ]
-    warps, stages = options.num_warps, options.num_stages
     return Side(
         tuple(
-            Part(made, (loops[-1], loops[0]), case.blocks(m, n), warps, _words(name, Tile(m, n, warps, stages)))
+            Part(
+                name, made, (loops[-1], loops[0]), case.blocks(m, n), Tile(m, n, options.num_warps, options.num_stages)
+            )
             for name, loops, m, n in sizes
         )
     )
-
-
-def _words(kernel: str, tile: Tile) -> str:
-    return f"{kernel} {tile.block_m} x {tile.block_n}, {tile.num_warps} warps, stages {tile.num_stages}"
 
 
 # -- side by side -----------------------------------------------------------------------------------------------------
@@ -312,7 +321,7 @@ def _described(side: Side) -> dict[str, Any]:
         "busy": dict(side.busy),
         "kernels": [
             {
-                "tile": part.tile,
+                "tile": str(part),
                 "registers": part.made.registers,
                 "spills": part.made.spills,
                 "shared": part.made.shared,
@@ -335,11 +344,10 @@ HEADER = (
 
 def table(results: Mapping[str, Any]) -> str:
     """The lines as Markdown."""
-    setting = ", ".join(f"{name} {value}" for name, value in results["setting"].items())
     lines = [
         "# Machine code beside FlexAttention's: modelled",
         HEADER.format(gpu=results["setting"]["gpu"]),
-        setting,
+        ", ".join(f"{name} {value}" for name, value in results["setting"].items()),
         "![ratios](machine_code.png)",
     ]
     rows = [
@@ -377,9 +385,9 @@ def chart(results: Mapping[str, Any], path: Path) -> None:
         panel.set_xlabel("cycles, attngen / FlexAttention; left of 1 attngen is faster", fontsize=8)
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize=8)
-    setting = results["setting"]
+    about = results["setting"]
     figure.suptitle(
-        f"modelled from machine code, not measured: {setting['gpu']}, torch {setting['torch']}, triton {setting['triton']}",
+        f"modelled from machine code, not measured: {about['gpu']}, torch {about['torch']}, triton {about['triton']}",
         fontsize=10,
     )
     figure.savefig(path, dpi=110)
@@ -389,10 +397,15 @@ def chart(results: Mapping[str, Any], path: Path) -> None:
 Say = Callable[[str], None]
 
 
-def run(gpu: str, only: str, say: Say) -> dict[str, Any]:
-    """Every line, with what it depends on."""
+def setting(gpus: str) -> dict[str, str]:
+    """What modelled results depend on."""
     import triton
 
+    return {"gpu": gpus, "torch": str(torch.__version__), "triton": triton.__version__}
+
+
+def run(gpu: str, only: str, say: Say) -> dict[str, Any]:
+    """Every line, with what it depends on."""
     lines = []
     for case in cases():
         if only in case.title:
@@ -401,5 +414,4 @@ def run(gpu: str, only: str, say: Say) -> dict[str, Any]:
                 lines.append(line)
                 ratios = " / ".join(f"{ratio:.2f}" for ratio in line["ratios"].values())
                 say(f"{case.title:24} {direction:8} {ratios} {line['costs']}")
-    setting = {"gpu": gpu, "torch": str(torch.__version__), "triton": triton.__version__}
-    return {"modelled": True, "setting": setting, "lines": lines}
+    return {"modelled": True, "setting": setting(gpu), "lines": lines}

@@ -18,18 +18,16 @@ from rich.progress import track
 
 import attngen as ag
 from attngen.backends.triton.machine_code import Cycles
+from attngen.backends.triton.modelled import L2_BYTES, Resources
 from attngen.inspect.cross import Compiled, cross_compile
 from attngen.language.schedule import KERNELS, Tile
 from attngen.schedule import Target
 from attngen.schedule.shipped import FOLDER, form_of, write_tiles
-from attngen.tuning.model import TILE_OVERHEAD, Resources
-from benchmarks import beside_flex
+from attngen.tuning.model import TILE_OVERHEAD
+from benchmarks import beside_flex, public_choices
 from benchmarks.suite import write_json
 from benchmarks.workload import pairs, tile_counts
 
-L2_BYTES = (
-    24  # that the second-level cache hands a multiprocessor in a cycle: 5.5 TB/s of an H100, shared by all of them
-)
 Case = tuple[str, str, int]  # a name of SPECS, a kernel, a head dim
 RESULTS = Path(__file__).parent / "results" / "modelled"
 app = typer.Typer(add_completion=False)
@@ -102,6 +100,17 @@ def compare(
     write_json(out / "machine_code.json", results)
     (out / "machine_code.md").write_text(beside_flex.table(results), encoding="utf-8")
     beside_flex.chart(results, out / "machine_code.png")
+
+
+@app.command()
+def ranks(
+    gpu: Annotated[list[str], typer.Option("--gpu", help="again for each")] = list(public_choices.GPUS_RANKED),  # noqa: B006
+    out: Annotated[Path, typer.Option(help="folder of the JSON and the table")] = RESULTS,
+) -> None:
+    """inductor's default tiles, which were chosen on the devices, in the order of the model."""
+    results = public_choices.run(typer.echo, tuple(gpu))
+    write_json(out / "ranks.json", results)
+    (out / "ranks.md").write_text(public_choices.table(results), encoding="utf-8")
 
 
 @app.command()

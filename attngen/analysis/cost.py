@@ -126,7 +126,7 @@ def cost(
     d, dv, e = head_dim, head_dim if head_dim_v is None else head_dim_v, dtype.itemsize
     dense = batch * heads_q * n_q * n_k
     found = visited_pairs(facts, batch, heads_q, n_q, n_k, block_m, block_n, q_offset, captures or {})
-    pairs = dense if found is None else found
+    pairs = dense if found is None else sum(found)
     queries, keys = batch * heads_q * n_q, batch * heads_kv * n_k
     forward_bytes = e * (queries + keys) * (d + dv) + 4 * queries
     # Two passes read q, k, v and dout; delta reads out and dout; dq, dk, dv are written; lse and delta are float32.
@@ -155,19 +155,19 @@ def visited_pairs(
     block_n: int,
     q_offset: int | torch.Tensor,
     captures: Mapping[str, Any],
-) -> int | None:
-    """Pairs in the tiles that the forward visits, over all batches and heads: those of the mask's walk, or of the spec's
-    lists, whatever the tile. None if captures that decide it are not given.
+) -> tuple[int, int] | None:
+    """Pairs in the full and in the partial tiles that the forward visits, over all batches and heads: those of the mask's walk, or
+    of the spec's lists, whatever the tile and all of them as full. None if captures that decide it are not given.
     """
     spec = facts.spec
     if spec.lists is not None:
         known = {*spec.lists.names} <= set(captures)
-        return listed_pairs(spec.lists, captures, batch, heads, n_q, n_k) if known else None
+        return (listed_pairs(spec.lists, captures, batch, heads, n_q, n_k), 0) if known else None
     needed = {s.name for s in spec.mask.free_symbols} & {*spec.tensors, *spec.params}
     if not needed <= set(captures):
         return None
     if n_q == 0 or n_k == 0 or batch == 0:
-        return 0
+        return 0, 0
     env: dict[str, Any] = {
         name: captures[name].detach().cpu() if isinstance(captures[name], torch.Tensor) else captures[name]
         for name in needed
@@ -182,11 +182,14 @@ def visited_pairs(
     )
     rows = torch.full((-(-n_q // block_m),), block_m)
     rows[-1] = n_q - (len(rows) - 1) * block_m
-    total = 0
-    for _, count in (*full, *partial):
-        repeat = batch * heads // (count.shape[0] * count.shape[1])
-        total += int((count * rows).expand(*count.shape[:2], len(rows)).sum()) * block_n * repeat
-    return min(total, batch * heads * n_q * n_k)
+    most, found = batch * heads * n_q * n_k, list[int]()
+    for segments in (full, partial):
+        total = 0
+        for _, count in segments:
+            repeat = batch * heads // (count.shape[0] * count.shape[1])
+            total += int((count * rows).expand(*count.shape[:2], len(rows)).sum()) * block_n * repeat
+        found.append(min(total, most - sum(found)))
+    return found[0], found[1]
 
 
 def _pass(gpu: Gpu, dtype: torch.dtype, flops: float, counted: float, exps: float, moved: float) -> Pass:

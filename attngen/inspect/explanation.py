@@ -228,7 +228,7 @@ def _alternatives(call: Call, known: Facts, sizes: Sizes, schedule: Schedule, ba
     shape, captures = (sizes.batch, sizes.heads_q, sizes.n_q, sizes.n_k), _walk_captures(call)
 
     def visited(block_m: int, block_n: int) -> int:
-        return visited_pairs(known, *shape, block_m, block_n, call.q_offset, captures) or 0
+        return sum(visited_pairs(known, *shape, block_m, block_n, call.q_offset, captures) or (0, 0))
 
     own, attended = _forward(schedule), visited(1, 1) or 1
     others = [(m, own[1]) for m in CPU_ALTERNATIVES] if backend == "cpu" else ALTERNATIVES

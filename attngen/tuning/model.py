@@ -1,8 +1,9 @@
 """What is known of a schedule without running it: compiled resources, a bound, and a rough time.
 
 The bound is the speed-of-light time of the pairs rounded out to tiles, which no schedule with these tiles beats.
-The estimate adds what portable Triton pays on top: softmax that does not overlap the products, latency that too few
-resident warps do not hide, and the last wave of programs. It ranks schedules; it does not predict a clock.
+The guess adds what portable Triton pays on top: softmax that does not overlap the products, latency that too few
+resident warps do not hide, and the last wave of programs. The estimate reads that in the compiled kernel's machine code
+(`backends/triton/modelled.py`, which says what it leaves out), on NVIDIA GPUs but sm_100. They rank schedules; none predicts a clock.
 """
 
 from __future__ import annotations
@@ -13,15 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from attngen.backends.triton.modelled import LAUNCH, Resources, Work, cycles
 from attngen.language.schedule import PREFIXES
 from attngen.schedule import Target
 from attngen.store import Shape
 from attngen.tuning.measure import Outcome, WorkerDied
 from attngen.tuning.space import PIECES, Point
 
-LAUNCH = 5e-6  # seconds, the least a kernel takes
 SAFETY = 0.9  # of the bound: rates are partly measured, and a cache may help
-SPILLS = 16  # registers a thread that a schedule may spill; more costs in every tile
 TILE_OVERHEAD = 400  # cycles of one step that do not shrink with the tile: barriers, the row maximum's exchange
 LATENCY = 1e-6  # seconds from asking memory to having it, under load
 CLOCK = 1.7e9  # Hz, only to turn those cycles into time
@@ -40,38 +40,10 @@ class Rates:
     units: int
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What the compiler used for a kernel: registers a thread, registers spilled a thread, bytes of shared memory."""
-
-    registers: int
-    spills: int
-    shared: int
-    num_warps: int
-
-    def resident(self, target: Target) -> int:
-        """Programs that fit one multiprocessor at once."""
-        by_warps = target.max_warps // self.num_warps
-        granted = -(-max(self.registers, 1) // 8) * 8
-        by_registers = target.registers // (granted * self.num_warps * target.warp_size)
-        by_shared = target.shared_limit // self.shared if self.shared else by_warps
-        return max(0, min(by_warps, by_registers, by_shared))
-
-    def problem(self, target: Target) -> str | None:
-        """Why the target cannot run it, or should not."""
-        if self.shared > target.shared_limit:
-            return f"needs {self.shared} bytes of shared memory, {target.name} has {target.shared_limit}"
-        if self.spills > SPILLS:
-            return f"spills {self.spills} registers a thread"
-        if self.resident(target) < 1:
-            return f"{self.registers} registers a thread: not one program of {self.num_warps} warps fits"
-        return None
-
-
 class GpuModel:
     """Implements `search.Modeller` for a GPU, present or not.
 
-    pairs: (block_m, block_n) -> attended pairs per batch and head, rounded out to tiles.
+    pairs: (block_m, block_n) -> attended pairs per batch and head, rounded out to tiles; masked: those of partial tiles.
     compiled: point -> {prefix: Resources}, by cross-compiling; None leaves resources unknown (only arithmetic).
     bounded: whether the rates are this very GPU's, so that a bound by them may refuse a schedule.
     """
@@ -86,10 +58,11 @@ class GpuModel:
         pairs: Callable[[int, int], float],
         compiled: Callable[[Point], Mapping[str, Resources]] | None = None,
         bounded: bool = True,
+        masked: Callable[[int, int], float] = lambda m, n: 0.0,
     ):
         self.prefixes, self.shape, self.element = PIECES[piece], shape, element
         self.target, self.rates, self.compiled, self.bounded = target, rates, compiled, bounded
-        self._pairs_of, self._pairs = pairs, dict[tuple[int, int], float]()
+        self._pairs_of, self._pairs, self._masked = pairs, dict[tuple[int, int], float](), masked
         self._resources: dict[str, Mapping[str, Resources]] = {}
 
     def guess(self, point: Point) -> float:
@@ -167,15 +140,26 @@ class GpuModel:
         slots = rates.units * max(1, resident)
         waves = math.ceil(programs / slots) * slots / programs if programs > slots else max(1.0, rates.units / programs)
         spilled = 1.0 + (used.spills / 64 if used is not None else 0.0)
+        computing = (busy / hidden + waiting) * waves * spilled
+        if used is not None and used.full is not None:
+            computing = self._cycles(prefix, point, used, exps / (m * n), programs) / (rates.exps / (16 * rates.units))
         return (
             LAUNCH
             + merging
             + max(
-                (busy / hidden + waiting) * waves * spilled,
+                computing,
                 size / rates.bandwidth,
                 self._streaming(prefix, m, n, stages, exps, programs, resident),
             )
         )
+
+    def _cycles(self, prefix: str, point: Point, used: Resources, tiles: float, programs: int) -> float:
+        """Of a multiprocessor, by the machine code."""
+        m, n = point[prefix + "block_m"], point[prefix + "block_n"]
+        positions = -(-m // self._group(prefix, point))
+        partial = tiles * self._masked(positions, n) / max(self.pairs(positions, n), 1.0)
+        walked = (m if prefix == "dkv_" else n) * (self.shape.head_dim + self.shape.head_dim_v) * self.element
+        return cycles(used, Work(tiles - partial, partial, programs, walked), self.target, self.rates.units)
 
     def _group(self, prefix: str, point: Point) -> int:
         """Heads whose rows share a tile."""
@@ -250,8 +234,7 @@ def compiled_by(worker: Any, prefixes: Sequence[str]) -> Callable[[Point], dict[
         for kernel in answer["kernels"]:
             prefix = PREFIXES.get(kernel["name"], "none")
             if prefix in prefixes:
-                warps = point[prefix + "num_warps"]
-                found[prefix] = Resources(kernel["registers"], kernel["spills"], kernel["shared"], warps)
+                found[prefix] = Resources.from_json(kernel["resources"])
         return found
 
     return compiled

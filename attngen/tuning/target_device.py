@@ -89,6 +89,7 @@ class TargetDevice:
             partial(_pairs, job.spec, job.shape, job.values),
             compiled_by(worker, PIECES[job.piece]),
             bounded=self.exact,
+            masked=partial(_masked, job.spec, job.shape, job.values),
         )
 
 
@@ -122,11 +123,24 @@ def _here(device: torch.device | str | None) -> TargetDevice:
 
 def _pairs(spec: Spec, shape: Shape, captures: Mapping[str, Any], m: int, n: int) -> float:
     """Pairs of the visited tiles, on average over batch and heads."""
+    return sum(_visited(spec, shape, captures, m, n))
+
+
+def _masked(spec: Spec, shape: Shape, captures: Mapping[str, Any], m: int, n: int) -> float:
+    """Those of partial tiles."""
+    return _visited(spec, shape, captures, m, n)[1]
+
+
+def _visited(spec: Spec, shape: Shape, captures: Mapping[str, Any], m: int, n: int) -> tuple[float, float]:
+    """Pairs of full and of partial tiles."""
     heads = shape.heads_q if _varies(spec) else 1
     batch = shape.batch if _varies(spec) else 1
     offset = captures.get("q_offset", offset_of(shape))
-    pairs = visited_pairs(facts(spec), batch, heads, shape.n_q, shape.n_k, m, n, offset, captures)
-    return shape.n_q * shape.n_k if pairs is None else pairs / (batch * heads)
+    found = visited_pairs(facts(spec), batch, heads, shape.n_q, shape.n_k, m, n, offset, captures)
+    if found is None:
+        return float(shape.n_q * shape.n_k), 0.0
+    full, partial = found
+    return full / (batch * heads), partial / (batch * heads)
 
 
 def _varies(spec: Spec) -> bool:

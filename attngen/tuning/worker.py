@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from attngen.backends.triton.modelled import Resources
 from attngen.inspect.cross import cross_compile
 from attngen.language.schedule import Schedule
 from attngen.language.spec import Spec
@@ -124,8 +125,10 @@ class Handlers:
             schedule=Schedule(**point).over(Schedule(**job["base"])),
             wide=job.get("wide", ()),
         )
-        fields = ("name", "registers", "spills", "shared")
-        return [{field: getattr(kernel, field) for field in fields} for kernel in kernels]
+        return [
+            {"name": kernel.name, "resources": Resources.of(kernel, kernel.source.num_warps).to_json()}
+            for kernel in kernels
+        ]
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from torch._inductor.template_heuristics.triton import CUDAConfigHeuristic
 from typer.testing import CliRunner
 
 from attngen.backends.triton.machine_code import Loop, MachineCode
+from attngen.language.schedule import Tile
 from attngen.schedule import Target
 from benchmarks import beside_flex, flex_kernels
 from benchmarks.beside_flex import Part, Side
@@ -67,7 +68,8 @@ def test_flex_attention_has_loops_over_partial_and_full_tiles():
 
 def side(opcodes, count=10):
     loop = Loop(opcodes, ((64, 128, 16, True),))
-    return Side((Part(MachineCode("k", "sm_90", 100, 0, 0, 0, "", b""), (loop, loop), (count, 0), 4, "k"),))
+    made = MachineCode("k", "sm_90", 100, 0, 0, 0, "", b"")
+    return Side((Part("k", made, (loop, loop), (count, 0), Tile(128, 64, 4, 2)),))
 
 
 def test_the_pipe_and_the_instructions_that_cost_are_named():

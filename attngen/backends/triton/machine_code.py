@@ -10,10 +10,11 @@ work in different tiles, or in different kernels; it does not predict a clock.
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -104,16 +105,58 @@ class Cycles:
         return self.matrix + self.rest
 
 
+Product = tuple[int, int, int, bool]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction of a listing. control: the bits by which the compiler tells the hardware when to issue it; 0 where they
+    are not known.
+    """
+
+    opcode: str  # its first word
+    text: str
+    control: int = 0
+
+    @property
+    def stall(self) -> int:
+        """Cycles until the warp's next instruction, at least."""
+        return self.control & 15
+
+    @property
+    def signals(self) -> tuple[int, int]:
+        """The barriers that it releases when its result is there, and when its operands are read; 7 for none."""
+        return self.control >> 5 & 7, self.control >> 8 & 7
+
+    @property
+    def waits(self) -> int:
+        """A bit for each barrier that it waits for."""
+        return self.control >> 11 & 63
+
+    @cached_property
+    def product(self) -> Product | None:
+        """m, n, k of a product of a group of warps, and whether its first operand comes from shared memory."""
+        found = _PRODUCT.search(self.text) if self.opcode == "HGMMA" else None
+        return None if found is None else (int(found[1]), int(found[2]), int(found[3]), found[4] is not None)
+
+
 @dataclass(frozen=True)
 class Loop:
-    """An innermost loop of the machine code.
+    """An innermost loop of the machine code, or what stands outside of them.
 
     opcodes: instructions by the first word of their opcode. products: m, n and k of each product of a group of warps, and
-    whether its first operand comes from shared memory too.
+    whether its first operand comes from shared memory too. code: the instructions in their order.
     """
 
     opcodes: Mapping[str, int]
-    products: tuple[tuple[int, int, int, bool], ...] = ()
+    products: tuple[Product, ...] = ()
+    code: tuple[Instruction, ...] = ()
+
+    @classmethod
+    def of(cls, code: Sequence[Instruction]) -> Loop:
+        """Counted."""
+        products = tuple(instruction.product for instruction in code if instruction.product is not None)
+        return cls(dict(Counter(instruction.opcode for instruction in code)), products, tuple(code))
 
     @property
     def instructions(self) -> int:
@@ -178,9 +221,19 @@ class MachineCode:
         return disassembled(self.binary) if self.target.startswith("sm_") else self.assembly
 
     @cached_property
+    def controls(self) -> tuple[int, ...]:
+        """Of each instruction (NVIDIA)."""
+        return controls_of(self.binary) if self.target.startswith("sm_") else ()
+
+    @cached_property
     def loops(self) -> tuple[Loop, ...]:
         """The innermost loops that do matrix products, in address order."""
-        return product_loops(self.sass())
+        return product_loops(self.sass(), self.controls)
+
+    @cached_property
+    def outside(self) -> Loop:
+        """What stands before and behind them."""
+        return outside(self.sass(), self.controls)
 
 
 def disassembled(cubin: bytes) -> str:
@@ -195,9 +248,30 @@ def nvidia_resources(cubin: bytes) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def product_loops(assembly: str) -> tuple[Loop, ...]:
+def product_loops(assembly: str, controls: Sequence[int] = ()) -> tuple[Loop, ...]:
     """The innermost loops that do matrix products, in address order."""
-    return tuple(loop for loop in _loops(assembly) if loop.count("mma") or "v_mfma" in str(loop.opcodes))
+    code, spans = _listing(assembly, controls)
+    return tuple(Loop.of(code[first:stop]) for first, stop in _product_spans(code, spans))
+
+
+def outside(assembly: str, controls: Sequence[int] = ()) -> Loop:
+    """What stands before and behind those loops."""
+    code, spans = _listing(assembly, controls)
+    inside = [range(*span) for span in _product_spans(code, spans)]
+    return Loop.of([instruction for place, instruction in enumerate(code) if not any(place in span for span in inside)])
+
+
+def controls_of(cubin: bytes) -> tuple[int, ...]:
+    """The control bits of each instruction, in the order of their addresses: the 21 above bit 105 of its 128, which Triton's
+    `tools/disasm.py` decodes too.
+    """
+    sections, size, count, names = struct.unpack_from("<Q10xHHH", cubin, 0x28)
+    headers = [struct.unpack_from("<II8x8xQQ", cubin, sections + number * size) for number in range(count)]
+    text = next((h for h in headers if cubin.startswith(b".text.", headers[names][2] + h[0])), None)
+    if text is None:
+        return ()
+    words = struct.unpack_from(f"<{text[3] // 8}Q", cubin, text[2])
+    return tuple(word >> 41 & 0x1FFFFF for word in words[1::2])
 
 
 def _tool(name: str, binary: bytes, *options: str) -> str:
@@ -211,27 +285,36 @@ def _tool(name: str, binary: bytes, *options: str) -> str:
 
 
 _LABEL = re.compile(r"\s*(\.L_\w+|\.?L?BB\w+):")
-_INSTRUCTION = re.compile(r"\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Za-z_][\w]*)")
+_INSTRUCTION = re.compile(r"\s*(?:/\*([0-9a-f]+)\*/)?\s*(?:@!?U?P\w+\s+)?([A-Za-z_][\w]*)")
 _JUMP = re.compile(r"(?:BRA|s_c?branch)\S*.*?(\.L_\w+|\.?L?BB\w+)")
 _PRODUCT = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)\S*\s+R\w+, (gdesc)?")
 
+Span = tuple[int, int]
 
-def _loops(assembly: str) -> Iterable[Loop]:
-    """Innermost loops: from a label to the last branch back to it, without another such pair inside."""
+
+def _listing(assembly: str, controls: Sequence[int]) -> tuple[list[Instruction], list[Span]]:
+    """The instructions, and the innermost loops: from a label to the last branch back to it, without another such pair inside."""
     labels: dict[str, int] = {}
-    code: list[tuple[str, str]] = []
+    code: list[Instruction] = []
     spans: dict[int, int] = {}
+    addressed = "/*0000*/" in assembly  # by nvdisasm, among lines that are no instructions
     for line in assembly.splitlines():
         if label := _LABEL.match(line):
             labels[label[1]] = len(code)
-        elif instruction := _INSTRUCTION.match(line):
-            code.append((instruction[1], line))
+        elif (found := _INSTRUCTION.match(line)) and (found[1] or not addressed):
+            place = int(found[1], 16) // 16 if found[1] else len(controls)
+            code.append(Instruction(found[2], line, controls[place] if place < len(controls) else 0))
             jump = _JUMP.search(line)
             if jump and jump[1] in labels:
                 spans[labels[jump[1]]] = len(code)
-    for first, stop in sorted(spans.items()):
-        if not any(first <= a and b <= stop and (a, b) != (first, stop) for a, b in spans.items()):
-            body = code[first:stop]
-            found = [_PRODUCT.search(line) for opcode, line in body if opcode == "HGMMA"]
-            products = tuple((int(p[1]), int(p[2]), int(p[3]), p[4] is not None) for p in found if p is not None)
-            yield Loop(dict(Counter(opcode for opcode, _ in body)), products)
+    every = sorted(spans.items())
+    return code, [s for s in every if not any(s[0] <= a and b <= s[1] and (a, b) != s for a, b in every)]
+
+
+def _product_spans(code: Sequence[Instruction], spans: Sequence[Span]) -> list[Span]:
+    products = {*_CLASSES["mma"]}
+    return [
+        (first, stop)
+        for first, stop in spans
+        if any(i.opcode in products or i.opcode.startswith("v_mfma") for i in code[first:stop])
+    ]
