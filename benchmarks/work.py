@@ -48,6 +48,22 @@ class Inputs:
             tensor.requires_grad_(backward)
         return cls(case, pattern, q, k, v, d_out, captures, leaves if backward else {})
 
+    q_offset = 0
+
+    @property
+    def spec(self) -> Any:
+        return self.pattern.spec
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """Captures that get a gradient."""
+        return self.pattern.learned
+
+    @property
+    def backward(self) -> bool:
+        """Whether gradients are looked at."""
+        return self.case.direction != FORWARD
+
     @property
     def span(self) -> Span:
         """First key and one past the last that each query sees."""

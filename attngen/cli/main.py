@@ -18,6 +18,8 @@ from rich.table import Table
 
 import attngen
 from attngen.analysis import tile_map
+from attngen.cli.bench import EXAMPLE as BENCH_EXAMPLE
+from attngen.cli.bench import bench
 from attngen.cli.coverage import EXAMPLE as COVERAGE_EXAMPLE
 from attngen.cli.coverage import db_coverage
 from attngen.cli.db import db_app
@@ -53,6 +55,7 @@ app = typer.Typer(
 app.add_typer(db_app, name="db")
 app.add_typer(pack_app, name="pack")
 app.command(epilog=TUNE_EXAMPLE)(tune)
+app.command(epilog=BENCH_EXAMPLE)(bench)
 db_app.command(name="coverage", epilog=COVERAGE_EXAMPLE)(db_coverage)
 
 

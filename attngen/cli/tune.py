@@ -47,6 +47,6 @@ def tune(
     """
     calls = gathered(spec, model, batch, context, training, shape, dtype, set_)
     report = tune_all(calls, effort=effort, trials=trials, target=target, timeout=timeout, storage=storage, db=db)
-    console.print(str(report), markup=False)
+    console.print(report.brief if len(calls) > 1 else str(report), markup=False)
     if len(calls) > 1:
         print_coverage(coverage(calls, [find_target_device(target, None)], db=db))

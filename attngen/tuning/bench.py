@@ -18,6 +18,7 @@ from attngen.runtime.attention import compile as compile_spec
 from attngen.schedule import Schedule
 from attngen.store import Shape
 from attngen.tuning.captures import make_captures
+from attngen.tuning.check import WrongResult
 from attngen.tuning.sizes import offset_of, small_shape
 from attngen.tuning.space import Point
 from attngen.tuning.stopwatch import Candidate, Clock, Stopwatch, stopwatch_for
@@ -29,14 +30,6 @@ HOPELESS = 3.0  # times slower than the fastest after two rounds: not worth more
 
 Attention = Callable[..., torch.Tensor]
 Build = Callable[[Schedule], Attention]
-
-
-class WrongResult(Exception):
-    """The candidate ran but does not match the oracle. `error` is its error over what the rule allows."""
-
-    def __init__(self, what: str, error: float):
-        super().__init__(f"{what}: {error:.3g} times the error that is allowed")
-        self.error = error
 
 
 class Bench:

@@ -102,10 +102,20 @@ class TuneReport:
         return tuple(tuned.record for tuned in self.results if tuned.record is not None)
 
     def __str__(self) -> str:
+        return self._text(self.results)
+
+    @property
+    def brief(self) -> str:
+        """The same of many calls: in full only those for which nothing worked, or that were broken off."""
+        return self._text(
+            one for one in self.results if one.record is None or one.result.ended in ("timeout", "interrupted")
+        )
+
+    def _text(self, results: Iterable[Tuned]) -> str:
         lines = [f"{self.kind} on {self.device}" if self.kind == "measured" else f"modelled for {self.device}"]
         if self.made_up:
             lines.append(f"made-up values for {', '.join(self.made_up)}; give real ones with captures=")
-        lines += [str(tuned) for tuned in self.results]
+        lines += [str(tuned) for tuned in results]
         lines.append(f"records kept in {self.database}: {len(self.records)}")
         return "\n".join(lines)
 

@@ -254,7 +254,7 @@ def test_half_types_are_held_to_plain_pytorch():
 def test_many_chunks_of_rows(monkeypatch: pytest.MonkeyPatch):
     inputs = Inputs.make(tiny("causal documents", BACKWARD), CPU)
     whole = Reference(inputs)
-    monkeypatch.setattr("benchmarks.check.CHUNK_ELEMENTS", 2 * 40 * 7)
+    monkeypatch.setattr("attngen.tuning.check.CHUNK_ELEMENTS", 2 * 40 * 7)
     for one, other in zip(whole.want, Reference(inputs).want, strict=True):
         for name in one:
             torch.testing.assert_close(one[name], other[name])

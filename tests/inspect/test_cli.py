@@ -22,6 +22,7 @@ COMMANDS = [
     "explain",
     "compile",
     "tune",
+    "bench",
     "doctor",
     *(f"db {name}" for name in ["ls", "show", "rm", "export", "import", "verify", "coverage"]),
     "pack ls",
@@ -236,3 +237,16 @@ def test_what_tune_cannot_take_is_said(arguments, says, tmp_path, monkeypatch):
     (tmp_path / "list.toml").write_text("[[attention]]\nmask = 'i >= j'\nshapes = ['H1 N8 D16']\n")
     with pytest.raises(attngen.InputError, match=re.escape(says)):
         run(*arguments)
+
+
+def test_bench_prints_checked_times(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # of FlexAttention, which takes long
+    warnings.filterwarnings("ignore", message="flex_attention called without")
+    png = tmp_path / "times.png"
+    sizes = ("--shape", "B1 H2 N64 D16", "--shape", "B1 H2 Nq1 Nk64 D16", "--seconds", "0", "--device", "cpu")
+    told = run("bench", "i >= j and i - j < 32", *sizes, "--png", str(png)).output
+    assert told.count("of allowed") == 6 and "a dense mask of" in told and png.exists()
+    assert "x faster" in told or "x slower" in told
+    assert max(map(len, told.replace(str(png), "").splitlines())) <= 80
+    lines = run("bench", "i >= j", *sizes, "--json", "--backward").output.splitlines()
+    assert [json.loads(line)["direction"] for line in lines] == ["backward", "backward"]
