@@ -285,6 +285,9 @@ def test_a_model_that_computes_with_its_mask():
     ):
         with pytest.raises(InputError, match=r'attention_mask.*computes with its mask.*"sdpa" or "eager"'):
             use()
+    assert mask.ndim == mask.dim() == 4 and len(mask.shape) == 4
+    with pytest.raises(InputError, match=r"attention_mask.*conversion to torch.bool"):
+        mask.to(torch.bool)
     with pytest.raises(AttributeError, match=r"dtype.*computes with its mask"):
         mask.dtype  # noqa: B018
     with pytest.raises(TypeError, match="Mask"):
@@ -342,6 +345,20 @@ def test_layers_without_a_mask():
     assert distance(attend(module, q, k, v, None, is_causal=False)[0].transpose(1, 2), want) < LOGITS
 
 
+def test_one_query_without_a_mask_stands_at_the_last_key():
+    attend, module = attention_function("auto", frozenset()), torch.nn.Module()
+    q, k, v = (torch.randn(2, 2, n, 16) for n in (1, 9, 9))
+    for window in (None, 4):
+        last = slice(None) if window is None else slice(9 - window, None)
+        want = torch.nn.functional.scaled_dot_product_attention(q, k[:, :, last], v[:, :, last])
+        assert distance(attend(module, q, k, v, None, sliding_window=window)[0].transpose(1, 2), want) < LOGITS
+
+
+def test_a_part_of_a_mask_that_nobody_knows():
+    with pytest.raises(InputError, match=r"tree_ids: .*sdpa"):
+        make_mask(1, 4, 4, tree_ids=torch.zeros(4))
+
+
 @pytest.mark.parametrize("name", ["my_flash", "sdpa2", "paged|attngen", "someone/attngen", ""])
 def test_names_that_mean_something_to_transformers(name):
     with pytest.raises(InputError, match="name"):
@@ -351,6 +368,12 @@ def test_names_that_mean_something_to_transformers(name):
 def test_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(InputError, match=r'transformers: .*pip install "transformers>='):
+        register()
+
+
+def test_an_old_transformers(monkeypatch):
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
+    with pytest.raises(InputError, match=r"transformers: expected version .* or later, got 4.57.1; pip install"):
         register()
 
 

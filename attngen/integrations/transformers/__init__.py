@@ -24,13 +24,17 @@ def register(name: str = "attngen", *, backend: str = "auto", ignore: Iterable[s
 
     name: another name for it. backend: as in `ag.compile`. ignore: names of arguments that models pass to attention and that change
     nothing there; what is neither known nor named here is an error at the call. Calling it again replaces what the name stands for.
-    Raises InputError without transformers.
+    Raises InputError without transformers, or with one that is too old.
     """
+    fix = f'pip install "transformers>={OLDEST}"'
     try:
+        import transformers
+        from packaging.version import Version
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
-        fix = f'pip install "transformers>={OLDEST}"'
         raise InputError("transformers", f"version {OLDEST} or later", f"none: {error}", fix) from error
+    if Version(transformers.__version__) < Version(OLDEST):
+        raise InputError("transformers", f"version {OLDEST} or later", transformers.__version__, fix)
     if not name or any(part in name for part in _TAKEN):
         raise InputError(
             "name", f"one without {', '.join(_TAKEN)}, which transformers reads something into", repr(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,12 +13,16 @@ from attngen.integrations.transformers.forms import Form, attention_of
 from attngen.integrations.transformers.masks import FIX, Mask, make_mask
 from attngen.integrations.transformers.windows import causal_window
 
-# What layers pass along that changes no attention.
+_collector: Any = None
+with contextlib.suppress(ImportError):  # no name of the library's public ones, so it may go
+    from transformers.utils.output_capturing import _active_collector as _collector
+
+# What models and continuous batching pass along that changes no attention.
 IGNORED = frozenset(
-    {"position_ids", "cache", "past_key_values", "use_cache", "cache_position", "position_embeddings", "seq_idx"}
-    | {"max_length_q", "max_length_k", "cu_seq_lens_k", "read_index", "write_index", "logits_indices"}
-    | {"logits_processor_args", "num_items_in_batch", "output_hidden_states", "output_router_logits", "return_dict"}
-    | {"deterministic", "input_ids", "labels", "logits_to_keep"}
+    {"position_ids", "use_cache", "cache", "past_key_values", "seq_idx", "deterministic", "return_dict"}
+    | {"num_items_in_batch", "output_hidden_states", "output_router_logits"}
+    | {"cu_seq_lens_k", "max_length_q", "max_length_k"}  # next to cu_seq_lens_q
+    | {"read_index", "write_index", "logits_indices", "logits_processor_args"}
 )
 
 
@@ -52,6 +57,8 @@ def attention_function(backend: str, ignored: frozenset[str]) -> Callable[..., t
     ) -> tuple[torch.Tensor, None]:
         """query [B, H, N, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv] -> out [B, N, H, Dv] and no weights. InputError, SpecError."""
         _refuse_unknown(others, harmless)
+        if _weights_are_asked_for():
+            raise _no_weights()
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if query.shape[0] == 1 != key.shape[0]:  # learned queries
             query = query.expand(key.shape[0], -1, -1, -1)
@@ -88,7 +95,7 @@ def _pairs(
     if isinstance(mask, torch.Tensor):
         return _dense(mask, query, key)
     if mask is None:
-        if not is_causal or query.shape[2] == 1:
+        if not is_causal or (query.shape[2] == 1 and window is None):
             return _Pairs({}, {})
         mask = _causal(query, key, window)
     if not isinstance(mask, Mask):
@@ -107,12 +114,14 @@ def _pairs(
 
 
 def _causal(query: torch.Tensor, key: torch.Tensor, window: int | None) -> Mask:
-    """For a layer that is causal and got no mask. As for SDPA, rows and keys begin together. InputError where they don't."""
+    """For a layer that is causal and got no mask. As for SDPA, rows and keys begin together, or one query stands at the last key.
+    InputError for other numbers.
+    """
     (batch, _, n_q, _), n_k = query.shape, key.shape[2]
-    if n_q != n_k:
+    if n_q not in (1, n_k):
         fix = f"pass is_causal=False, or a mask: where {n_q} queries stand among {n_k} keys, nothing says"
         raise InputError("attention_mask", "a mask for a causal layer with a cache", "None", fix)
-    return make_mask(batch, n_q, n_k, mask_function=causal_window(window), device=query.device)
+    return make_mask(batch, n_q, n_k, n_k - n_q, mask_function=causal_window(window), device=query.device)
 
 
 def _dense(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> _Pairs:
@@ -144,13 +153,25 @@ def _packed(cu_q: torch.Tensor, cu_k: torch.Tensor | None, is_causal: bool, wind
     return _Pairs({"mask": form.name}, captures, cu_k.diff() - cu_q.diff())
 
 
+def _weights_are_asked_for() -> bool:
+    """By a caller whose model does not say so to its layers, as GPT-2's: transformers collects what layers return. Whoever traces can't
+    look there, and is told by the argument alone.
+    """
+    collected = None if _collector is None or torch.compiler.is_compiling() else _collector.get()
+    return collected is not None and any(name.endswith("attentions") for name in collected)
+
+
+def _no_weights() -> InputError:
+    fix = 'weights are never made for all pairs: model.set_attn_implementation("eager")'
+    return InputError("output_attentions", "False with attngen", True, fix)
+
+
 def _refuse_unknown(others: Mapping[str, Any], harmless: frozenset[str]) -> None:
     """InputError for an argument that may change attention, and for weights that are asked for."""
     for name, x in others.items():
         if x is None or x is False or name in harmless:
             continue
         if name == "output_attentions":
-            fix = 'weights are never made for all pairs: model.set_attn_implementation("eager")'
-            raise InputError("output_attentions", "False with attngen", True, fix)
+            raise _no_weights()
         fix = f'{FIX}; if it changes no attention, say attngen.integrations.transformers.register(ignore=["{name}"])'
         raise InputError(name, "no argument of attention that attngen does not know", type(x).__name__, fix)

@@ -9,7 +9,9 @@ depends on the distance alone does not notice, and the rest reads the shift at r
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import torch
@@ -50,8 +52,17 @@ class Mask(LazyBlockMask):
         super().__init__(mask_mod, sizes, device, _BLOCK, True)
         self.name, self.padded, self.captures, self.q_offset = name, padded, captures, q_offset
 
-    def to(self, device: Any) -> Mask:
+    @property
+    def ndim(self) -> int:
+        return 4
+
+    def dim(self) -> int:
+        return 4
+
+    def to(self, device: Any, **options: Any) -> Mask:
         """The same with its tensors on a device, for models whose layers are on several."""
+        if isinstance(device, torch.dtype):
+            _computes(f"conversion to {device}")
         device = torch.device(device)
         captures = {name: _moved_to(x, device) for name, x in self.captures.items()}
         offset = _moved_to(self.q_offset, device)
@@ -111,8 +122,12 @@ def make_mask(
 ) -> Mask:
     """What transformers' `AttentionMaskInterface` calls. mask_function(b, h, q_idx, kv_idx) -> bool, on positions from q_offset and
     kv_offset on; attention_mask: bool [B, positions], False for padding. local_size: of a window or a chunk, whose caches may slide.
-    Raises SpecError, with the line of the mask function, for what can't be traced.
+    others: what it tells its own implementations, which is all in mask_function. Raises SpecError, with the line of the mask function,
+    for what can't be traced; InputError.
     """
+    for unknown in others.keys() - _TOLD:
+        fix = f"this attngen knows no such part of a mask; {FIX}"
+        raise InputError(unknown, "an argument of transformers' masks", "an unknown one", fix)
     device = torch.device(device)
     name, captures, moves, is_causal = _traced_name(mask_function, local_size is not None or kv_offset != 0, device)
     padded, padding = _padding(attention_mask, kv_length, kv_offset, is_causal)
@@ -151,9 +166,8 @@ def _padding(
         count, first = keep.sum(-1), keep.int().argmax(-1)
         last = length - 1 - keep.flip(-1).int().argmax(-1)
         full, ends = torch.stack([(count == length).all(), ((count == 0) | (count == last - first + 1)).all()]).tolist()
-        if full and (
-            is_causal or length >= end
-        ):  # behind it a static cache is not written yet: no causal query sees that
+        # Behind it a static cache is not written yet: no causal query sees that.
+        if full and (is_causal or length >= end):
             return "", {}
         if ends:  # found without looking at pairs
             return "ends", {"first": first - kv_offset, "last": torch.where(count == 0, -1, last) - kv_offset}
@@ -162,9 +176,11 @@ def _padding(
     return "holes", {"padding": keep[:, kv_offset:end]}
 
 
+_TOLD = {"allow_is_causal_skip", "allow_is_bidirectional_skip", "dtype", "config", "use_vmap"}
+
+
 # -- traced masks by name ---------------------------------------------------------------------------------------------
 
-_names: dict[Any, str] = {}
 _specs: dict[str, Spec] = {}
 
 
@@ -201,19 +217,19 @@ def _unfit(error: SpecError) -> SpecError:
 
 @torch.compiler.assume_constant_result
 def _remember(parts: tuple[Any, ...], moving: bool) -> tuple[str, bool, bool, str]:
-    """Keep the spec of a program: its name, whether it reads the shift, whether it is causal, and "". An empty name, and why there is no
-    spec.
-    """
+    """Of a program's spec the name, whether it reads the shift, whether it is causal, and "". An empty name, and why there is no spec."""
     try:
-        name = _names.get((parts, moving))
-        if name is None:
-            name = f"mask_{len(_names)}"
-            _specs[name] = _at_hand(spec_of(Program(*parts)), moving)
-            _names[parts, moving] = name
+        return *_known(parts, moving), ""
     except StepError as error:
         return "", False, False, str(error)
-    spec = _specs[name]
-    return name, "shift" in spec.params, split_causal(spec.mask) is not None, ""
+
+
+@lru_cache(maxsize=1024)
+def _known(parts: tuple[Any, ...], moving: bool) -> tuple[str, bool, bool]:
+    spec = _at_hand(spec_of(Program(*parts)), moving)
+    name = hashlib.sha256(repr((parts, moving)).encode()).hexdigest()[:32]
+    _specs[name] = spec
+    return name, "shift" in spec.params, split_causal(spec.mask) is not None
 
 
 def _at_hand(spec: Spec, moving: bool) -> Spec:
