@@ -7,6 +7,7 @@ The scale is no part of it: calls give theirs (`scale=`), and models that differ
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from typing import Any
@@ -15,11 +16,12 @@ import torch
 
 from attngen.errors import SpecError
 from attngen.language import patterns
-from attngen.language.expression import B, Expr, I, J, Param, Tensor
-from attngen.language.patterns import causal, sink, window
-from attngen.language.spec import Condition, Spec
+from attngen.language.expression import Expr, Param, Tensor
+from attngen.language.moved import b, h, i, j
+from attngen.language.patterns import causal, row, window
+from attngen.language.spec import Condition, Score, Spec
 
-SINK = "sinks"  # the capture that holds a layer's sinks, float [H]
+SINKS = "sinks"  # the capture that holds a layer's sinks
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,27 @@ def _same_chunk(size: int) -> Expr:
     """As transformers' chunks are traced: they begin behind a sequence's left padding, and positions count from the first key at
     hand, which in a sliding cache is not the sequence's first.
     """
-    start, shift = Tensor("t0", 1, "int")[Expr(B)], Param("shift")
-    return (Expr(I) + shift - start) // size == (Expr(J) + shift - start) // size
+    start, shift = Tensor("t0", 1, "int")[b], Param("shift")
+    return (i + shift - start) // size == (j + shift - start) // size
 
 
 @lru_cache(maxsize=256)
 def _spec(layer: Layer) -> Spec:
-    return layer_spec(layer.mask, soft_cap=layer.soft_cap, sinks=layer.sinks)
+    return layer_spec(layer.mask, soft_cap=layer.soft_cap, sinks=int(layer.sinks))
 
 
-def layer_spec(mask: Condition, *, soft_cap: float | None = None, sinks: bool = False) -> Spec:
-    """A layer's spec for any mask, as of a batch with padding. Its captures are the mask's, and `SINK` with sinks. SpecError."""
-    return Spec(mask, None if soft_cap is None else patterns.soft_cap(soft_cap), sink=sink(SINK) if sinks else None)
+def layer_spec(
+    mask: Condition,
+    *,
+    soft_cap: float | None = None,
+    scores: Sequence[Score] = (),
+    sinks: int = 0,
+    dropout: bool = False,
+) -> Spec:
+    """A layer's spec for any mask and with whatever is added to its scores behind the soft-cap. sinks: dimensions of the capture `SINKS`,
+    1 for [H], 3 for [B, H, Nq], 0 for none. dropout: whether weights are dropped, by the param "dropout". SpecError.
+    """
+    captured = Tensor(SINKS, sinks)
+    sink = None if not sinks else captured[h] if sinks == 1 else captured[b, h, row()]
+    capped = [] if soft_cap is None else [patterns.soft_cap(soft_cap)]
+    return Spec(mask, [*capped, *scores], sink=sink, dropout=Param("dropout", float) if dropout else None)

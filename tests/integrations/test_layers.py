@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import attngen as ag
-from attngen.integrations.layers import SINK, Layer, layer_spec
+from attngen.integrations.layers import SINKS, Layer, layer_spec
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from attngen.integrations.layers import SINK, Layer, layer_spec
             ),
         ),
         (Layer(soft_cap=50.0), ag.Spec(mask=ag.causal(), score=ag.soft_cap(50.0))),
-        (Layer(sinks=True), ag.Spec(mask=ag.causal(), sink=ag.sink(SINK))),
+        (Layer(sinks=True), ag.Spec(mask=ag.causal(), sink=ag.sink(SINKS))),
     ],
     ids=str,
 )
@@ -48,8 +48,8 @@ def test_transformers_masks_come_to_the_same_specs():
 
 def test_a_padded_batch_only_adds_to_the_mask():
     real = ag.Tensor("real", 2, dtype=torch.bool)
-    padded = layer_spec(lambda b, h, i, j: (i >= j) & real[b, j], soft_cap=30.0, sinks=True)
+    padded = layer_spec(lambda b, h, i, j: (i >= j) & real[b, j], soft_cap=30.0, sinks=1)
     assert (padded.score, padded.sink) == (
         Layer(soft_cap=30.0, sinks=True).spec.score,
-        ag.Spec(sink=ag.sink(SINK)).sink,
+        ag.Spec(sink=ag.sink(SINKS)).sink,
     )

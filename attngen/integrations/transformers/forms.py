@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 
 from attngen.errors import AttngenError
+from attngen.integrations.layers import layer_spec
 from attngen.integrations.transformers.masks import kept, spec_named
 from attngen.language.expression import Expr, Param, Tensor
 from attngen.language.expression.builder import wrap
 from attngen.language.moved import b, h, j, s
-from attngen.language.patterns import bias, row, soft_cap
+from attngen.language.patterns import bias, row
 from attngen.language.spec import Spec
 from attngen.runtime.attention import CompiledAttention, compile
 
@@ -36,7 +37,7 @@ def spec_of_form(form: Form) -> Spec:
     """Captures: the mask's and the padding's, keep bool or additive float [B, H, Nq, Nk], position_bias [B, H, Nq, Nk], sinks [H] or
     [B, H, Nq]; params lowest (the additive mask excludes what is not above it) and dropout.
     """
-    mask, score = wrap(True), [] if form.softcap is None else [soft_cap(form.softcap)]
+    mask, scores = wrap(True), []
     if form.mask:
         spec = spec_named(form.mask)
         mask = Expr(spec.mask, {**spec.tensors, **spec.params})
@@ -52,12 +53,10 @@ def spec_of_form(form: Form) -> Spec:
     if form.dense == "float":
         additive = Tensor("additive", 4)[b, h, row(), j]
         mask = mask & (additive > Param("lowest", float))
-        score.append(s + additive)
+        scores.append(s + additive)
     if form.bias:
-        score.append(bias("bhrj", name="position_bias"))
-    sinks = Tensor("sinks", form.sinks)
-    sink = None if not form.sinks else sinks[h] if form.sinks == 1 else sinks[b, h, row()]
-    return Spec(mask, score, sink=sink, dropout=Param("dropout", float) if form.dropout else None)
+        scores.append(bias("bhrj", name="position_bias"))
+    return layer_spec(mask, soft_cap=form.softcap, scores=scores, sinks=form.sinks, dropout=form.dropout)
 
 
 @lru_cache(maxsize=1024)
