@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from attngen.cli.options import Database, Set, console
-from attngen.cli.workloads import Batch, Context, DtypeOr, Model, Shapes, Source, Training, gathered
+from attngen.cli.workloads import Batch, Context, DtypeOr, Model, Padded, Shapes, Source, Training, gathered
 from attngen.store import open_store
 from attngen.tuning.coverage import EXACT, NEAR, NONE, Covered, coverage, devices_of, known_workloads
 from attngen.tuning.target_device import find_target_device
@@ -28,6 +28,7 @@ def db_coverage(
     batch: Batch = None,
     context: Context = None,
     training: Training = False,
+    padded: Padded = False,
     shape: Shapes = None,
     dtype: DtypeOr = None,
     set_: Set = None,
@@ -43,7 +44,7 @@ def db_coverage(
     if spec is None and model is None:
         calls = known_workloads(records)
     else:
-        calls = gathered(spec, model, batch, context, training, shape, dtype, set_, quiet=as_json)
+        calls = gathered(spec, model, batch, context, training, padded, shape, dtype, set_, quiet=as_json)
     keys = {one.spec.key for one in calls}
     devices = [find_target_device(name, None) for name in target or []]
     devices = devices or devices_of(record for record in records if record.key.spec_key in keys)

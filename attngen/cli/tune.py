@@ -8,7 +8,7 @@ import typer
 
 from attngen.cli.coverage import print_coverage
 from attngen.cli.options import Database, Set, console
-from attngen.cli.workloads import Batch, Context, DtypeOr, Model, Shapes, Source, Training, gathered
+from attngen.cli.workloads import Batch, Context, DtypeOr, Model, Padded, Shapes, Source, Training, gathered
 from attngen.tuning.coverage import coverage
 from attngen.tuning.effort import EFFORTS
 from attngen.tuning.target_device import find_target_device
@@ -28,6 +28,7 @@ def tune(
     batch: Batch = None,
     context: Context = None,
     training: Training = False,
+    padded: Padded = False,
     shape: Shapes = None,
     dtype: DtypeOr = None,
     set_: Set = None,
@@ -45,7 +46,7 @@ def tune(
     """Search for the fastest schedules and remember them: of a spec, of a list of them, or of all attention in a model. Ctrl-C keeps
     what was learned, and the same command goes on from there.
     """
-    calls = gathered(spec, model, batch, context, training, shape, dtype, set_)
+    calls = gathered(spec, model, batch, context, training, padded, shape, dtype, set_)
     report = tune_all(calls, effort=effort, trials=trials, target=target, timeout=timeout, storage=storage, db=db)
     console.print(report.brief if len(calls) > 1 else str(report), markup=False)
     if len(calls) > 1:

@@ -18,16 +18,19 @@ from attngen.store.workload import is_list, read_list
 Source = Annotated[
     str | None,
     typer.Argument(
-        metavar="[SPEC|FILE.toml]",
+        metavar="SPEC|FILE.toml",
         help="Text such as 'i >= j', file.py:NAME, a TOML file of one spec, or one that lists specs and shapes.",
     ),
 ]
 Model = Annotated[
     str | None, typer.Option(help="A transformers config.json, or its folder: every different attention of the model.")
 ]
-Batch = Annotated[list[int] | None, typer.Option(help="With --model: batch sizes, each given once. Default: 1.")]
-Context = Annotated[list[int] | None, typer.Option(help="With --model: tokens, each given once. Default: 4096.")]
+Batch = Annotated[list[int] | None, typer.Option(help="With --model: a batch size; give it several times. Default: 1.")]
+Context = Annotated[
+    list[int] | None, typer.Option(help="With --model: tokens of a sequence; give it several times. Default: 4096.")
+]
 Training = Annotated[bool, typer.Option("--training", help="With --model: the backward of whole contexts too.")]
+Padded = Annotated[bool, typer.Option("--padded", help="With --model: for batches with padding too.")]
 Shapes = Annotated[
     list[str] | None, typer.Option("--shape", help="Sizes; give it several times. Default: 'B1 H8 N4096 D64'.")
 ]
@@ -45,6 +48,7 @@ def gathered(
     batch: Sequence[int] | None,
     context: Sequence[int] | None,
     training: bool,
+    padded: bool,
     shape: Sequence[str] | None,
     dtype: str | None,
     set_: list[str] | None,
@@ -56,8 +60,12 @@ def gathered(
         raise InputError("SPEC", "a spec, a TOML file, or --model", "both" if source else "nothing")
     if model is not None:
         _refuse("--model", {"--shape": shape, "--set": set_}, "its sizes are those of --batch and --context")
-        return _of_model(model, batch or [1], context or [4096], element, training, quiet)
-    _refuse("SPEC", {"--batch": batch, "--context": context, "--training": training}, "they go with --model")
+        return _of_model(model, batch or [1], context or [4096], element, training, padded, quiet)
+    _refuse(
+        "SPEC",
+        {"--batch": batch, "--context": context, "--training": training, "--padded": padded},
+        "they go with --model",
+    )
     assert source is not None
     if is_list(source):
         _refuse("FILE.toml", {"--shape": shape, "--set": set_, "--dtype": dtype}, "it says them itself")
@@ -68,14 +76,14 @@ def gathered(
 
 
 def _of_model(
-    path: str, batches: Sequence[int], contexts: Sequence[int], dtype: str, training: bool, quiet: bool
+    path: str, batches: Sequence[int], contexts: Sequence[int], dtype: str, training: bool, padded: bool, quiet: bool
 ) -> list[Workload]:
     for name, sizes in (("--batch", batches), ("--context", contexts)):
         for size in sizes:
             if size < 1:
                 raise InputError(name, "a positive int", size)
     config = read_config(path)
-    found = workloads(config, batches, contexts, dtype=dtype, training=training)
+    found = workloads(config, batches, contexts, dtype=dtype, training=training, padded=padded)
     for attention in [] if quiet else attentions(config):
         console.print(f"[dim]{escape(str(attention))}[/dim]")
     if not quiet and (left := unread_parts(config)):

@@ -96,22 +96,27 @@ def workloads(
     *,
     dtype: str = "",
     training: bool = False,
+    padded: bool = False,
 ) -> list[Workload]:
     """The calls of a model: for each attention, batch and context a prefill of the whole context, and for a causal one the decoding
     of its last token, whose cache holds no more keys than the window. dtype: by default the configuration's. training: the
-    prefill's backward too.
+    prefill's backward too. padded: the same for batches with padding.
     """
     part = config.get("text_config", config)
     dtype = dtype or str(_value(part, "dtype") or "").removeprefix("torch.")
     directions = ("forward", "backward") if training else ("forward",)
     found = []
-    for attention, batch, n in product(attentions(config), batches, contexts):
-        name = f"{part.get('model_type')}, {attention.layer}"
-        layer, spec, captures = attention.layer, attention.spec, attention.layer.captures(batch)
-        found.append(Workload(name, spec, attention.shape(batch, n, n), dtype, captures, directions))
+    for attention, batch, n, padding in product(attentions(config), batches, contexts, [False, True][: 1 + padded]):
+        layer = attention.layer
+        name = f"{part.get('model_type')}, {layer}" + (", padded" if padding else "")
+        spec = layer.padded_spec if padding else layer.spec
+        calls = [(n, n, directions)]
         if layer.causal:
-            shape = attention.shape(batch, 1, min(n, layer.window or n, layer.chunk or n))
-            found.append(Workload(name, spec, shape, dtype, captures, ("forward",)))
+            calls.append((1, min(n, layer.window or n, layer.chunk or n), ("forward",)))
+        for n_q, n_k, passes in calls:
+            read = (*spec.tensors, *spec.params)
+            captures = {capture: x for capture, x in layer.captures(batch, n_k).items() if capture in read}
+            found.append(Workload(name, spec, attention.shape(batch, n_q, n_k), dtype, captures, passes))
     return found
 
 

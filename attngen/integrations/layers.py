@@ -7,7 +7,7 @@ The scale is no part of it: calls give theirs (`scale=`), and models that differ
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from typing import Any
@@ -52,9 +52,17 @@ class Layer:
         """The spec of its calls without padding."""
         return _spec(self)
 
-    def captures(self, batch: int) -> dict[str, Any]:
-        """Of a typical call without padding, all that the mask reads."""
-        return {} if self.chunk is None else {"t0": torch.zeros(batch, dtype=torch.int64), "shift": 0}
+    @property
+    def padded_spec(self) -> Spec:
+        """The same for batches with padding at the ends of their sequences."""
+        mask = unpadded("ends") if self.mask is None else self.mask & unpadded("ends")
+        return layer_spec(mask, soft_cap=self.soft_cap, sinks=int(self.sinks))
+
+    def captures(self, batch: int, n_k: int) -> dict[str, Any]:
+        """All that the masks of typical calls read. With padding there is the most to do where none of it is left: so it is tuned."""
+        start, end = torch.zeros(batch, dtype=torch.int64), torch.full((batch,), n_k - 1)
+        chunk = {} if self.chunk is None else {"t0": start, "shift": 0}
+        return {**chunk, "first": start, "last": end}
 
     def __str__(self) -> str:
         words = ["causal" if self.causal else "full"]
@@ -92,3 +100,22 @@ def layer_spec(
     sink = None if not sinks else captured[h] if sinks == 1 else captured[b, h, row()]
     capped = [] if soft_cap is None else [patterns.soft_cap(soft_cap)]
     return Spec(mask, [*capped, *scores], sink=sink, dropout=Param("dropout", float) if dropout else None)
+
+
+def kept(padded: str, padding: Mapping[str, Any], b: Any, kv_idx: Any) -> Any:
+    """Whether a key is no padding, of either kind: "ends", keys from `first` int [B] to `last` int [B] are there; "holes", those of
+    `padding` bool [B, keys].
+    """
+    if padded == "holes":
+        return padding["padding"][b, kv_idx]
+    return (kv_idx >= padding["first"][b]) & (kv_idx <= padding["last"][b])
+
+
+def unpadded(kind: str) -> Expr:
+    """`kept` with its captures declared."""
+    tensors = {
+        "padding": Tensor("padding", 2, "bool"),
+        "first": Tensor("first", 1, "int"),
+        "last": Tensor("last", 1, "int"),
+    }
+    return kept(kind, tensors, b, j)

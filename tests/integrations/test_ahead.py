@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-import attngen as ag
 from attngen.integrations.config import workloads
 
 hf = pytest.importorskip("transformers")
@@ -61,10 +60,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[Call]]:
     yield seen
 
 
-def ahead(config: Any) -> set[Call]:
+def ahead(config: Any, **options: bool) -> set[Call]:
     """What a configuration says will be asked for: prefills of one token less than the context, and the decoding of its last."""
     found = set()
-    for one in workloads(config.to_dict(), [BATCH], [CONTEXT]):
+    for one in workloads(config.to_dict(), [BATCH], [CONTEXT], **options):
         shape = one.shape
         sizes = f"B{shape.batch} Hq{shape.heads_q} Hkv{shape.heads_kv} Nq{shape.n_q} Nk{shape.n_k} D{shape.head_dim}"
         found.add((one.spec.text, sizes))
@@ -90,13 +89,15 @@ def test_calls_are_those_that_were_made_ready(name: str, asked: set[Call]):
     assert asked == ahead(config)
 
 
-def test_other_masks_are_other_calls(asked: set[Call]):
-    """Not everything is made ready: a batch with padding asks for more."""
-    config = MODELS["llama"]()
+@pytest.mark.parametrize("name", MODELS)
+def test_batches_with_padding_ask_for_more(name: str, asked: set[Call]):
+    config = MODELS[name]()
     config._attn_implementation = "attngen"
     tokens, keep = torch.randint(1, 61, (BATCH, CONTEXT)), torch.ones(BATCH, CONTEXT, dtype=torch.int64)
     keep[0, :3] = 0
     with torch.no_grad():
-        hf.AutoModelForCausalLM.from_config(config).eval()(input_ids=tokens, attention_mask=keep, use_cache=False)
-    assert asked and not asked & ahead(config)
-    assert all(ag.Spec.from_text(text).tensors for text, _ in asked)
+        if name in ENCODERS:
+            hf.AutoModel.from_config(config).eval()(input_ids=tokens, attention_mask=keep)
+        else:
+            hf.AutoModelForCausalLM.from_config(config).eval()(input_ids=tokens, attention_mask=keep, use_cache=False)
+    assert asked and not asked & ahead(config) and asked <= ahead(config, padded=True)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from attngen.errors import AttngenError
-from attngen.integrations.layers import layer_spec
-from attngen.integrations.transformers.masks import kept, spec_named
+from attngen.integrations.layers import layer_spec, unpadded
+from attngen.integrations.transformers.masks import spec_named
 from attngen.language.expression import Expr, Param, Tensor
 from attngen.language.expression.builder import wrap
 from attngen.language.moved import b, h, j, s
@@ -42,12 +42,7 @@ def spec_of_form(form: Form) -> Spec:
         spec = spec_named(form.mask)
         mask = Expr(spec.mask, {**spec.tensors, **spec.params})
     if form.padded:
-        padding = {
-            "padding": Tensor("padding", 2, "bool"),
-            "first": Tensor("first", 1, "int"),
-            "last": Tensor("last", 1, "int"),
-        }
-        mask = mask & kept(form.padded, padding, b, j)
+        mask = mask & unpadded(form.padded)
     if form.dense == "bool":
         mask = mask & Tensor("keep", 4, "bool")[b, h, row(), j]
     if form.dense == "float":

@@ -21,6 +21,7 @@ from attngen.integrations.flex.attention import at_its_line, traced
 from attngen.integrations.flex.masks import LazyBlockMask
 from attngen.integrations.flex.meaning import StepError, spec_of
 from attngen.integrations.flex.trace import Mod, Program
+from attngen.integrations.layers import kept
 from attngen.integrations.transformers.windows import causal
 from attngen.language.expression import Expr, I, Param, greater_equal
 from attngen.language.expression.builder import wrap
@@ -140,15 +141,6 @@ def make_mask(
 
     sizes = (batch_size, 1, q_length, kv_length)
     return Mask(name, padded, {**captures, **shift, **padding}, offset, mask_mod, sizes, device)
-
-
-def kept(padded: str, padding: Mapping[str, Any], b: Any, kv_idx: Any) -> Any:
-    """Whether a key is no padding, of either kind: "ends", keys from `first` int [B] to `last` int [B] are there; "holes", those of
-    `padding` bool [B, keys].
-    """
-    if padded == "holes":
-        return padding["padding"][b, kv_idx]
-    return (kv_idx >= padding["first"][b]) & (kv_idx <= padding["last"][b])
 
 
 def _padding(
