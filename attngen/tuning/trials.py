@@ -1,78 +1,110 @@
-"""The trials of a search in an Optuna study: resumable, shared by a fleet. The only module that imports Optuna.
+"""The trials of a search in an Optuna study: resumable, shared by a fleet. Here and in `fleet` Optuna is imported.
 
 Files use Optuna's journal (many processes on its SQLite storage lock each other out); anything with `://` is an Optuna
 storage URL, e.g. postgresql:// for a fleet: the same command on every machine.
+
+The study holds what was tried, and nothing else. Suggestions come from a study of this process's own (`Guide`), which is told
+what became of every trial: those that are illegal or not new are dropped there, and nobody else sees them.
 """
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from attngen.errors import AttngenWarning, StoreError
+from attngen.store import engine_url, is_url, shown
+from attngen.tuning.fleet import ENDED, Claims, Presence
+from attngen.tuning.guide import Guide
 from attngen.tuning.measure import Outcome
 from attngen.tuning.space import Point, Space
+from attngen.tuning.study import ABANDONED, Tried, distributions, notes_of, state_of, tried_of
 
-PRUNED = "pruned"  # the status of a point that the model refused: not measured, and not counted
-STALE = timedelta(hours=1)  # a trial still running after this long was left behind by a process that died
+POLL = 0.5  # seconds between two looks at what other tuners do
+OPENINGS = 5  # attempts at a database in which several tuners may be making Optuna's tables at once
 
 
 @dataclass(frozen=True)
-class Tried:
-    """A finished trial."""
-
-    point: Point
-    outcome: Outcome
-
-
-@dataclass
 class Asked:
-    """A point to try; `handle` is Optuna's."""
+    """A point that is being tried; `trial` is the storage's number for it."""
 
     point: Point
-    handle: Any
+    trial: int
 
 
 class Trials:
-    """One study: what was tried, and the sampler's next suggestion.
+    """One study: what was tried, what other tuners are trying, and the sampler's suggestions. As a context manager it tells the
+    other tuners of the study that this one is there.
 
-    storage: a file, an Optuna URL, or None for memory. Raises StoreError if the storage cannot be used.
+    storage: a file, an Optuna URL, or None for memory; about: what the study is about, its attributes. Raises StoreError if
+    the storage cannot be used.
     """
 
-    def __init__(self, storage: str | Path | None, name: str, seed: int = 0):
+    def __init__(self, storage: str | Path | None, name: str, seed: int = 0, about: Mapping[str, Any] | None = None):
         import optuna
 
-        self._optuna, self.name, self._seed = optuna, name, seed
+        self._optuna, self.name, self._race = optuna, name, f"{name}, final race "
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._shared = storage is not None and "://" in str(storage)
         try:
-            self._study = self._open(storage)
+            self._open(storage)
         except Exception as problem:
-            if storage is None or self._shared:
-                raise StoreError(f"storage {storage}: {type(problem).__name__}: {problem}") from problem
-            self._study = self._open(_set_aside(Path(storage), problem))
-        self._guide = self._study  # who suggests: the study itself, until the ranges are tightened
+            if storage is None or is_url(storage):
+                said = str(problem) if isinstance(problem, StoreError) else f"{type(problem).__name__}: {problem}"
+                raise StoreError(f"storage {shown(storage)}: {said}") from problem
+            _set_aside(Path(storage), problem)
+            self._open(storage)
+        for key, value in (about or {}).items():
+            if self._study.user_attrs.get(key) != value:
+                self._study.set_user_attr(key, value)
+        self._presence = Presence(self._study)
+        self._claims = Claims(self._storage, self._presence)
+        self._alone = storage is None
         self._history: dict[int, Tried] = {}
-        self._drop_stale()
         self.asking = 0.0  # seconds spent on suggestions so far
+        self._races_before = sum(name.startswith(self._race) for name in optuna.get_all_study_names(self._storage))
+        # A fleet's tuners must not draw alike; a search that starts by itself can be repeated.
+        self._guide = Guide(optuna, None if is_url(storage) else seed)
 
-    def _open(self, storage: str | Path | None) -> Any:
-        optuna = self._optuna
-        backend: Any = None if storage is None else str(storage)
-        if backend is not None and "://" not in backend:
-            Path(backend).parent.mkdir(parents=True, exist_ok=True)
-            self._mend(Path(backend))
-            file = optuna.storages.journal.JournalFileBackend(backend)
-            backend = optuna.storages.JournalStorage(file)
-        return optuna.create_study(
-            study_name=self.name, storage=backend, sampler=self._sampler(), load_if_exists=True, direction="minimize"
+    def __enter__(self) -> Trials:
+        if not self._alone:
+            self._presence.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self._alone:
+            self._presence.close()
+
+    def _open(self, storage: str | Path | None) -> None:
+        self._storage = self._backend(storage)
+        self._study = self._optuna.create_study(
+            study_name=self.name, storage=self._storage, load_if_exists=True, direction="minimize"
         )
+        self._id = self._storage.get_study_id_from_name(self.name)
+        self._study.get_trials(deepcopy=False)
+
+    def _backend(self, storage: str | Path | None) -> Any:
+        storages = self._optuna.storages
+        if storage is None:
+            return storages.InMemoryStorage()
+        if not is_url(storage):
+            path = Path(storage)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._mend(path)
+            return storages.JournalStorage(storages.journal.JournalFileBackend(str(path)))
+        url = engine_url(str(storage)).render_as_string(hide_password=False)
+        from sqlalchemy.exc import IntegrityError, ProgrammingError
+
+        for attempt in range(1, OPENINGS):
+            try:
+                return storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+            except (IntegrityError, ProgrammingError):  # another tuner is making the tables
+                time.sleep(POLL * attempt)
+        return storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
 
     def _mend(self, path: Path) -> None:
         """Cut off a last line that a killed process did not finish; the next line would be glued to it."""
@@ -89,74 +121,121 @@ class Trials:
         finally:
             lock.release()
 
-    def _sampler(self) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
-            # multivariate: tile sizes matter together; constant_liar: a fleet's workers do not all try the same.
-            return self._optuna.samplers.TPESampler(
-                seed=None if self._shared else self._seed,  # a fleet's workers must not draw alike
-                multivariate=True,
-                constant_liar=True,
-                n_startup_trials=10,
-            )
+    # What was tried --------------------------------------------------------------------------------------------------
 
     def history(self) -> list[Tried]:
-        """Every finished trial, of all processes, in order; pruned ones included."""
+        """Every finished trial, of all tuners, in order; pruned ones included."""
         for trial in self._study.get_trials(deepcopy=False):
-            if trial.number not in self._history and trial.state.is_finished() and "outcome" in trial.user_attrs:
-                notes = trial.user_attrs
-                self._history[trial.number] = Tried(dict(notes["point"]), _outcome(notes["outcome"]))
+            if trial.number not in self._history and (tried := tried_of(trial)) is not None:
+                self._history[trial.number] = tried
         return [self._history[number] for number in sorted(self._history)]
 
+    def others(self) -> list[Point]:
+        """What other tuners are trying now. Trials of those that are gone are given up."""
+        points = []
+        for trial in self._running():
+            name = trial.user_attrs.get("tuner", "")
+            if name == self._presence.name:
+                continue
+            if self._presence.gone(name):
+                self._finish(trial._trial_id, Outcome(ABANDONED, reason="its tuner is gone"))
+            else:
+                points.append(dict(trial.params))
+        return points
+
+    def _running(self) -> list[Any]:
+        return list(self._study.get_trials(deepcopy=False, states=(self._optuna.trial.TrialState.RUNNING,)))
+
     def ask(self, space: Space, wanted: Point | None = None) -> Asked:
-        """The sampler's next suggestion, or `wanted`. It may be illegal or tried before: the search decides."""
-        start = time.perf_counter()
-        if wanted is not None:
-            self._guide.enqueue_trial(wanted)
-        handle = self._guide.ask(self._distributions(space))
-        self.asking += time.perf_counter() - start
-        return Asked(dict(handle.params), handle)
+        """Begin the trial of a point of the space, `wanted` or the sampler's."""
+        point = self.suggest(space) if wanted is None else wanted
+        trial = self._optuna.trial.create_trial(
+            state=self._optuna.trial.TrialState.RUNNING,
+            params=point,
+            distributions=distributions(self._optuna, space),
+            user_attrs={"tuner": self._presence.name},
+        )
+        return Asked(point, self._storage.create_new_trial(self._id, template_trial=trial))
 
     def tell(self, asked: Asked, outcome: Outcome) -> None:
-        """Keep an outcome. What failed or was refused counts as bad for the sampler, without a value."""
-        states = self._optuna.trial.TrialState
-        state = states.COMPLETE if outcome.ok else states.PRUNED
-        values = [outcome.seconds] if outcome.ok else None
-        notes = {"point": asked.point, "outcome": _plain(outcome)}
-        if self._guide is self._study:
-            for name, note in notes.items():
-                asked.handle.set_user_attr(name, note)
-            self._study.tell(asked.handle, values, state=state)
-            return
-        self._guide.tell(asked.handle, values, state=state)
-        self._study.add_trial(self._optuna.trial.create_trial(state=state, values=values, user_attrs=notes))
+        """Keep an outcome."""
+        self._finish(asked.trial, outcome)
 
     def forget(self, asked: Asked) -> None:
-        """The point was not tried: the sampler ignores it."""
-        self._guide.tell(asked.handle, state=self._optuna.trial.TrialState.FAIL)
+        """The trial was interrupted: it counts as not tried."""
+        self._finish(asked.trial, Outcome(ABANDONED, reason="interrupted"))
+
+    def _finish(self, trial: int, outcome: Outcome) -> None:
+        state, values = state_of(self._optuna, outcome)
+        try:
+            for name, note in notes_of(outcome).items():
+                self._storage.set_trial_user_attr(trial, name, note)
+            self._storage.set_trial_state_values(trial, state, values)
+        except self._optuna.exceptions.UpdateFinishedTrialError:
+            pass  # this tuner was taken for gone, or another one has noticed as well that one is
+
+    # Suggestions -----------------------------------------------------------------------------------------------------
+
+    def suggest(self, space: Space) -> Point:
+        """The sampler's next suggestion. It may be illegal or tried before: the search decides."""
+        start = time.perf_counter()
+        point = self._guide.suggest(space, self._study.get_trials(deepcopy=False))
+        self.asking += time.perf_counter() - start
+        return point
 
     def tighten(self, space: Space, best: Sequence[Tried]) -> None:
         """Let a fresh sampler that knows only the best trials suggest from the smaller space (arXiv 2309.04510)."""
-        self._guide = self._optuna.create_study(sampler=self._sampler())
-        distributions = self._distributions(space)
-        for tried in best:
-            if space.holds(tried.point):
-                self._guide.add_trial(
+        known = [trial.number for trial in self._study.get_trials(deepcopy=False)]
+        self._guide = self._guide.afresh(space, best, known)
+
+    # The final race --------------------------------------------------------------------------------------------------
+
+    def share_race(
+        self,
+        finalists: Sequence[Point],
+        space: Space,
+        run: Callable[[], Sequence[Tried]],
+        waiting: Callable[[], AbstractContextManager[None]],
+    ) -> tuple[Tried, ...]:
+        """The outcomes of a final race that has all the finalists: another tuner's, or this one's own by `run`.
+
+        Each race is a study of its own beside the trials. Whoever creates it runs it, and the others wait; if its tuner is gone,
+        the next who creates one runs that. A race of an earlier call counts too, unless it was noisy.
+        """
+        number = 0
+        while True:
+            number += 1
+            race, own = self._claims.claim(f"{self._race}{number}")
+            if own:
+                return self._run_race(race, space, run)
+            while not self._claims.ended(race):
+                with waiting():
+                    time.sleep(POLL)
+            outcomes = [tried for tried in map(tried_of, race.get_trials(deepcopy=False)) if tried is not None]
+            best = next((tried.outcome for tried in outcomes if tried.outcome.ok), None)
+            fit = best is not None and not (best.noisy and number <= self._races_before)
+            if fit and all(any(tried.point == point for tried in outcomes) for point in finalists):
+                return tuple(outcomes)
+
+    def _run_race(self, race: Any, space: Space, run: Callable[[], Sequence[Tried]]) -> tuple[Tried, ...]:
+        ended = "interrupted"
+        try:
+            outcomes = tuple(run())
+            for tried in outcomes:
+                state, values = state_of(self._optuna, tried.outcome)
+                race.add_trial(
                     self._optuna.trial.create_trial(
-                        params=tried.point, distributions=distributions, value=tried.outcome.seconds
+                        state=state,
+                        values=values,
+                        params=tried.point,
+                        distributions=distributions(self._optuna, space),
+                        user_attrs=notes_of(tried.outcome),
                     )
                 )
-
-    def _distributions(self, space: Space) -> dict[str, Any]:
-        return {
-            name: self._optuna.distributions.CategoricalDistribution(values) for name, values in space.choices.items()
-        }
-
-    def _drop_stale(self) -> None:
-        states = self._optuna.trial.TrialState
-        for trial in self._study.get_trials(deepcopy=False, states=(states.RUNNING,)):
-            if trial.datetime_start is None or datetime.now() - trial.datetime_start > STALE:
-                self._study.tell(trial.number, state=states.FAIL, skip_if_finished=True)
+            ended = "run"
+            return outcomes
+        finally:
+            race.set_user_attr(ENDED, ended)
 
 
 def _set_aside(path: Path, problem: Exception) -> Path:
@@ -170,12 +249,3 @@ def _set_aside(path: Path, problem: Exception) -> Path:
         stacklevel=3,
     )
     return path
-
-
-def _plain(outcome: Outcome) -> dict[str, Any]:
-    """For JSON, which has no infinity."""
-    return {name: value for name, value in asdict(outcome).items() if value != float("inf")}
-
-
-def _outcome(saved: Any) -> Outcome:
-    return Outcome(**json.loads(json.dumps(saved)))

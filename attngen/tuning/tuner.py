@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
@@ -21,7 +21,19 @@ import torch
 from attngen.errors import AttngenWarning, InputError, StoreError
 from attngen.language.spec import Spec
 from attngen.schedule import Schedule
-from attngen.store import MAX_SPEC, Found, Key, Record, Shape, Store, Workload, cache_folder, open_store, utc_now
+from attngen.store import (
+    MAX_SPEC,
+    Found,
+    Key,
+    Record,
+    Shape,
+    Store,
+    Workload,
+    cache_folder,
+    is_url,
+    open_store,
+    utc_now,
+)
 from attngen.tuning.attends import Part, check_names, parts_of
 from attngen.tuning.captures import make_captures, save_captures
 from attngen.tuning.effort import effort_named
@@ -30,8 +42,9 @@ from attngen.tuning.model import ModelMeasurer
 from attngen.tuning.progress import Bars, shown
 from attngen.tuning.search import NoModel, Result, Search, count
 from attngen.tuning.space import PIECES, Point, Space
+from attngen.tuning.study import Tried
 from attngen.tuning.target_device import TargetDevice, find_target_device
-from attngen.tuning.trials import Trials, Tried
+from attngen.tuning.trials import Trials
 
 Shapes = Iterable[Shape | str | Mapping[str, int] | Sequence[Any]]
 
@@ -147,9 +160,10 @@ def tune(
     effort: "quick" (the model's choice and two guesses: 3 trials), "standard" (40) or "full" (150, in longer races).
     trials: measured or failed candidates that each shape and piece shall have in all, whatever the effort: a second call resumes
         the study and does what is missing. Candidates that the model refuses do not count.
-    db: the record database, None for the user's.
-    storage: the trials, a file or an Optuna URL such as postgresql://...; with one URL, the same command on many machines
-        is one search.
+    db: the record database, a file or a fleet's postgresql:// URL; None for the user's.
+    storage: the trials, a file or an Optuna URL; by default a file in the cache folder, or the database of `db` if that is a
+        URL. With one storage the same call in many processes, on many machines, is one search: they share the trials, and one
+        of them runs the final race for all. One that is killed is not waited for.
     target: a GPU to model when it is not here ("H200", "sm_90"); records then say modelled.
     device: where to measure.
     timeout: seconds for the whole call.
@@ -325,15 +339,35 @@ class Job:
         """The CPU backend has nothing to choose for some pieces."""
         return bool(self.space[0].choices)
 
-    def study(self, space: Space) -> str:
-        """The study's name: the record's key, the exact shape, what may be chosen, and whether it is measured."""
-        identity = [
-            repr(self.key),
-            repr(self.shape),
-            self.target_device.kind,
-            {n: list(v) for n, v in space.choices.items()},
-        ]
-        return "attngen " + hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+    @property
+    def identity(self) -> str:
+        """A hash of the record's key, the exact shape, what may be chosen, and whether it is measured."""
+        choices = {name: list(values) for name, values in self.space[0].choices.items()}
+        identity = [repr(self.key), repr(self.shape), self.target_device.kind, choices]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def study(self) -> str:
+        """The study's name, for people; equal for equal searches alone."""
+        what = self.spec.text.splitlines()[-1][:80]
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{what}, {self.piece}, {self.shape}, {dtype}, {self.key.device}, {self.identity}"
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The study's attributes."""
+        key, versions = self.key, self.target_device.versions
+        return {
+            "spec": self.spec.text,
+            "spec key": key.spec_key,
+            "direction": self.piece,
+            "shape": str(self.shape),
+            "dtype": key.dtype,
+            "device": key.device,
+            "time is": f"{self.target_device.kind}, in seconds",
+            "untuned schedule": self.space[1].decided(),
+            "versions": {"driver": key.driver} | asdict(versions),
+        }
 
     def request(self, base: Schedule, folder: Path) -> dict[str, Any]:
         """The worker's first request."""
@@ -374,8 +408,7 @@ def _tune_one(
 ) -> Tuned:
     started = time.monotonic()
     space, base = job.space
-    name = job.study(space)
-    study = Trials(_storage(storage, name), name, job.seed)
+    study = Trials(_storage(storage, store, job), job.study, job.seed, job.about)
     today = _todays(store, job.key)
     if today is not None and today.key == job.key and today.kind == job.target_device.kind:
         finished = count(study.history())
@@ -484,11 +517,13 @@ def _point(record: Record | None, space: Space) -> Point | None:
     return point if space.holds(point) else None
 
 
-def _storage(storage: str | Path | None, name: str) -> str | Path:
-    """By default a journal file for each study, in the cache folder."""
+def _storage(storage: str | Path | None, store: Store, job: Job) -> str | Path:
+    """By default where a fleet's records are, else a journal file for each study, in the cache folder."""
+    if storage is None and is_url(store.place):
+        return str(store.place)
     if storage is not None:
-        return storage if isinstance(storage, str) and "://" in storage else Path(storage)
-    return cache_folder() / "trials" / f"{name.split()[-1]}.journal"
+        return storage if is_url(storage) else Path(storage)
+    return cache_folder() / "trials" / f"{job.identity}.journal"
 
 
 def _check_workload(one: Workload) -> None:

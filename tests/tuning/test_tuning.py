@@ -27,6 +27,7 @@ from attngen.language.spec import Spec
 from attngen.reference.oracle import oracle
 from attngen.schedule import Schedule, Target, choice
 from attngen.store import Shape, Store, time_text
+from attngen.tuning import fleet
 from attngen.tuning.attends import Part
 from attngen.tuning.bench import Bench, Check, Inputs, WrongResult, plain
 from attngen.tuning.captures import load_captures, make_captures, save_captures
@@ -37,8 +38,9 @@ from attngen.tuning.search import Progress, Search
 from attngen.tuning.sizes import offset_of, small_shape
 from attngen.tuning.space import Space, cpu_space, gpu_space
 from attngen.tuning.stopwatch import DeviceStopwatch
+from attngen.tuning.study import PRUNED, Tried
 from attngen.tuning.target_device import _empty_call, find_target_device
-from attngen.tuning.trials import PRUNED, Trials, Tried
+from attngen.tuning.trials import Trials
 from attngen.tuning.tuner import Job
 
 SPACE = Space({"m": (16, 32, 64, 128), "n": (16, 32, 64, 128), "w": (2, 4, 8)}, {"m": 64, "n": 64, "w": 4})
@@ -168,10 +170,11 @@ def test_ctrl_c_keeps_what_was_learned(tmp_path):
 
 
 def test_a_finished_study_is_not_searched_again(tmp_path):
-    search(count=10, storage=tmp_path / "a.journal")[0].run()
+    first = search(count=10, storage=tmp_path / "a.journal")[0].run()
     searching, measurer = search(count=10, storage=tmp_path / "a.journal")
-    assert searching.run().progress.resumed == 10
-    assert len(measurer.calls) == 1  # only the final race
+    result = searching.run()
+    assert result.progress.resumed == 10 and measurer.calls == []  # nor is its final race run again
+    assert result.final == first.final and result.best == first.best
 
 
 def test_deadline():
@@ -208,10 +211,13 @@ def test_a_damaged_journal_is_kept_aside(tmp_path):
     assert len(list(tmp_path.glob("a.journal.damaged-*"))) == 1
 
 
-def test_a_line_cut_short_by_a_kill_costs_one_trial(tmp_path):
+def test_a_line_cut_short_by_a_kill_costs_one_trial(tmp_path, monkeypatch):
     path = tmp_path / "a.journal"
     search(count=5, storage=path)[0].run()
-    path.write_bytes(path.read_bytes()[:-20])
+    lines = path.read_bytes().splitlines(keepends=True)
+    told = [number for number, line in enumerate(lines) if b'"values":[' in line][4]  # the outcome of the fifth trial
+    path.write_bytes(b"".join(lines[:told]) + lines[told][:-20])
+    monkeypatch.setattr(fleet, "GONE", 0.0)
     searching, _ = search(count=8, storage=path)
     assert searching.run().progress.resumed == 4
     assert len(Trials(path, "study").history()) == 8
