@@ -36,11 +36,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
-    if not config.option.markexpr:
-        slow = pytest.mark.skip(reason="slow: run with `pytest -m slow`")
+    chosen = config.option.markexpr
+    for name, asked in (("slow", bool(chosen)), ("vllm", "vllm" in chosen)):
+        left_out = pytest.mark.skip(reason=f"{name}: run with `pytest -m {name}`")
         for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(slow)
+            if name in item.keywords and not asked:
+                item.add_marker(left_out)
 
 
 def _keep_part(config: pytest.Config, items: list[pytest.Item]) -> None:

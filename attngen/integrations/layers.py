@@ -17,6 +17,7 @@ import torch
 from attngen.errors import SpecError
 from attngen.language import patterns
 from attngen.language.expression import Expr, Param, Tensor
+from attngen.language.keyset import KeySet
 from attngen.language.moved import b, h, i, j
 from attngen.language.patterns import causal, row, window
 from attngen.language.spec import Condition, Score, Spec
@@ -92,14 +93,17 @@ def layer_spec(
     scores: Sequence[Score] = (),
     sinks: int = 0,
     dropout: bool = False,
+    keys: KeySet | None = None,
 ) -> Spec:
     """A layer's spec for any mask and with whatever is added to its scores behind the soft-cap. sinks: dimensions of the capture `SINKS`,
-    1 for [H], 3 for [B, H, Nq], 0 for none. dropout: whether weights are dropped, by the param "dropout". SpecError.
+    1 for [H], 3 for [B, H, Nq], 0 for none. dropout: whether weights are dropped, by the param "dropout". keys: a
+    key set. SpecError.
     """
     captured = Tensor(SINKS, sinks)
     sink = None if not sinks else captured[h] if sinks == 1 else captured[b, h, row()]
     capped = [] if soft_cap is None else [patterns.soft_cap(soft_cap)]
-    return Spec(mask, [*capped, *scores], sink=sink, dropout=Param("dropout", float) if dropout else None)
+    probability = Param("dropout", float) if dropout else None
+    return Spec(mask, [*capped, *scores], sink=sink, dropout=probability, keys=keys)
 
 
 def kept(padded: str, padding: Mapping[str, Any], b: Any, kv_idx: Any) -> Any:
