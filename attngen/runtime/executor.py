@@ -104,7 +104,7 @@ class Executor:
 
     def stages(self, step: Attend, inner: Call, call: Call) -> Specialised:
         """How an `Attend` is computed: decided once for calls with one signature, and again where sizes depend on values."""
-        key = step.name, inner.q.shape, inner.k.shape
+        key = step.name, inner.q.shape, inner.k.shape, inner.wants_grad
         found: Specialised | None = call.known.get(key)
         if found is None:
             if len(call.known) >= MOST_KNOWN:

@@ -12,6 +12,7 @@ from attngen import backends, debug
 from attngen.analysis import Facts, facts
 from attngen.errors import InputError
 from attngen.language.call import Call
+from attngen.runtime import first_tiles
 from attngen.schedule import Schedule
 from attngen.schedule.choice import choose, shape_bucket
 
@@ -47,7 +48,7 @@ class Specialiser:
     def of(self, call: Call) -> Specialised:
         """Cached by everything that may change the outcome."""
         q = call.q
-        key = call.spec.key, q.device, q.dtype, q.shape[3], call.v.shape[3], shape_bucket(call)
+        key = call.spec.key, q.device, q.dtype, q.shape[3], call.v.shape[3], shape_bucket(call), call.wants_grad
         found = self.known.get(key)
         if found is None:
             found = self.known[key] = self._decide(call)
@@ -57,7 +58,9 @@ class Specialiser:
     def _decide(self, call: Call) -> Specialised:
         known, name = facts(call.spec), backends.pick(self.backend_name, call.q.device)
         with debug.timed("choosing a schedule"):
-            schedule, origin = choose(call, known, name, self.pins.over(call.spec.schedule), self.db)
+            schedule, origin = choose(
+                call, known, name, self.pins.over(call.spec.schedule), self.db, first_tiles.search
+            )
         debug.say(1, "choice", f"backend {name}; {origin}")
         debug.say(3, "schedule", schedule)
         debug.say(3, "facts", known)

@@ -1,26 +1,47 @@
-"""Which schedule a call runs with, and where it came from: pinned, then the tuned record, then the model's choice."""
+"""Which schedule a call runs with, and where it came from: pinned, then the tuned record, then the model's choice: a tile that
+ships, one that was found by compiling, or a safe one.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from attngen.analysis import Facts
-from attngen.errors import ScheduleError
+from attngen.errors import ScheduleError, StoreError
 from attngen.language.call import Call
-from attngen.language.schedule import Schedule, Tile
+from attngen.language.schedule import KERNELS, Schedule, Tile
 from attngen.language.spec import Spec
 from attngen.schedule.completion import complete, complete_on_cpu, fit
 from attngen.schedule.decode import decode_choice
 from attngen.schedule.identities import IDENTITIES, gpu_named
 from attngen.schedule.legality import check, why_not_stored
+from attngen.schedule.shipped import family_of, shipped_tile
 from attngen.schedule.target import Target
-from attngen.store import Device, Found, Key, Shape, Versions, bucket, device_of, open_store
+from attngen.store import (
+    MAX_SPEC,
+    Device,
+    Found,
+    Key,
+    Record,
+    Shape,
+    StoreWarning,
+    Versions,
+    bucket,
+    device_of,
+    open_store,
+    utc_now,
+)
 
+HALVES = (torch.float16, torch.bfloat16)
+SIZES = ("block_m", "block_n", "num_warps", "num_stages")
 DIRECTIONS = ("forward", "backward")  # each has a record of its own
 SMALL = Tile(16, 16, 1, 1)
 INTERPRETED = Schedule(forward=SMALL, dq=SMALL, dkv=SMALL, deterministic=True, precision="ieee")
@@ -32,29 +53,49 @@ def shape_bucket(call: Call) -> tuple[int, ...]:
     return tuple(bucket(int(size)) for size in (batch, heads_q, call.k.shape[1], n_q, call.n_k))
 
 
-def choose(call: Call, facts: Facts, backend: str, pins: Schedule, db: str | None) -> tuple[Schedule, str]:
-    """A complete schedule for this call on this backend, and in words where it came from."""
+class Finder(Protocol):
+    """Finds tiles by compiling: of the kernels, each with its modelled seconds, and what there is to say about them."""
+
+    def __call__(
+        self,
+        call: Call,
+        facts: Facts,
+        target: Target,
+        units: int,
+        base: Schedule,
+        pins: Schedule,
+        kernels: Collection[str],
+    ) -> tuple[dict[str, tuple[Tile, float]], str]: ...
+
+
+def choose(
+    call: Call, facts: Facts, backend: str, pins: Schedule, db: str | None, find: Finder | None = None
+) -> tuple[Schedule, str]:
+    """A complete schedule for this call on this backend, and in words where it came from. find: on a GPU, for kernels with
+    neither a record nor a tile that ships.
+    """
     if pins.store and (reason := why_not_stored(call, backend)):
         raise ScheduleError(f"store: expected False {reason}")
     if backend in ("interpret", "meta"):
         schedule = complete_for(call.spec, "interpreter", call.q.shape[3], call.v.shape[3], call.q.dtype, pins)
         check(call.spec, facts, schedule)
         return fit(schedule, call.spec.lists, pins), "the interpreter's small tiles"
-    tuned, origins = _tuned(call, device_identity(call.q.device), generator_versions(backend), db)
+    device, versions = device_identity(call.q.device), generator_versions(backend)
+    tuned, origins = _tuned(call, device, versions, db)
     if backend == "cpu":
-        schedule = complete_on_cpu(call, facts, pins, tuned)
-    else:
-        target, processors = Target.of_device(call.q.device), multiprocessors(call.q.device)
-        schedule = on_gpu(call, facts, target, processors, pins, tuned)
-    return schedule, _origin(origins, pins)
+        return complete_on_cpu(call, facts, pins, tuned), _origin(origins, pins)
+    target, processors = Target.of_device(call.q.device), multiprocessors(call.q.device)
+    found, words = _found(call, facts, target, processors, pins, tuned, Place(device, versions, db), find)
+    return on_gpu(call, facts, target, processors, pins, tuned, found), _origin(origins, pins, words)
 
 
 def choose_elsewhere(call: Call, facts: Facts, target: str, pins: Schedule, db: str | None) -> tuple[Schedule, str]:
     """The same for a GPU that is not here: its records, measured or modelled, and then the model. InputError for its name."""
     gpu = gpu_named(target)
-    identity = IDENTITIES[gpu.name]
-    tuned, origins = _tuned(call, identity, generator_versions("triton"), db)
-    return on_gpu(call, facts, Target.named(gpu.target), identity.units, pins, tuned), _origin(origins, pins)
+    identity, versions, named = IDENTITIES[gpu.name], generator_versions("triton"), Target.named(gpu.target)
+    tuned, origins = _tuned(call, identity, versions, db)
+    found, words = _found(call, facts, named, identity.units, pins, tuned, Place(identity, versions, db), None)
+    return on_gpu(call, facts, named, identity.units, pins, tuned, found), _origin(origins, pins, words)
 
 
 def _tuned(call: Call, device: Device, versions: Versions, db: str | None) -> tuple[Schedule, list[str]]:
@@ -67,18 +108,110 @@ def _tuned(call: Call, device: Device, versions: Versions, db: str | None) -> tu
     return tuned, origins
 
 
-def _origin(origins: list[str], pins: Schedule) -> str:
+def _origin(origins: list[str], pins: Schedule, tiles: str = "") -> str:
     origins = origins or ["the model's choice: no tuned record for this spec, dtype, head dims and device"]
-    return "; ".join([f"pinned: {pins}", *origins] if pins.decided() else origins)
+    every = [*([f"pinned: {pins}"] if pins.decided() else []), *origins, *([tiles] if tiles else [])]
+    return "; ".join(every)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where what is found by compiling is remembered."""
+
+    device: Device
+    versions: Versions
+    db: str | None
+
+    def key(self, call: Call, kernel: str) -> Key:
+        """Of a kernel's tile: it serves calls of all sizes."""
+        shape = Shape(1, 1, 1, 1, 1, int(call.q.shape[3]), int(call.v.shape[3]))
+        return Key.of(call.spec.key, f"tile of {kernel}", str(call.q.dtype), shape, self.device, self.versions)
+
+    def recall(self, call: Call, kernel: str) -> Tile | None:
+        """What an earlier search found with the same versions."""
+        record = open_store(self.db).lookup(self.key(call, kernel))
+        if record is None or not record.exact or why_not_readable(record.record.schedule):
+            return None
+        found: Tile = getattr(Schedule(**record.record.schedule), kernel)
+        return found
+
+    def remember(self, call: Call, found: Mapping[str, tuple[Tile, float]]) -> None:
+        """For other processes; a database that can't be written is said once."""
+        records = [
+            Record(
+                key=self.key(call, kernel),
+                schedule=Schedule().with_tile(kernel, tile).decided(),
+                seconds=seconds,
+                spread=0.0,
+                kind="modelled",
+                error=0.0,
+                made_at=utc_now(),
+                source="search at a first call",
+                spec=str(call.spec) if len(str(call.spec)) <= MAX_SPEC else "",
+            )
+            for kernel, (tile, seconds) in found.items()
+        ]
+        try:
+            open_store(self.db).put(*records)
+        except StoreError as problem:
+            warnings.warn(StoreWarning(f"tiles found by compiling are not remembered: {problem}"), stacklevel=2)
+
+
+def _found(
+    call: Call,
+    facts: Facts,
+    target: Target,
+    processors: int,
+    pins: Schedule,
+    tuned: Schedule,
+    place: Place,
+    find: Finder | None,
+) -> tuple[Schedule, str]:
+    """Tiles of the kernels that nobody decided on and that none ships for: remembered ones, or found now; and in words."""
+    if call.q.dtype not in HALVES or 0 in call.q.shape or call.n_k == 0:
+        return Schedule(), ""
+    base = on_gpu(call, facts, target, processors, pins, tuned)
+    decided = pins.over(tuned).over(decode_choice(call, facts, processors))
+    head_dim = max(call.q.shape[3], call.v.shape[3])
+    origins, missing, tiles = dict[str, list[str]](), list[str](), Schedule()
+    for kernel in KERNELS if call.wants_grad else KERNELS[:1]:
+        if not {*SIZES} <= getattr(decided, kernel).decided().keys():
+            if shipped_tile(call.spec, family_of(target.name), kernel, head_dim) is not None:
+                origins.setdefault("ships with attngen", []).append(kernel)
+            elif (known := place.recall(call, kernel)) is not None:
+                tiles = tiles.with_tile(kernel, known)
+                origins.setdefault("found by compiling at an earlier first call, modelled", []).append(kernel)
+            else:
+                missing.append(kernel)
+    said = ""
+    if missing and find is not None:
+        found, said = find(call, facts, target, processors, base, decided, missing)
+        if found:
+            place.remember(call, found)
+            origins["found by compiling, modelled"] = list(found)
+        for kernel, (tile, _) in found.items():
+            tiles = tiles.with_tile(kernel, tile)
+            missing.remove(kernel)
+    if missing:
+        origins["a safe one"] = missing
+    words = [f"tile of {', '.join(kernels)}: {origin}" for origin, kernels in origins.items()]
+    return tiles, "; ".join([*words, *([said] if said else [])])
 
 
 def on_gpu(
-    call: Call, facts: Facts, target: Target, processors: int, pins: Schedule, tuned: Schedule | None = None
+    call: Call,
+    facts: Facts,
+    target: Target,
+    processors: int,
+    pins: Schedule,
+    tuned: Schedule | None = None,
+    found: Schedule | None = None,
 ) -> Schedule:
-    """The complete schedule on a GPU with so many multiprocessors: pins, then the record, then the model."""
-    half = call.q.dtype in (torch.float16, torch.bfloat16)
-    decode = decode_choice(call, facts, processors) if half else Schedule()
-    schedule = complete(call.spec, target, call.q.shape[3], call.v.shape[3], call.q.dtype, pins, tuned, decode)
+    """The complete schedule on a GPU with so many multiprocessors: pins, then the record, then the model. found: tiles by
+    compiling.
+    """
+    decode = decode_choice(call, facts, processors) if call.q.dtype in HALVES else Schedule()
+    schedule = complete(call.spec, target, call.q.shape[3], call.v.shape[3], call.q.dtype, pins, tuned, decode, found)
     check(call.spec, facts, schedule)
     return fit(schedule, call.spec.lists, pins)
 

@@ -15,7 +15,7 @@ from attngen.language.expression import FloorDiv, I, J, Load, PyMod, S
 from attngen.language.lists import RowLists, TileLists
 from attngen.language.schedule import Schedule, Tile
 from attngen.language.spec import Spec
-from attngen.schedule.shipped import shipped_tile
+from attngen.schedule.shipped import family_of, shipped_tile
 from attngen.schedule.target import Target
 
 # float16 and bfloat16: (family, kernel, largest head dim of the class) -> tile. Without spills for head dims 64, 128, 192
@@ -176,10 +176,10 @@ def default_tile(spec: Spec, target: Target, kernel: str, head_dim: int, dtype: 
     """The tile of "forward", "dq" or "dkv" for the larger of the two head dims."""
     if dtype in (torch.float32, torch.float64):
         return SINGLE[_class_of(SINGLE, "gfx942" if target.name == "gfx942" else "sm", kernel, head_dim)]
-    found = shipped_tile(spec, _family(target), kernel, head_dim)
+    found = shipped_tile(spec, family_of(target.name), kernel, head_dim)
     if found is not None:
         return found
-    entry = _class_of(HALF, _family(target), kernel, head_dim)
+    entry = _class_of(HALF, family_of(target.name), kernel, head_dim)
     tile = HALF[entry]
     natural = entry in NATURAL and facts(spec).natural and not isinstance(spec.lists, RowLists)
     for least, other in (NATURAL if natural else CROWDED).get(entry, ()):
@@ -206,11 +206,6 @@ def steps(spec: Spec) -> int:
 def _outside_loads(part: Any) -> set[Any]:
     """The symbols of a comparison that are not only indices of loads."""
     return set(part.xreplace(dict.fromkeys(part.atoms(Load), S)).free_symbols)
-
-
-def _family(target: Target) -> str:
-    """Targets that compile to the same kind of matrix instructions: sm_86, sm_89 and sm_120 are like sm_80."""
-    return target.name if target.name in ("sm_90", "sm_100", "gfx942") else "sm_80"
 
 
 def _class_of(table: Mapping[Any, Tile], family: str, kernel: str, head_dim: int) -> tuple[str, str, int]:

@@ -57,6 +57,17 @@ def shipped_tile(spec: Spec, family: str, kernel: str, head_dim: int) -> Tile | 
     return tiles.get((form_of(spec), kernel, head_dim))
 
 
+def shipped_tiles(family: str, kernel: str, head_dim: int) -> list[Tile]:
+    """Those of every form, one for each."""
+    tiles = _tiles(FOLDER / f"tiles-{family}.json")
+    return [tile for (_, own, d), tile in tiles.items() if (own, d) == (kernel, head_dim)]
+
+
+def family_of(target: str) -> str:
+    """Architectures that compile to the same kind of matrix instructions: sm_86, sm_89 and sm_120 are like sm_80."""
+    return target if target in ("sm_90", "sm_100", "gfx942") else "sm_80"
+
+
 @cache
 def _tiles(path: Path) -> Mapping[Entry, Tile]:
     if not path.is_file():

@@ -11,7 +11,7 @@ import torch
 
 from attngen.language.spec import Spec
 from attngen.schedule import Target
-from attngen.schedule.choice import generator_versions
+from attngen.schedule.choice import DIRECTIONS, generator_versions
 from attngen.schedule.identities import find_gpu
 from attngen.store import Device, Found, Record, Shape, Workload, open_store
 from attngen.tuning.target_device import TargetDevice, find_target_device
@@ -84,11 +84,13 @@ def _elsewhere(device: Device, is_gpu: bool) -> TargetDevice:
 
 
 def known_workloads(records: Iterable[Record]) -> list[Workload]:
-    """What records are of, as calls in both directions: each spec, dtype and bucket once. Records without a spec's text say nothing."""
+    """What records are of, as calls in both directions: each spec, dtype and bucket once. Records without a spec's text say nothing, nor do
+    tiles that a first call found.
+    """
     found: dict[tuple[Any, ...], Workload] = {}
     for record in records:
         key = record.key
-        if record.spec:
+        if record.spec and key.piece in DIRECTIONS:
             shape = Shape(key.batch, key.heads_q, key.heads_kv, key.n_q, key.n_k, key.head_dim, key.head_dim_v)
             found.setdefault(
                 (key.spec_key, key.dtype, shape), Workload("", Spec.from_text(record.spec), shape, key.dtype)

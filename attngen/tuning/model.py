@@ -15,15 +15,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from attngen.backends.triton.modelled import LAUNCH, Resources, Work, cycles
+from attngen.backends.worker import WorkerDied
 from attngen.language.schedule import PREFIXES
 from attngen.schedule import Target
 from attngen.store import Shape
-from attngen.tuning.measure import Outcome, WorkerDied
+from attngen.tuning.measure import Outcome
 from attngen.tuning.space import PIECES, Point
 
 SAFETY = 0.9  # of the bound: rates are partly measured, and a cache may help
 TILE_OVERHEAD = 400  # cycles of one step that do not shrink with the tile: barriers, the row maximum's exchange
 LATENCY = 1e-6  # seconds from asking memory to having it, under load
+HOPELESS = 2.0  # times the best modelled seconds: not measured, however far the model is off
 CLOCK = 1.7e9  # Hz, only to turn those cycles into time
 
 # Products over pairs of a tile, in units of 2 * m * n * d operations: forward 2, dq pass 3, dkv pass 4.
@@ -46,6 +48,7 @@ class GpuModel:
     pairs: (block_m, block_n) -> attended pairs per batch and head, rounded out to tiles; masked: those of partial tiles.
     compiled: point -> {prefix: Resources}, by cross-compiling; None leaves resources unknown (only arithmetic).
     bounded: whether the rates are this very GPU's, so that a bound by them may refuse a schedule.
+    prunes: whether what survives is measured, so that a schedule whose machine code is far slower than another's is refused.
     """
 
     def __init__(
@@ -59,11 +62,13 @@ class GpuModel:
         compiled: Callable[[Point], Mapping[str, Resources]] | None = None,
         bounded: bool = True,
         masked: Callable[[int, int], float] = lambda m, n: 0.0,
+        prunes: bool = False,
     ):
         self.prefixes, self.shape, self.element = PIECES[piece], shape, element
         self.target, self.rates, self.compiled, self.bounded = target, rates, compiled, bounded
         self._pairs_of, self._pairs, self._masked = pairs, dict[tuple[int, int], float](), masked
         self._resources: dict[str, Mapping[str, Resources]] = {}
+        self.prunes, self._least = prunes, math.inf
 
     def guess(self, point: Point) -> float:
         """Seconds, without compiling: resources as far as arithmetic knows them."""
@@ -82,6 +87,12 @@ class GpuModel:
         for prefix, used in resources.items():
             if reason := used.problem(self.target):
                 return f"{prefix.rstrip('_') or 'forward'} {reason}"
+        if not self.prunes or any(used.full is None for used in resources.values()):
+            return None
+        seconds = self.estimate(point)
+        self._least = min(self._least, seconds)
+        if seconds > HOPELESS * self._least:
+            return f"its machine code is modelled at {seconds / self._least:.1f} times the best one's time"
         return None
 
     def estimate(self, point: Point) -> float:

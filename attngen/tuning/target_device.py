@@ -11,6 +11,7 @@ import torch
 
 from attngen.analysis import GPUS, Gpu, facts
 from attngen.analysis.cost import visited_pairs
+from attngen.backends.worker import Worker
 from attngen.errors import InputError
 from attngen.language.call import Call, bind
 from attngen.language.spec import Spec
@@ -19,7 +20,6 @@ from attngen.schedule.choice import device_identity, generator_versions, on_gpu
 from attngen.schedule.completion import complete_on_cpu
 from attngen.schedule.identities import IDENTITIES, gpu_named
 from attngen.store import Device, Shape, Versions
-from attngen.tuning.measure import Worker
 from attngen.tuning.model import GpuModel, Rates, compiled_by
 from attngen.tuning.sizes import offset_of
 from attngen.tuning.space import PIECES, Space, cpu_space, gpu_space, special_forms
@@ -90,6 +90,7 @@ class TargetDevice:
             compiled_by(worker, PIECES[job.piece]),
             bounded=self.exact,
             masked=partial(_masked, job.spec, job.shape, job.values),
+            prunes=self.kind == "measured",
         )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from attngen.backends.worker import Worker
 from attngen.errors import AttngenWarning, InputError, StoreError
 from attngen.language.spec import Spec
 from attngen.schedule import Schedule
@@ -37,7 +38,7 @@ from attngen.store import (
 from attngen.tuning.attends import Part, check_names, parts_of
 from attngen.tuning.captures import make_captures, save_captures
 from attngen.tuning.effort import effort_named
-from attngen.tuning.measure import Measurer, Outcome, Worker, WorkerMeasurer
+from attngen.tuning.measure import Measurer, Outcome, WorkerMeasurer
 from attngen.tuning.model import ModelMeasurer
 from attngen.tuning.progress import Bars, shown
 from attngen.tuning.search import NoModel, Result, Search, count

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from attngen.backends.triton.machine_code import Loop, MachineCode
 from attngen.language.schedule import Tile
 from attngen.schedule import Target
-from benchmarks import beside_flex, flex_kernels
+from benchmarks import beside_flex, flex_kernels, public_choices
 from benchmarks.beside_flex import Part, Side
 from benchmarks.flex_kernels import Filling, Problem
 from benchmarks.machine_code import app
@@ -77,6 +77,15 @@ def test_the_pipe_and_the_instructions_that_cost_are_named():
     assert mine.cycles("overlap") == 10 * 200  # logic takes two cycles for an instruction of each warp
     said = beside_flex.costs(mine, other)
     assert said.startswith("logic x 2.00") and "FSEL 50%" in said and "FFMA" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", ["A100", "H100"])
+def test_tiles_chosen_on_the_devices_are_among_the_models_best(gpu):
+    causal = next(case for case in beside_flex.cases() if case.title == "causal d128")
+    line = public_choices.rank(causal, "forward", gpu)
+    assert len(line["modelled seconds"]) >= 6
+    assert line["rank"] <= public_choices.BEST, line
 
 
 @pytest.mark.slow

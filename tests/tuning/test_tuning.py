@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 
 import attngen as ag
 from attngen.analysis import facts
+from attngen.backends.triton.modelled import Stretch
+from attngen.backends.worker import Worker, WorkerDied
 from attngen.cli.main import app
 from attngen.errors import AttngenError, AttngenWarning, InputError, ScheduleError, StoreError
 from attngen.language.expression import Tensor
@@ -31,7 +33,7 @@ from attngen.tuning import fleet
 from attngen.tuning.attends import Part
 from attngen.tuning.bench import Bench, Check, Inputs, WrongResult, plain
 from attngen.tuning.captures import load_captures, make_captures, save_captures
-from attngen.tuning.measure import Outcome, Worker, WorkerDied, WorkerMeasurer, summarise
+from attngen.tuning.measure import Outcome, WorkerMeasurer, summarise
 from attngen.tuning.model import GpuModel, ModelMeasurer, Rates, Resources, Uncompilable
 from attngen.tuning.progress import shown
 from attngen.tuning.search import Progress, Search
@@ -459,6 +461,27 @@ def test_model_refuses_what_cannot_run_or_spills():
     assert "shared memory" in model(lambda p: {"": replace(used, shared=300_000)}).refuse(POINT)
     assert "spills" in model(lambda p: {"": replace(used, spills=400)}).refuse(POINT)
     assert "not one program" in model(lambda p: {"": replace(used, registers=255, num_warps=16)}).refuse(POINT)
+
+
+def test_model_reads_machine_code_and_prunes_by_it():
+    """Twice the cycles in the loops are twice the time; what is measured leaves out what is hopeless."""
+
+    def loops(cycles):
+        return Resources(168, 0, 100_000, 8, *[Stretch(cycles, cycles)] * 2, Stretch(0, 0))
+
+    by_blocks = {64: loops(10_000), 32: loops(11_000), 16: loops(20_000)}  # far above what the cache needs
+    points = [POINT | {"block_n": n} for n in by_blocks]
+    compiled = lambda point: {"": by_blocks[point["block_n"]]}  # noqa: E731
+    times = [model(compiled).estimate(point) for point in points]
+    assert times[1] / times[0] == pytest.approx(2.2, rel=1e-2) and times[2] / times[0] == pytest.approx(8, rel=1e-2)
+    assert all(model(compiled).refuse(point) is None for point in points)
+    measuring = model(compiled, prunes=True)
+    assert measuring.refuse(points[0]) is None
+    assert "8.0 times the best" in measuring.refuse(points[2]) and "2.2 times" in measuring.refuse(points[1])
+    masked = model(
+        lambda p: {"": replace(loops(10_000), partial=Stretch(30_000, 30_000))}, masked=lambda m, n: LONG.n_q * LONG.n_k / 2
+    )
+    assert masked.estimate(POINT) / times[0] == pytest.approx(2, rel=1e-2)
 
 
 def test_model_measurer_reports_what_does_not_compile():

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from attngen.backends.triton.compile_worker import compiled
 from attngen.backends.triton.machine_code import MachineCode, nvidia_resources
 from attngen.errors import ScheduleError
 from attngen.lowering import Source
@@ -36,18 +37,12 @@ def compile_function(
     num_stages: int,
     target: Target,
 ) -> MachineCode:
-    """Compile a triton.jit function. signature: Triton's types of its arguments, in their order; divisible: those that are
-    multiples of 16. ScheduleError where it needs more shared memory than the target has.
-    """
+    """A function as `compile_worker.compiled` takes it. ScheduleError where it needs more shared memory than the target has."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    attrs = {(place,): [["tt.divisibility", 16]] for place, arg in enumerate(signature) if arg in divisible}
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    gpu = GPUTarget(target.backend, target.arch, target.warp_size)
+    place = target.backend, target.arch, target.warp_size
     try:
-        kernel = triton.compile(ASTSource(function, dict(signature), {}, attrs), target=gpu, options=options)
+        kernel = compiled(function, signature, divisible, num_warps, num_stages, place)
     except triton.runtime.errors.OutOfResources as error:
         raise ScheduleError(f"{name} on {target.name}: {error}; choose smaller blocks or fewer stages") from error
     shared = int(kernel.metadata.shared)

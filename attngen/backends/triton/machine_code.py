@@ -133,6 +133,15 @@ class Instruction:
         """A bit for each barrier that it waits for."""
         return self.control >> 11 & 63
 
+    @property
+    def shared_bytes(self) -> int:
+        """That a warp moves from or to shared memory: 8 x 8 matrices of half types, or a word of each lane."""
+        if self.opcode in ("LDSM", "STSM"):
+            return 128 * int(self.text.split("M88.")[1][0] if "M88." in self.text else 1)
+        if self.opcode in ("LDS", "STS", "LDGSTS"):
+            return 512 if ".128" in self.text else 256 if ".64" in self.text else 128
+        return 0
+
     @cached_property
     def product(self) -> Product | None:
         """m, n, k of a product of a group of warps, and whether its first operand comes from shared memory."""
@@ -169,15 +178,17 @@ class Loop:
 
     def pipes(self, num_warps: int) -> dict[str, float]:
         """Cycles that each part of a multiprocessor is busy for one iteration of a program with so many warps (NVIDIA up to
-        sm_90): "matrix", "fetching" its operands from shared memory, "issue" of instructions, "multiply-add", "logic" (with
-        comparisons, selections and conversions) and "exp".
+        sm_90): "matrix", "fetching" from shared memory by products and by instructions, "issue" of instructions, "multiply-add",
+        "logic" (with comparisons, selections and conversions) and "exp".
         """
         each, groups = num_warps / SCHEDULERS, num_warps / WARP_GROUP
         products = sum(m * n * k for m, n, k, _ in self.products) * groups / MACS["HGMMA"]
         products += self.opcodes.get("HMMA", 0) * num_warps * MMA_SYNC / MACS["HMMA"]
+        moved = sum(2 * k * (n + m * shared) for m, n, k, shared in self.products) * groups
+        moved += sum(instruction.shared_bytes for instruction in self.code) * num_warps
         return {
             "matrix": products,
-            "fetching": sum(2 * k * (n + m * shared) for m, n, k, shared in self.products) * groups / SHARED_BYTES,
+            "fetching": moved / SHARED_BYTES,
             "issue": self.instructions * each,
             "multiply-add": sum(count for opcode, count in self.opcodes.items() if opcode in _FULL_RATE) * each,
             "logic": 2 * sum(count for opcode, count in self.opcodes.items() if opcode in _HALF_RATE) * each,

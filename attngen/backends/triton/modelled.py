@@ -5,8 +5,9 @@ the walked rows), and a program at least those that a warp takes alone (`latency
 a P-th of the other's waiting: busy + (alone - busy) / P for a tile of each. What stands outside of the loops counts once a program.
 Programs come in waves, of which the last is not full. No launch is shorter than reading and writing what it needs.
 
-Left out: bank conflicts, misses of the second-level cache and of instructions, clocks that fall under load, programs of unequal
-length, and how far two programs really overlap. It ranks kernels; it does not predict a clock.
+On sm_100 products and what waits for them are not read: there it compares the rest. Left out: bank conflicts, misses of the
+second-level cache and of instructions, clocks that fall under load, programs of unequal length, and how far two programs really
+overlap. It ranks kernels; it does not predict a clock.
 """
 
 from __future__ import annotations
