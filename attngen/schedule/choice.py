@@ -128,9 +128,13 @@ class Place:
         return Key.of(call.spec.key, f"tile of {kernel}", str(call.q.dtype), shape, self.device, self.versions)
 
     def recall(self, call: Call, kernel: str) -> Tile | None:
-        """What an earlier search found with the same versions."""
-        record = open_store(self.db).lookup(self.key(call, kernel))
-        if record is None or not record.exact or why_not_readable(record.record.schedule):
+        """What an earlier search found with the same generator and compiler; a driver changes nothing about it."""
+        wanted = self.key(call, kernel)
+        record = open_store(self.db).lookup(wanted)
+        if record is None or why_not_readable(record.record.schedule):
+            return None
+        key = record.record.key
+        if (key.generator, key.triton) != (wanted.generator, wanted.triton):
             return None
         found: Tile = getattr(Schedule(**record.record.schedule), kernel)
         return found

@@ -586,6 +586,19 @@ def test_the_tuner_and_its_records(ordinary: Place, tmp_path: Path):
     assert sorted(read_records(tmp_path / "records.jsonl"), key=repr) == sorted(report.records, key=repr)
 
 
+@HALF
+def test_a_first_call_finds_its_tiles(place: Place, dtype: torch.dtype, monkeypatch: Any, tmp_path: Path):
+    """By compiling, for a mask that nobody tuned and nothing ships for; and the next one remembers."""
+    place.need_gpu()
+    monkeypatch.setenv("ATTNGEN_DB", str(tmp_path / "records.db"))
+    monkeypatch.setenv("ATTNGEN_SEARCH_SECONDS", "20")
+    spec, inputs = ag.Spec(mask="i >= j and i % 3 != j % 5"), place.qkv(dtype)
+    for expected in ("found by compiling, modelled", "found by compiling at an earlier first call"):
+        attn = place.attention(spec)
+        check(spec, attn, *inputs, {})
+        assert expected in attn.explain(*inputs)
+
+
 # -- tools ------------------------------------------------------------------------------------------------------------
 
 

@@ -14,9 +14,9 @@ from attngen.errors import AttngenWarning, InputError, ScheduleError
 from attngen.language.schedule import Schedule, Tile
 from attngen.runtime import first_tiles
 from attngen.runtime.first_tiles import Search, candidates
-from attngen.schedule import Target
+from attngen.schedule import Target, choice
 from attngen.schedule.choice import on_gpu
-from attngen.store import StoreWarning, open_store
+from attngen.store import StoreWarning, Versions, open_store
 from tests.pretend import pretending
 
 SM_90 = Target.named("sm_90")
@@ -70,6 +70,12 @@ def test_the_first_call_searches_and_the_next_process_remembers(monkeypatch):
     assert again == schedule and "found by compiling at an earlier first call" in origin
     longer, _ = decided(n_q=128)  # another size
     assert longer.forward == schedule.forward
+
+    asked = []
+    monkeypatch.setattr(Search, "run", lambda self, allowed: (asked.append(self.kernels), ({}, ""))[1])
+    monkeypatch.setattr(choice, "generator_versions", lambda backend: Versions(generator="newer", triton="3.9"))
+    decided()
+    assert asked == [("forward",)]
 
 
 def test_the_best_of_what_compiles_is_taken(monkeypatch):

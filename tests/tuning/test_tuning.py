@@ -479,7 +479,8 @@ def test_model_reads_machine_code_and_prunes_by_it():
     assert measuring.refuse(points[0]) is None
     assert "8.0 times the best" in measuring.refuse(points[2]) and "2.2 times" in measuring.refuse(points[1])
     masked = model(
-        lambda p: {"": replace(loops(10_000), partial=Stretch(30_000, 30_000))}, masked=lambda m, n: LONG.n_q * LONG.n_k / 2
+        lambda p: {"": replace(loops(10_000), partial=Stretch(30_000, 30_000))},
+        masked=lambda m, n: LONG.n_q * LONG.n_k / 2,
     )
     assert masked.estimate(POINT) / times[0] == pytest.approx(2, rel=1e-2)
 
