@@ -46,7 +46,7 @@ def visited(
     spec: ag.Spec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int, **captures: Any
 ) -> tuple[int, int]:
     """(tiles visited, tiles that hold an attended pair) over all pieces, batches and heads of a call."""
-    from attngen.language.expression import evaluate
+    from attngen.language.programs import evaluate
     from attngen.reference.dense import dense_env
     from tests.keys_work import tile_maps
 

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 import attngen as ag
 from attngen.language.call import Call
-from attngen.language.expression import evaluate
 from attngen.language.listed_pairs import as_log_weight
 from attngen.language.lists import RowLists, TileLists
+from attngen.language.programs import evaluate
 from attngen.reference.dense import dense_env
 from attngen.reference.keysets import attended
 from attngen.runtime import operators

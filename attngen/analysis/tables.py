@@ -21,7 +21,7 @@ import torch
 
 from attngen.language.call import LARGEST_PARAM
 from attngen.language.expression import is_int, loads, to_text
-from attngen.language.expression.evaluate import evaluate, tensor_of
+from attngen.language.programs import evaluate, tensor_of
 
 GRANULE = 16  # walked positions summarised together by an `order` table
 CHUNK = 8192  # positions evaluated at a time, so that temporaries stay small

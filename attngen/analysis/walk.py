@@ -19,7 +19,7 @@ from attngen.analysis.normal import Reader
 from attngen.analysis.order import BEGIN, BLOCK, END, FIRST, LAST, ZERO, Down, Order, Up
 from attngen.analysis.tables import Axis, Table, Tables, prepare
 from attngen.language.expression import B, FloorDiv, H, I, J, Maximum, Minimum, Where, conjunction, negate, to_text
-from attngen.language.expression.evaluate import evaluate
+from attngen.language.programs import evaluate
 
 MAX_SEGMENTS = 16  # live x hole intervals whose intersections a program spells out
 

@@ -24,7 +24,7 @@ from attngen.distributed.handshake import Given, agree, identity, lost, process_
 from attngen.distributed.shards import Shards, check_layout
 from attngen.errors import InputError
 from attngen.language.call import Call, bind
-from attngen.language.expression import evaluate, tensor_of
+from attngen.language.programs import evaluate, tensor_of
 from attngen.runtime.attention import CompiledAttention
 from attngen.runtime.operators import lse_dtype
 from attngen.state.merging import Result, merge, weigh

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from attngen.errors import InputError
-from attngen.language.expression import Param, Tensor, fold_seed
+from attngen.language.expression import Param, Tensor
 from attngen.language.indices import check_indices
+from attngen.language.programs import fold_seed
 from attngen.language.spec import Spec
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

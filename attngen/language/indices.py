@@ -10,41 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import sympy
 import torch
 
 from attngen.errors import InputError
 from attngen.language.checks import checked, require
-from attngen.language.expression import (
-    LARGEST_ROUNDED,
-    Q_OFFSET,
-    ROW,
-    Absolute,
-    B,
-    BitAnd,
-    Floor,
-    FloorDiv,
-    H,
-    I,
-    J,
-    Load,
-    Maximum,
-    Minimum,
-    PyMod,
-    Round,
-    Where,
-    conjunction,
-    evaluate,
-    is_flag,
-    linear_terms,
-    negate,
-    tensor_of,
-    to_text,
-)
 from attngen.language.listed_pairs import as_log_weight
+from attngen.language.programs import INDEX, LARGEST_ROUNDED, ROW, Node, evaluate, names_in, tensor_of
 
 Call = Any  # `attngen.language.call.Call`, which calls this module
 
@@ -52,9 +27,22 @@ LARGEST_TABLE = 2**20  # pairs that a GPU looks at
 CHUNK = 2**22  # pairs that the CPU looks at together
 
 Bounds = tuple[float, float]
-Box = tuple[tuple[Any, Bounds], ...]  # of each symbol the least and the largest value
+Box = tuple[tuple[str, Bounds], ...]  # of each symbol the least and the largest value
+Linear = tuple[dict[Node, int], int]  # factors of terms, and a constant
 
 ANY: Bounds = (-math.inf, math.inf)
+
+
+@dataclass(frozen=True)
+class Doubtful:
+    """A load whose range the shapes of a call do not tell: the captured tensor's name, its indices, those as text, and the condition
+    under which its value matters.
+    """
+
+    name: str
+    indices: tuple[Node, ...]
+    texts: tuple[str, ...]
+    used: Node
 
 
 def check_indices(call: Call) -> None:
@@ -62,59 +50,25 @@ def check_indices(call: Call) -> None:
     spec, shape = call.spec, (*call.q.shape[:3], call.n_k)
     if spec.keys is not None or not checked() or 0 in shape or call.q.device.type == "meta":
         return
-    loads = doubtful_loads(call)
+    loads = doubtful_of(call)
     if not loads:
         return
     box = _box(call)
-    for load, used in loads:
+    for load in loads:
         for dim, (index, size) in enumerate(zip(load.indices, call.captures[load.name].shape, strict=True)):
-            if index in (B, H, J, ROW) or _stays_inside(index, used, box, size):
+            if index in _PLAIN or _stays_inside(index, load.used, box, size):
                 continue
             look = _look if call.q.device.type == "cpu" else _assert
-            look(call, load, dim, index, used)
+            look(call, load, dim)
 
 
-def doubtful_loads(call: Call) -> tuple[tuple[Load, Any], ...]:
-    """Those loads of a call's spec whose range its shapes do not tell, see `checked_loads`."""
-    spec = call.spec
-    return checked_loads(spec.mask, spec.score, spec.sink, isinstance(call.q_offset, torch.Tensor))
+_PLAIN = (INDEX["b"], INDEX["h"], INDEX["j"], ROW)  # which the shapes tell
 
 
-@lru_cache(maxsize=256)
-def checked_loads(mask: Any, score: Any, sink: Any, by_offset: bool) -> tuple[tuple[Load, Any], ...]:
-    """The loads whose range the shapes do not tell, each with the condition under which its value matters. `by_offset`: the
-    query's position depends on a tensor.
-    """
-    plain = {B, H, J, ROW} if by_offset else {B, H, I, J, ROW}
-    found: dict[tuple[Load, Any], None] = {}
-
-    def doubtful(node: Any) -> bool:
-        return any(index not in plain for load in node.atoms(Load) for index in load.indices)
-
-    def visit(node: Any, used: Any) -> None:
-        if not doubtful(node):
-            return
-        if isinstance(node, Where):
-            condition, yes, no = node.args
-            visit(condition, used)
-            visit(yes, conjunction([used, condition]))
-            visit(no, conjunction([used, negate(condition)]))
-            return
-        if isinstance(node, (sympy.And, sympy.Or)):
-            for arg in node.args:
-                others = [other for other in node.args if other is not arg]
-                visit(arg, conjunction([used, *(others if isinstance(node, sympy.And) else map(negate, others))]))
-            return
-        if isinstance(node, Load) and any(index not in plain for index in node.indices):
-            found[node, used] = None
-        for arg in node.args:
-            visit(arg, used)
-
-    visit(mask, sympy.true)
-    visit(score, mask)
-    if sink is not None:
-        visit(sink, sympy.true)
-    return tuple(found)
+def doubtful_of(call: Call) -> tuple[Doubtful, ...]:
+    """Those loads of a call's spec whose range its shapes do not tell."""
+    found: tuple[Doubtful, ...] = call.spec.doubtful(isinstance(call.q_offset, torch.Tensor))
+    return found
 
 
 # -- proofs -----------------------------------------------------------------------------------------------------------
@@ -126,85 +80,139 @@ def _box(call: Call) -> Box:
         low, high = float(offset), float(offset)
     else:
         low, high = (float(x) for x in offset.aminmax()) if offset.device.type == "cpu" else ANY
-    box: dict[Any, Bounds] = {B: (0, batch - 1), H: (0, heads - 1), J: (0, call.n_k - 1)}
-    box |= {I: (low, high + n_q - 1), Q_OFFSET: (low, high)}
-    box |= {call.spec.call_params[name].sym: (float(value), float(value)) for name, value in call.params.items()}
+    box: dict[str, Bounds] = {"b": (0, batch - 1), "h": (0, heads - 1), "j": (0, call.n_k - 1)}
+    box |= {"i": (low, high + n_q - 1), "q_offset": (low, high)}
+    box |= {name: (float(value), float(value)) for name, value in call.params.items()}
     return tuple(box.items())
 
 
 @lru_cache(maxsize=4096)
-def _stays_inside(index: Any, used: Any, box: Box, size: int) -> bool:
+def _stays_inside(index: Node, used: Node, box: Box, size: int) -> bool:
     """Whether `index` is proved to be in 0 .. size - 1 where `used` holds."""
-    numbers = {symbol: sympy.Integer(int(low)) for symbol, (low, high) in box if low == high and symbol.is_integer}
-    low, high = _bounds(index.xreplace(numbers), used.xreplace(numbers), dict(box))
+    low, high = _Proof(dict(box)).bounds(index, (used,))
     return low >= 0 and high < size
 
 
-def _bounds(e: Any, used: Any, box: dict[Any, Bounds]) -> Bounds:
-    """Bounds on an integer expression where `used` holds: of its parts, and those that `used` itself states."""
-    low, high = _bounds_of_parts(e, used, box)
-    terms, constant = linear_terms(e)
-    for atom in used.args if isinstance(used, sympy.And) else (used,):
-        if not isinstance(atom, (sympy.Ge, sympy.Eq)):
-            continue
-        own, rest = linear_terms(atom.args[0])
-        if own == terms:  # e - constant + rest >= 0
-            low = max(low, constant - rest)
-            high = min(high, constant - rest) if isinstance(atom, sympy.Eq) else high
-        elif own == {term: -factor for term, factor in terms.items()}:
-            high = min(high, constant + rest)
-            low = max(low, constant + rest) if isinstance(atom, sympy.Eq) else low
-    return low, high
+class _Proof:
+    """Bounds on integer programs within a box."""
+
+    def __init__(self, box: dict[str, Bounds]):
+        self.box = box
+
+    def bounds(self, e: Node, used: tuple[Node, ...]) -> Bounds:
+        """Bounds where all of `used` hold: of its parts, and those that `used` itself states."""
+        low, high = self._of_parts(e, used)
+        terms, constant = self._linear(e)
+        for atom in _conjuncts(used):
+            if atom.op not in (">=", "=="):
+                continue
+            own, rest = self._linear(atom.args[0])  # >= 0, or == 0
+            if own == terms:  # e - constant + rest >= 0
+                low = max(low, constant - rest)
+                high = min(high, constant - rest) if atom.op == "==" else high
+            elif own == {term: -factor for term, factor in terms.items()}:
+                high = min(high, constant + rest)
+                low = max(low, constant + rest) if atom.op == "==" else low
+        return low, high
+
+    def _number(self, e: Node) -> int | None:
+        """The one value that a program can have, if that is plain."""
+        if e.op == "int":
+            return int(e.value)
+        if e.op == "integer":
+            low, high = self.box.get(e.value, ANY)
+            return int(low) if low == high else None
+        return None
+
+    def _linear(self, e: Node) -> Linear:
+        number = self._number(e)
+        if number is not None:
+            return {}, number
+        if e.op == "add":
+            terms: dict[Node, int] = {}
+            constant = 0
+            for arg in e.args:
+                own, rest = self._linear(arg)
+                constant += rest
+                for term, factor in own.items():
+                    terms[term] = terms.get(term, 0) + factor
+            return {term: factor for term, factor in terms.items() if factor}, constant
+        if e.op == "mul":
+            numbers = [self._number(arg) for arg in e.args]
+            others = [arg for arg, number in zip(e.args, numbers, strict=True) if number is None]
+            factor = math.prod(number for number in numbers if number is not None)
+            if len(others) <= 1:
+                own, rest = self._linear(others[0]) if others else ({}, 1)
+                return ({term: factor * x for term, x in own.items()} if factor else {}), factor * rest
+        return {e: 1}, 0
+
+    def _of_parts(self, e: Node, used: tuple[Node, ...]) -> Bounds:
+        number = self._number(e)
+        if number is not None:
+            return number, number
+        if e.op == "integer":
+            return self.box.get(e.value, ANY)
+        if e.op == "load":
+            return (0, 1) if e.kind == "bool" else ANY
+        if e.op == "where":
+            condition, yes, no = e.args
+            parts = [self.bounds(yes, (*used, condition)), self.bounds(no, (*used, *_negated(condition)))]
+            return min(low for low, _ in parts), max(high for _, high in parts)
+        if e.op in ("floor", "round"):
+            return -LARGEST_ROUNDED, LARGEST_ROUNDED
+        if e.op == "bit and":  # with a number that is not negative
+            mask = self._number(e.args[0])
+            return (0, mask) if mask is not None and mask >= 0 else ANY
+        parts = [self.bounds(arg, used) for arg in e.args]
+        if e.op == "add":
+            return sum(low for low, _ in parts), sum(high for _, high in parts)
+        if e.op in ("min", "max"):
+            pick = min if e.op == "min" else max
+            return pick(low for low, _ in parts), pick(high for _, high in parts)
+        if e.op == "mul":
+            first, *rest = parts
+            for low, high in rest:
+                ends = [0 if 0 in (x, y) else x * y for x in first for y in (low, high)]  # 0 * inf is 0 here
+                first = min(ends), max(ends)
+            return first
+        if e.op == "abs":
+            low, high = parts[0]
+            return (0 if low <= 0 <= high else min(abs(low), abs(high))), max(abs(low), abs(high))
+        if e.op in ("floordiv", "mod") and (divisor := self._number(e.args[1]) or 0) > 0:
+            low, high = parts[0]
+            if e.op == "mod":
+                return (low, high) if low >= 0 and high < divisor else (0, divisor - 1)
+            return low if math.isinf(low) else low // divisor, high if math.isinf(high) else high // divisor
+        return ANY
 
 
-def _bounds_of_parts(e: Any, used: Any, box: dict[Any, Bounds]) -> Bounds:
-    if e.is_Integer:
-        return int(e), int(e)
-    if e.is_Symbol:
-        return box.get(e, ANY)
-    if isinstance(e, Load):
-        return (0, 1) if is_flag(e) else ANY
-    if isinstance(e, Where):
-        condition, yes, no = e.args
-        parts = [
-            _bounds(yes, conjunction([used, condition]), box),
-            _bounds(no, conjunction([used, negate(condition)]), box),
-        ]
-        return min(low for low, _ in parts), max(high for _, high in parts)
-    if isinstance(e, (Floor, Round)):
-        return -LARGEST_ROUNDED, LARGEST_ROUNDED
-    if isinstance(e, BitAnd):  # with a number that is not negative
-        return (0, int(e.args[0])) if e.args[0].is_Integer and e.args[0] >= 0 else ANY
-    parts = [_bounds(arg, used, box) for arg in e.args]
-    if e.is_Add:
-        return sum(low for low, _ in parts), sum(high for _, high in parts)
-    if isinstance(e, (Minimum, Maximum)):
-        pick = min if isinstance(e, Minimum) else max
-        return pick(low for low, _ in parts), pick(high for _, high in parts)
-    if e.is_Mul:
-        first, *rest = parts
-        for low, high in rest:
-            ends = [0 if 0 in (x, y) else x * y for x in first for y in (low, high)]  # 0 * inf is 0 here
-            first = min(ends), max(ends)
-        return first
-    (low, high), divisor = parts[0], e.args[-1]
-    if isinstance(e, Absolute):
-        return (0 if low <= 0 <= high else min(abs(low), abs(high))), max(abs(low), abs(high))
-    if isinstance(e, (FloorDiv, PyMod)) and divisor.is_Integer and divisor > 0:
-        number = int(divisor)
-        if isinstance(e, PyMod):
-            return (low, high) if low >= 0 and high < number else (0, number - 1)
-        return low if math.isinf(low) else low // number, high if math.isinf(high) else high // number
-    return ANY
+def _conjuncts(conditions: tuple[Node, ...]) -> Iterator[Node]:
+    for condition in conditions:
+        yield from _conjuncts(condition.args) if condition.op == "and" else (condition,)
+
+
+def _negated(condition: Node) -> tuple[Node, ...]:
+    """What holds where a condition on integers does not, as far as that is a conjunction."""
+    if condition.op == "or":
+        return tuple(atom for arg in condition.args for atom in _negated(arg))
+    if condition.op == ">=":  # x >= 0
+        return (Node(">=", (_minus(condition.args[0], -1), Node("int", (), 0))),)
+    if condition.op == "!=":
+        return (Node("==", condition.args),)
+    return ()
+
+
+def _minus(e: Node, shift: int) -> Node:
+    return Node("add", (Node("int", (), shift), Node("mul", (Node("int", (), -1), e))))
 
 
 # -- looks ------------------------------------------------------------------------------------------------------------
 
 
-def _look(call: Call, load: Load, dim: int, index: Any, used: Any) -> None:
+def _look(call: Call, load: Doubtful, dim: int) -> None:
     """InputError if the index leaves its dimension for some pair for which it matters."""
-    size, listed = call.captures[load.name].shape[dim], None
-    for env in _scopes(call, rows=I in index.free_symbols):
+    size, listed, index, used = call.captures[load.name].shape[dim], None, load.indices[dim], load.used
+    for env in _scopes(call, rows="i" in names_in(index)):
         values = tensor_of(evaluate(index, env), call.q.device)
         if not ((values < 0) | (values >= size)).any():
             continue
@@ -219,32 +227,33 @@ def _look(call: Call, load: Load, dim: int, index: Any, used: Any) -> None:
             wrong = ((values < 0) | (values >= size)) & matters
             if wrong.any():
                 value = values.expand(wrong.shape)[wrong][0].item()
-                raise InputError(load.name, _wanted(index, dim, size), value, _FIX)
+                raise InputError(load.name, _wanted(load, dim, size), value, _FIX)
 
 
-def _assert(call: Call, load: Load, dim: int, index: Any, used: Any) -> None:
+def _assert(call: Call, load: Doubtful, dim: int) -> None:
     """The same by the device, later; nothing where it would need a large table."""
     name, size, offset = load.name, call.captures[load.name].shape[dim], call.q_offset
-    if index == I:
+    index, used = load.indices[dim], load.used
+    if index is INDEX["i"]:
         assert isinstance(offset, torch.Tensor)
         end = offset + call.q.shape[2]
         require(name, end <= size, f"as many positions as q_offset and q reach, at most {size}", end, "in row")
         return
-    lengths = dict(zip((B, H, I, J), (*call.q.shape[:3], call.n_k), strict=True))
-    read = index.free_symbols | used.free_symbols
+    lengths = dict(zip("bhij", (*call.q.shape[:3], call.n_k), strict=True))
+    read = names_in(index) | names_in(used)
     if call.spec.lists is not None or math.prod(n for axis, n in lengths.items() if axis in read) > LARGEST_TABLE:
         return
     (env,) = _scopes(call, rows=False)
     values, matters = (tensor_of(evaluate(e, env), call.q.device) for e in (index, used))
     right = ((values >= 0) & (values < size)) | ~matters
-    require(name, right, _wanted(index, dim, size), values.expand(right.shape))
+    require(name, right, _wanted(load, dim, size), values.expand(right.shape))
 
 
 _FIX = "clamp the index with min and max, mask these pairs out, or pass a larger tensor"
 
 
-def _wanted(index: Any, dim: int, size: int) -> str:
-    return f"`{to_text(index)}`, its index {dim}, in 0 .. {size - 1} for every pair that the mask keeps"
+def _wanted(load: Doubtful, dim: int, size: int) -> str:
+    return f"`{load.texts[dim]}`, its index {dim}, in 0 .. {size - 1} for every pair that the mask keeps"
 
 
 def _scopes(call: Call, rows: bool) -> Iterator[dict[str, Any]]:

@@ -23,7 +23,9 @@ from attngen.errors import SpecError
 from attngen.language import keyset as keysets
 from attngen.language.expression import Q_OFFSET, ROW, B, H, I, J, Load, S, loads, to_text
 from attngen.language.expression.builder import Declaration, Expr, Param, Tensor, wrap
+from attngen.language.expression.doubtful import doubtful_loads
 from attngen.language.expression.parse import parse
+from attngen.language.indices import Doubtful
 from attngen.language.lists import Lists
 from attngen.language.lists import read as read_lists
 from attngen.language.schedule import Schedule
@@ -184,6 +186,10 @@ class Spec:
         if self.dropout is None or "seed" in self.tensors:
             return self
         return Spec.from_text(f"{_SEED_ON_DEVICE.text()}\n{self.text}", schedule=self.schedule, name=self.name)
+
+    def doubtful(self, by_offset: bool, sink: bool = True) -> tuple[Doubtful, ...]:
+        """The loads whose range a call's shapes do not tell, see `attngen.language.indices`. by_offset: q_offset is a tensor."""
+        return doubtful_loads(self.mask, self.score, self.sink if sink else None, by_offset)
 
     @property
     def reads_rows(self) -> bool:

@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from attngen.language.expression import ROW, B, H, I, J, evaluate, tensor_of
+from attngen.language.expression import ROW, B, H, I, J
+from attngen.language.programs import evaluate, tensor_of
 
 
 @dataclass(frozen=True)

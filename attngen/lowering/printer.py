@@ -368,7 +368,7 @@ class Printer:
 
     def _load(self, expr: Load) -> Value:
         """A gather from a captured tensor. No lane reads out of range: a plain index of `trusted` is in range by the
-        runtime's check of the shapes, any other is clamped (as in `expression.evaluate`).
+        runtime's check of the shapes, any other is clamped (as in `programs.evaluate`).
         """
         tensor = self.names.get(expr.name, expr.name)
         by_shape: dict[Axes, list[tuple[int, Any]]] = {}

@@ -11,9 +11,9 @@ import torch
 
 from attngen.analysis import facts
 from attngen.language.call import Call, bind
-from attngen.language.expression import Expr, Load, Tensor, evaluate, tensor_of
-from attngen.language.indices import checked_loads
+from attngen.language.expression import Expr, Load, Tensor
 from attngen.language.keyset import KeySet
+from attngen.language.programs import evaluate, tensor_of
 from attngen.language.spec import Spec
 from attngen.plan.moves import Move
 from attngen.plan.plan import Sizes
@@ -92,7 +92,7 @@ class Planner:
         """
         inner = self.spec if build is None else self._inner(role, build)
         # What positions do not prove has to be looked at, whatever rows the key set moved.
-        looks = looks or bool(checked_loads(self.spec.mask, self.spec.score, None, self.sizes.offset == "tensor"))
+        looks = looks or bool(self.spec.doubtful(self.sizes.offset == "tensor", sink=False))
         local = {self._free(own): buffer for own, buffer in (captures or {}).items()}
         named = tuple((tensor, local.get(tensor, tensor)) for tensor in inner.tensors)
         step = self.prefix + name

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from attngen.language.call import Call, bind
-from attngen.language.expression import Load, S, evaluate, tensor_of, uniform
+from attngen.language.expression import Load, S
 from attngen.language.listed_pairs import as_log_weight, without_pages
+from attngen.language.programs import evaluate, tensor_of, uniform
 from attngen.language.spec import Spec
 
 

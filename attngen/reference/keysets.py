@@ -11,7 +11,7 @@ import torch
 
 from attngen.errors import InputError
 from attngen.language.call import Call, bind
-from attngen.language.expression import evaluate, tensor_of
+from attngen.language.programs import evaluate, tensor_of
 from attngen.language.spec import Spec
 from attngen.plan.forward import split
 from attngen.plan.keysets.hyper import Draws, layout_of

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from attngen.language.call import Call, bind, for_all_batches
-from attngen.language.expression import evaluate, tensor_of
+from attngen.language.programs import evaluate, tensor_of
 from attngen.language.spec import Spec
 from attngen.plan.forward import split
 from attngen.reference.dense import dense, dense_env, logsumexp, written_out

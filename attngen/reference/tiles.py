@@ -10,7 +10,7 @@ import torch
 
 from attngen.analysis import tile_map
 from attngen.language.call import Call
-from attngen.language.expression.evaluate import uniform
+from attngen.language.programs import uniform
 
 Weights = tuple[torch.Tensor, torch.Tensor | None]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from attngen.language.call import LARGEST_POSITION, Call, check_offset, numbers_of
-from attngen.language.indices import check_indices, doubtful_loads
+from attngen.language.indices import check_indices, doubtful_of
 from attngen.language.keyset import KeySet
 from attngen.language.spec import Spec
 from attngen.runtime.executable import Executable
@@ -76,7 +76,7 @@ class Known:
                     least, most = max(least, 0), min(most, given.shape[dim] - call.q.shape[2])
             dtype = None if ready.dtype == given.dtype else ready.dtype
             tensors.append((name, dtype, None if ready.shape == given.shape else tuple(ready.shape)))
-        looks = bool(doubtful_loads(call))
+        looks = bool(doubtful_of(call))
         return cls(executable, keys, tuple(tensors), (least, most), looks, call.known)
 
     def own(self, captures: Mapping[str, Any]) -> dict[str, Any]:

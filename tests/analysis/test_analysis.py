@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attngen.analysis import Axis, Walk, WalkProgram, facts, run, tile_map
-from attngen.language.expression import Param, Tensor, evaluate
+from attngen.language.expression import Param, Tensor
+from attngen.language.programs import evaluate
 from attngen.language.spec import Spec
 
 WIDTH, PREFIX, STEP, RADIUS = Param("width"), Param("prefix"), Param("step"), Param("radius")

@@ -7,7 +7,8 @@ import torch
 
 from attngen.analysis import GPUS, Axis, facts, paint, run, tile_map
 from attngen.errors import InputError
-from attngen.language.expression import Param, Tensor, evaluate, to_text
+from attngen.language.expression import Param, Tensor, to_text
+from attngen.language.programs import evaluate
 from attngen.language.spec import Spec
 
 DOC, LIMIT, KEEP = Tensor("doc", 2, torch.int32), Tensor("limit", 1, torch.int32), Tensor("keep", 2, torch.bool)

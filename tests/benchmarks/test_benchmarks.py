@@ -17,7 +17,7 @@ import torch
 
 import attngen as ag
 from attngen.language.call import bind
-from attngen.language.expression import evaluate
+from attngen.language.programs import evaluate
 from attngen.reference.dense import dense_env
 from benchmarks import expected, measure, paper_tables, prepare, report, report_files, seeds, suite
 from benchmarks.__main__ import main

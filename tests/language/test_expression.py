@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 
 import attngen as ag
-from attngen.language import expression
-from attngen.language.expression import Expr, I, J, evaluate, negate, to_text
+from attngen.language import programs
+from attngen.language.expression import Expr, I, J, negate, to_text
 from attngen.language.expression.parse import parse
+from attngen.language.programs import evaluate
 from tests.strategies import PARAMS, TENSORS, Case, by_torch, cases
 
 DECLARED = {d.name: d for d in [*PARAMS, *TENSORS]}
@@ -201,7 +202,7 @@ def test_other_languages_operators_are_named_with_the_caret_and_the_right_one(te
 
 
 def test_uniform_is_uniform_and_fixed():
-    draws = expression.uniform(7, 1, 2, torch.arange(512).view(-1, 1), torch.arange(512))
+    draws = programs.uniform(7, 1, 2, torch.arange(512).view(-1, 1), torch.arange(512))
     assert abs(draws.mean().item() - 0.5) < 0.005 and abs(draws.var().item() - 1 / 12) < 0.002
     assert torch.corrcoef(torch.stack([draws[:-1].flatten(), draws[1:].flatten()]))[0, 1].abs() < 0.01
-    assert not torch.equal(draws, expression.uniform(8, 1, 2, torch.arange(512).view(-1, 1), torch.arange(512)))
+    assert not torch.equal(draws, programs.uniform(8, 1, 2, torch.arange(512).view(-1, 1), torch.arange(512)))

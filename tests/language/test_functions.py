@@ -9,8 +9,9 @@ import torch
 
 import attngen as ag
 from attngen.analysis import facts
-from attngen.language.expression import Expr, I, J, evaluate
+from attngen.language.expression import Expr, I, J
 from attngen.language.expression.parse import parse
+from attngen.language.programs import evaluate
 from tests.check import check
 
 B, HEADS, KV_HEADS, N_Q, N_K, D = 2, 4, 2, 20, 37, 16

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 
 import attngen as ag
-from attngen.language import expression
+from attngen.language import expression, programs
 from tests.strategies import Case, cases
 
 PADDING = torch.ones(2, 8, dtype=torch.bool)
@@ -157,7 +157,7 @@ def test_t5_buckets_are_those_of_the_paper_code():
     for bidirectional in (True, False):
         spec = ag.Spec(score=ag.t5_bias(bidirectional=bidirectional))
         (load,) = expression.loads(spec.score)
-        got = expression.evaluate(load.indices[0], {"i": i, "j": j})
+        got = programs.evaluate(load.indices[0], {"i": i, "j": j})
         assert torch.equal(torch.broadcast_to(got, (300, 300)).long(), reference(j - i, bidirectional))
 
 

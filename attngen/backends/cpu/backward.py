@@ -15,7 +15,7 @@ from attngen.backends.cpu.products import add_products, exponential, product, ro
 from attngen.backends.cpu.scopes import positions
 from attngen.backends.cpu.weights import Normalisers
 from attngen.backends.cpu.work import Unit, Work
-from attngen.language.expression import evaluate
+from attngen.language.programs import evaluate
 from attngen.plan.memory import empty
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]

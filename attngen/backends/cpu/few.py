@@ -19,7 +19,8 @@ from attngen.backends.cpu.scopes import environment, offsets_of, real_of, sinks_
 from attngen.backends.cpu.tiles import Keys, joined
 from attngen.backends.cpu.weights import shows_in_weights
 from attngen.language.call import Call
-from attngen.language.expression import B, S, evaluate
+from attngen.language.expression import B, S
+from attngen.language.programs import evaluate
 from attngen.schedule import Schedule
 
 # Query rows that share keys, and multiply-adds of their product, up to which this is faster than tiles.

@@ -10,7 +10,8 @@ import torch
 
 from attngen.errors import InputError
 from attngen.language.checks import checked
-from attngen.language.expression import B, H, I, J, Load, Where, conjunction, evaluate, negate, to_text
+from attngen.language.expression import B, H, I, J, Load, Where, conjunction, negate, to_text
+from attngen.language.programs import evaluate
 
 
 @lru_cache(maxsize=256)

@@ -10,7 +10,7 @@ import torch
 from attngen.backends.cpu.masks import Blocked
 from attngen.backends.cpu.products import product
 from attngen.backends.cpu.work import Unit, Work
-from attngen.language.expression import evaluate, uniform
+from attngen.language.programs import evaluate, uniform
 
 
 def logits_of(

@@ -13,7 +13,8 @@ import torch
 from attngen.backends.cpu.scopes import axis_scopes, offsets_of, positions
 from attngen.backends.cpu.tiles import Chunks
 from attngen.language.call import Call
-from attngen.language.expression import B, H, I, J, evaluate, is_int, linear_terms
+from attngen.language.expression import B, H, I, J, is_int, linear_terms
+from attngen.language.programs import evaluate
 
 KEPT_BYTES = 2**26  # of masks that a job keeps
 

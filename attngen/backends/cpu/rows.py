@@ -18,8 +18,9 @@ from attngen.backends.cpu.parallel import run_jobs
 from attngen.backends.cpu.weights import shows_in_weights
 from attngen.errors import InputError
 from attngen.language.call import Call
-from attngen.language.expression import S, evaluate
+from attngen.language.expression import S
 from attngen.language.lists import RowLists
+from attngen.language.programs import evaluate
 
 PIECE = 2**20  # numbers of a gathered operand
 

@@ -8,7 +8,7 @@ import torch
 
 from attngen.backends.cpu.loads import check_loads, checked_loads
 from attngen.language.call import Call
-from attngen.language.expression import evaluate
+from attngen.language.programs import evaluate
 
 
 def real_of(call: Call) -> torch.dtype:

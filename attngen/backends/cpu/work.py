@@ -17,8 +17,9 @@ from attngen.backends.cpu.parallel import split_jobs
 from attngen.backends.cpu.scopes import environment, offsets_of, positions, real_of, sinks_of
 from attngen.backends.cpu.tiles import Chunks, Keys, ListedKeys
 from attngen.language.call import Call
-from attngen.language.expression import S, evaluate
+from attngen.language.expression import S
 from attngen.language.lists import TileLists
+from attngen.language.programs import evaluate
 
 LN2 = math.log(2)
 LOG2E = 1 / LN2

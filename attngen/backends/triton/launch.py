@@ -16,8 +16,8 @@ from attngen.analysis import facts as analyse
 from attngen.analysis.scalars import scalar_program
 from attngen.errors import InputError, ScheduleError
 from attngen.language.call import Call
-from attngen.language.expression import evaluate, tensor_of
 from attngen.language.lists import RowLists, TileLists
+from attngen.language.programs import evaluate, tensor_of
 from attngen.language.spec import Spec
 from attngen.lowering import Source, render
 from attngen.lowering.captures import EDGES, Site, collect, sites

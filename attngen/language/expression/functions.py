@@ -19,6 +19,8 @@ from sympy.core.relational import Relational
 from sympy.core.sorting import default_sort_key
 from sympy.logic.boolalg import BooleanAtom, BooleanFunction
 
+from attngen.language.programs import LARGEST_ROUNDED, LARGEST_SHIFT
+
 B = sympy.Symbol("b", integer=True)  # batch
 H = sympy.Symbol("h", integer=True)  # query head
 I = sympy.Symbol("i", integer=True)
@@ -28,8 +30,6 @@ Q_OFFSET = sympy.Symbol("q_offset", integer=True)  # position of the call's firs
 ROW = I - Q_OFFSET  # the query's row
 
 LARGEST_INTEGER = 2**53  # numbers of this size and more are floats
-LARGEST_ROUNDED = 2**30  # what floor and round give at most
-LARGEST_SHIFT = 31
 LARGE_FACTOR = 2**24  # from here on a product is an integer only if it can't leave 64 bits
 
 ONE, ZERO = sympy.Integer(1), sympy.Integer(0)

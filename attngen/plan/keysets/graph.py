@@ -12,9 +12,10 @@ import torch
 from attngen.errors import InputError
 from attngen.language.call import Call
 from attngen.language.checks import check_dims, check_tensor, require
-from attngen.language.expression import I, J, conjunction, evaluate
+from attngen.language.expression import I, J, conjunction
 from attngen.language.keysets.listed import Graph
 from attngen.language.lists import RowLists
+from attngen.language.programs import evaluate
 from attngen.language.spec import Spec
 from attngen.plan.planner import FAMILIES, Family, Planner
 from attngen.plan.steps import Result

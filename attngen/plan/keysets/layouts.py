@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from attngen.language.call import Call
-from attngen.language.expression.evaluate import uniform
 from attngen.language.keysets.tiles import BigBird, Butterfly
+from attngen.language.programs import uniform
 from attngen.language.spec import Spec
 from attngen.plan.keysets.tiles import Live, grid, live
 

@@ -11,10 +11,10 @@ import torch
 from attngen.errors import InputError
 from attngen.language.call import Call
 from attngen.language.checks import check_dims, check_range, check_tensor, require
-from attngen.language.expression import evaluate
 from attngen.language.keysets.listed import Codebook, Gather
 from attngen.language.lists import RowLists
 from attngen.language.moved import b, h, i, j, moved
+from attngen.language.programs import evaluate
 from attngen.language.spec import Spec
 from attngen.plan.keysets.graph import attend_lists, by_position, transposed, word_for
 from attngen.plan.keysets.permuted import to_query_heads

@@ -17,9 +17,10 @@ import torch
 from attngen.errors import InputError
 from attngen.language.call import LARGEST_POSITION, Call, bind
 from attngen.language.checks import check_lengths, check_tensor, require
-from attngen.language.expression import Expr, evaluate, tensor_of
+from attngen.language.expression import Expr
 from attngen.language.keysets.cached import Ragged
 from attngen.language.moved import b, by_distance, i, j, moved, moved_by, split_causal
+from attngen.language.programs import evaluate, tensor_of
 from attngen.language.spec import Spec
 from attngen.plan.planner import FAMILIES, Family, Planner
 from attngen.plan.steps import Result

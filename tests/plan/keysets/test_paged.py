@@ -14,9 +14,9 @@ import attngen as ag
 from attngen.backends.cpu.tiles import GRAIN
 from attngen.inspect import traffic
 from attngen.language.call import bind
-from attngen.language.expression import evaluate
 from attngen.language.moved import b as keys_b
 from attngen.language.moved import j as keys_j
+from attngen.language.programs import evaluate
 from attngen.plan.keysets import paged
 from attngen.reference.dense import dense_env
 from tests.check import check

@@ -11,9 +11,9 @@ import torch
 import attngen as ag
 from attngen.backends.cpu.tiles import GRAIN, Keys
 from attngen.language.call import bind
-from attngen.language.expression import evaluate
 from attngen.language.moved import b as keys_b
 from attngen.language.moved import j as keys_j
+from attngen.language.programs import evaluate
 from tests import keys_work
 from tests.check import relative
 
