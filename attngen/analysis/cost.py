@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from attngen.analysis.listed import listed_pairs
-from attngen.analysis.tables import Axis
+from attngen.analysis.summaries import Axis
 from attngen.analysis.tiles import check_positive, run
 from attngen.analysis.walk import Walk, WalkProgram
 from attngen.errors import InputError

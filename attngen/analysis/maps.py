@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from attngen.analysis.facts import facts
 from attngen.analysis.listed import listed_map
-from attngen.analysis.tables import Axis
+from attngen.analysis.spec_facts import facts
+from attngen.analysis.summaries import Axis
 from attngen.analysis.tiles import check_positive, paint, run
 from attngen.errors import InputError
 from attngen.language.spec import Spec

@@ -7,15 +7,17 @@ import operator
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import sympy
 import torch
 
-from attngen.analysis.facts import Facts
-from attngen.analysis.order import BEGIN, BLOCK, END, FIRST, LAST
-from attngen.analysis.walk import WalkProgram
-from attngen.language.expression import Absolute, FloorDiv, Load, Maximum, Minimum, PyMod, Where
+from attngen.language.programs import Node
+
+if TYPE_CHECKING:
+    from attngen.analysis.tile_program import TileProgram
+
+
+FIRST, LAST, BEGIN, END, BLOCK = "tile.first", "tile.last", "walk.begin", "walk.end", "walk.block"
 
 
 class Step(NamedTuple):
@@ -27,20 +29,20 @@ class Step(NamedTuple):
 
 
 class ScalarProgram:
-    """What `WalkProgram.evaluate` does for all tiles with tensors, for one tile with Python integers."""
+    """What `TileProgram.evaluate` does for all tiles with tensors, for one tile with Python integers."""
 
-    def __init__(self, program: WalkProgram):
+    def __init__(self, program: TileProgram):
         """KeyError if something in it has no value on integers."""
         self._values: list[Any] = []
         self._inputs: list[int] = []
         self._names: list[str] = []
         self.loads = False  # whether it reads captured tensors
         self._steps: list[Step] = []
-        self._places: dict[Any, int] = {}
-        for symbol, expr in program.lines:
-            self._places[symbol] = self._place(expr)
+        self._places: dict[Node, int] = {}
+        for name, expr in program.lines:
+            self._places[Node("integer", (), name)] = self._place(expr)
         segments = [(s, False) for s in program.full] + [(s, True) for s in program.partial]
-        self._segments = [(self._place(s.first), self._place(s.count), partial) for s, partial in segments]
+        self._segments = [(self._place(first), self._place(count), partial) for (first, count), partial in segments]
         self.by_batch, self.by_head = "b" in self._names, "h" in self._names
         # The layers of a model ask the same of it.
         self._known = lru_cache(maxsize=64)(self._evaluate)
@@ -52,11 +54,11 @@ class ScalarProgram:
         visit, rounded out to `grain`. env: params and captures.
         """
         given: dict[str, Any] = {
-            FIRST.name: first,
-            LAST.name: last,
-            BEGIN.name: 0,
-            END.name: length,
-            BLOCK.name: grain,
+            FIRST: first,
+            LAST: last,
+            BEGIN: 0,
+            END: length,
+            BLOCK: grain,
             "b": b,
             "h": h,
         }
@@ -75,7 +77,7 @@ class ScalarProgram:
             if values[count] > 0
         ]
 
-    def _place(self, expr: Any) -> int:
+    def _place(self, expr: Node) -> int:
         """Where the value of an expression will be; equal ones share a place."""
         if expr in self._places:
             return self._places[expr]
@@ -86,7 +88,7 @@ class ScalarProgram:
         self._values.append(None)
         if function is None:
             self._inputs.append(place)
-            self._names.append(expr.name)
+            self._names.append(expr.value)
         elif not places:
             self._values[place] = function()
         elif len(places) == 1:
@@ -97,34 +99,16 @@ class ScalarProgram:
         return place
 
 
-@lru_cache(maxsize=256)
-def scalar_program(facts: Facts) -> ScalarProgram | None:
-    """How a tile of queries walks the keys; None if that needs tables of captured data, or reals."""
-    if facts.program_keys.tables:
-        return None
-    try:
-        return ScalarProgram(facts.program_keys)
-    except KeyError:
-        return None
-
-
-def _operation(expr: Any) -> tuple[Callable[..., Any] | None, tuple[Any, ...]]:
+def _operation(expr: Node) -> tuple[Callable[..., Any] | None, tuple[Node, ...]]:
     """(its function, its arguments); None for an input. KeyError if it isn't about integers."""
-    if expr == sympy.true or expr == sympy.false:
-        truth = bool(expr)
-        return (lambda: truth), ()
-    if expr.is_Integer:
-        number = int(expr)
-        return (lambda: number), ()
-    if expr.is_Symbol:
-        if not expr.is_integer:
-            raise KeyError(expr)
+    value = expr.value
+    if expr.op in ("bool", "int"):
+        return (lambda: value), ()
+    if expr.op == "integer":
         return None, ()
-    if isinstance(expr, Load):
-        if not expr.args[0].is_integer:
-            raise KeyError(expr)
-        return _element, expr.args
-    return _FUNCTIONS[type(expr)], expr.args
+    if expr.op == "load" and expr.kind != "float":
+        return _element, (Node("integer", (), value), *expr.args)
+    return _FUNCTIONS[expr.op], expr.args
 
 
 def _element(tensor: torch.Tensor, *index: int) -> int:
@@ -133,19 +117,19 @@ def _element(tensor: torch.Tensor, *index: int) -> int:
     return int(tensor[tuple(inside)]) if tensor.numel() else 0
 
 
-_FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    sympy.Add: lambda *args: sum(args),
-    sympy.Mul: lambda *args: math.prod(args),
-    sympy.And: lambda *args: all(args),
-    sympy.Or: lambda *args: any(args),
-    Absolute: abs,
-    FloorDiv: operator.floordiv,
-    PyMod: operator.mod,
-    Minimum: min,
-    Maximum: max,
-    Where: lambda condition, a, b: a if condition else b,
-    sympy.GreaterThan: operator.ge,
-    sympy.StrictGreaterThan: operator.gt,
-    sympy.Equality: operator.eq,
-    sympy.Unequality: operator.ne,
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "add": lambda *args: sum(args),
+    "mul": lambda *args: math.prod(args),
+    "and": lambda *args: all(args),
+    "or": lambda *args: any(args),
+    "abs": abs,
+    "floordiv": operator.floordiv,
+    "mod": operator.mod,
+    "min": min,
+    "max": max,
+    "where": lambda condition, a, b: a if condition else b,
+    ">=": operator.ge,
+    ">": operator.gt,
+    "==": operator.eq,
+    "!=": operator.ne,
 }

@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from attngen.analysis.tables import Axis
-from attngen.analysis.walk import Walk, WalkProgram
+from attngen.analysis.summaries import Axis
+from attngen.analysis.tile_program import Evaluated
 from attngen.errors import InputError
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
+
+
+class Program(Protocol):
+    """A walk in tile numbers: `WalkProgram`, `TileProgram`."""
+
+    def evaluate(
+        self, first: Any, last: Any, begin: Any, end: Any, block: int, env: Mapping[str, Any]
+    ) -> Evaluated: ...
+
+
+class Walk(Protocol):
+    """What running a walk asks of it: `attngen.analysis.walk.Walk`, `attngen.analysis.call_facts.WalkFacts`."""
+
+    @property
+    def divisors(self) -> frozenset[str]: ...
+
+    def prepare(
+        self, env: Mapping[str, Any], tile: Axis, walked: Axis, block: int, device: Any = "cpu"
+    ) -> dict[str, torch.Tensor]: ...
+
 
 Segments = tuple[tuple[torch.Tensor, torch.Tensor], ...]  # (firsts, counts), each [B or 1, H or 1, tiles]
 
 
 def run(
     walk: Walk,
-    program: WalkProgram,
+    program: Program,
     env: Mapping[str, Any],
     tile: Axis,
     walked: Axis,
@@ -55,7 +75,7 @@ def paint(full: Segments, partial: Segments, tiles: int, walked_tiles: int, b: i
 
 def check_positive(walk: Walk, env: Mapping[str, Any]) -> None:
     """InputError for a param that divides a position and is not positive."""
-    for symbol in walk.positive:
-        value = env.get(symbol.name)
+    for name in walk.divisors:
+        value = env.get(name)
         if value is not None and not isinstance(value, torch.Tensor) and value < 1:
-            raise InputError(symbol.name, "at least 1, since the mask divides by it", value)
+            raise InputError(name, "at least 1, since the mask divides by it", value)

@@ -1,7 +1,7 @@
 """Walks: which tiles of the other axis a tile has to visit, and which of them need the mask.
 
 `Walk` holds the analysis in positions. `Walk.program()` turns it into a short scalar program over tile numbers, the
-same one that a Triton kernel runs in registers and that `WalkProgram.evaluate` runs for all tiles at once with torch.
+same one that a Triton kernel runs in registers and that `TileProgram.evaluate` runs for all tiles at once with torch.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ import torch
 
 from attngen.analysis.intervals import INFINITY, Cover, Interval, cover, join_neighbours, merge
 from attngen.analysis.normal import Reader
-from attngen.analysis.order import BEGIN, BLOCK, END, FIRST, LAST, ZERO, Down, Order, Up
-from attngen.analysis.tables import Axis, Table, Tables, prepare
+from attngen.analysis.order import BEGIN, BLOCK, END, ZERO, Down, Order, Up
+from attngen.analysis.scalars import ScalarProgram
+from attngen.analysis.summaries import Axis, Summary, prepare
+from attngen.analysis.tables import Table, Tables
+from attngen.analysis.tile_program import Evaluated, TileProgram
 from attngen.language.expression import B, FloorDiv, H, I, J, Maximum, Minimum, Where, conjunction, negate, to_text
-from attngen.language.programs import evaluate
+from attngen.language.programs import program_of
 
 MAX_SEGMENTS = 16  # live x hole intervals whose intersections a program spells out
 
@@ -66,35 +69,24 @@ class WalkProgram:
             used |= expr.free_symbols - names
         return frozenset(used - {symbol for symbol, _ in self.lines})
 
-    def evaluate(
-        self, first: Any, last: Any, begin: Any, end: Any, block: int, env: Mapping[str, Any]
-    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Run the program for many tiles: (full firsts, full counts, partial firsts, partial counts), one entry a
-        segment.
+    def evaluate(self, first: Any, last: Any, begin: Any, end: Any, block: int, env: Mapping[str, Any]) -> Evaluated:
+        """Run it for many tiles, see `TileProgram.evaluate`."""
+        return self.plain.evaluate(first, last, begin, end, block, env)
 
-        `first`, `last`: int64 [B or 1, 1, tiles], original positions of each tile's first and last row. `begin`,
-        `end`: of the walked axis, ints or [B, 1, 1]. `env`: params, captures, "b" [B, 1, 1], "h" [1, H, 1] and
-        prepared tables by name. Results are int64 and broadcast over [B or 1, H or 1, tiles].
-        """
-        scope = dict(env)
-        scope |= {FIRST.name: first, LAST.name: last, BEGIN.name: begin, END.name: end, BLOCK.name: block}
-        values: dict[Any, Any] = {}
-        for symbol, expr in self.lines:
-            scope[symbol.name] = evaluate(expr, scope, values)
+    @property
+    def scalar(self) -> ScalarProgram | None:
+        """The same for one tile, on integers."""
+        return self.plain.scalar
 
-        def tensors(expressions: Iterable[Any]) -> tuple[torch.Tensor, ...]:
-            device = first.device
-            found = (evaluate(e, scope, values) for e in expressions)
-            # A number is written by a kernel there: copying it to a GPU would wait for it.
-            found = (x.to(device) if isinstance(x, torch.Tensor) else torch.full((), x, device=device) for x in found)
-            return tuple(x.to(torch.int64) if x.ndim else x.to(torch.int64).view(1, 1, 1) for x in found)
-
-        return (
-            tensors(s.first for s in self.full),
-            tensors(s.count for s in self.full),
-            tensors(s.first for s in self.partial),
-            tensors(s.count for s in self.partial),
+    @cached_property
+    def plain(self) -> TileProgram:
+        """The same as plain data, to run it."""
+        full, partial = (
+            tuple((program_of(s.first), program_of(s.count)) for s in segments)
+            for segments in (self.full, self.partial)
         )
+        lines = tuple((symbol.name, program_of(expr)) for symbol, expr in self.lines)
+        return TileProgram(lines, full, partial, bool(self.tables))
 
 
 @dataclass(frozen=True)
@@ -125,6 +117,16 @@ class Walk:
         )
 
     @property
+    def divisors(self) -> frozenset[str]:
+        """Names of the params that divide."""
+        return frozenset(symbol.name for symbol in self.positive)
+
+    @cached_property
+    def summaries(self) -> tuple[Summary, ...]:
+        """Its tables, as what computes them takes them."""
+        return tuple(table.summary for table in self.tables)
+
+    @property
     def needs_tables(self) -> bool:
         """Whether the walk reads captured data that has to be summarised before."""
         return bool(self.tables)
@@ -147,7 +149,7 @@ class Walk:
         self, env: Mapping[str, Any], tile: Axis, walked: Axis, block: int, device: Any = "cpu"
     ) -> dict[str, torch.Tensor]:
         """The walk's tables for one call, see `tables.prepare`; nothing for closed-form masks."""
-        return prepare(self.tables, env, tile, walked, block, device)
+        return prepare(self.summaries, env, tile, walked, block, device)
 
     def program(self, begin: Any = None) -> WalkProgram:
         """The program in tile numbers. `begin` defaults to 0 for keys and to BEGIN for queries."""

@@ -19,7 +19,7 @@ import torch
 from attngen.errors import InputError
 from attngen.language.checks import checked, require
 from attngen.language.listed_pairs import as_log_weight
-from attngen.language.programs import INDEX, LARGEST_ROUNDED, ROW, Node, evaluate, names_in, tensor_of
+from attngen.language.programs import INDEX, LARGEST_ROUNDED, ROW, Node, evaluate, names_in, negative, tensor_of
 
 Call = Any  # `attngen.language.call.Call`, which calls this module
 
@@ -203,7 +203,7 @@ def _negated(condition: Node) -> tuple[Node, ...]:
 
 
 def _minus(e: Node, shift: int) -> Node:
-    return Node("add", (Node("int", (), shift), Node("mul", (Node("int", (), -1), e))))
+    return Node("add", (Node("int", (), shift), negative(e)))
 
 
 # -- looks ------------------------------------------------------------------------------------------------------------

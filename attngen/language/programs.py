@@ -54,8 +54,14 @@ class Node:
 
 _NODES: WeakValueDictionary[Any, Node] = WeakValueDictionary()
 
+
+def negative(node: Node) -> Node:
+    """-node."""
+    return Node("mul", (Node("int", (), -1), node))
+
+
 INDEX = {name: Node("integer", (), name) for name in ("b", "h", "i", "j")}
-ROW = Node("add", (Node("integer", (), "i"), Node("mul", (Node("int", (), -1), Node("integer", (), "q_offset")))))
+ROW = Node("add", (Node("integer", (), "i"), negative(Node("integer", (), "q_offset"))))
 
 
 @singledispatch

@@ -14,7 +14,7 @@ from typing import Any
 import sympy
 
 from attngen.analysis import Table
-from attngen.analysis.tables import LIMIT, ROOM
+from attngen.analysis.summaries import LIMIT, ROOM
 from attngen.language.expression import B, H, I, J, kind
 from attngen.lowering import signature
 from attngen.lowering.axes import Roles, decode_tables, roles_of

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 
 from attngen.analysis import Axis, Facts, run
-from attngen.analysis.scalars import scalar_program
 from attngen.analysis.tiles import Segments
 from attngen.backends.cpu.scopes import offsets_of, walk_scope
 from attngen.language.call import Call
@@ -58,7 +57,7 @@ class Keys:
     def __init__(self, call: Call, facts: Facts, block_m: int, chunk: int, kernel: str = "forward"):
         self.length, self.chunk, self.block_m, self.rows = call.n_k, max(GRAIN, chunk), block_m, call.q.shape[2]
         self.grain = grain_of(block_m, self.rows)
-        self.scalar = scalar_program(facts)
+        self.scalar = facts.program_keys.scalar
         self._places = call.q.shape[0], call.q.shape[1], -(-self.rows // block_m)
         if self.scalar is not None:
             by_offset = isinstance(call.q_offset, torch.Tensor)

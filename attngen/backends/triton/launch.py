@@ -13,7 +13,6 @@ import torch
 from attngen import debug
 from attngen.analysis import Facts
 from attngen.analysis import facts as analyse
-from attngen.analysis.scalars import scalar_program
 from attngen.errors import InputError, ScheduleError
 from attngen.language.call import Call
 from attngen.language.lists import RowLists, TileLists
@@ -173,7 +172,7 @@ def _counted(call: Call, facts: Facts, grid: Grid, tiles: int, schedule: Schedul
     """How many key tiles each query tile of any head visits, counted here, where that is a matter of few integers: in decoding it
     changes once in many tokens. Not while a graph is captured, which would keep what `_equal_runs` may forget.
     """
-    program = scalar_program(facts)
+    program = facts.program_keys.scalar
     if call.spec.lists is not None or program is None or program.loads or program.by_batch or program.by_head:
         return None
     if not 0 < tiles <= MOST_COUNTED or isinstance(call.q_offset, torch.Tensor):
