@@ -51,9 +51,7 @@ def tile_map(
     if spec.lists is not None:
         missing = [name for name in spec.lists.names if not isinstance(captures.get(name), torch.Tensor)]
         if missing:
-            raise InputError(
-                missing[0], f"a tensor, {spec.lists.tensors[missing[0]].text()}", "nothing", "the walk reads it"
-            )
+            raise InputError(missing[0], f"a tensor, {spec.tensors[missing[0]].text()}", "nothing", "the walk reads it")
         return listed_map(spec.lists, captures, n_q, n_k, block_m, block_n, b, h)
     env = mask_environment(spec, captures)
     env |= {name: torch.full((1, 1, 1), value, device="cpu") for name, value in (("b", b), ("h", h))}

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from attngen.language.programs import Node
 
-if TYPE_CHECKING:
-    from attngen.analysis.tile_program import TileProgram
-
-
+Segments = tuple[tuple[Node, Node], ...]  # (first, count) of consecutive tiles
 FIRST, LAST, BEGIN, END, BLOCK = "tile.first", "tile.last", "walk.begin", "walk.end", "walk.block"
 
 
@@ -31,7 +28,7 @@ class Step(NamedTuple):
 class ScalarProgram:
     """What `TileProgram.evaluate` does for all tiles with tensors, for one tile with Python integers."""
 
-    def __init__(self, program: TileProgram):
+    def __init__(self, lines: Iterable[tuple[str, Node]], full: Segments, partial: Segments):
         """KeyError if something in it has no value on integers."""
         self._values: list[Any] = []
         self._inputs: list[int] = []
@@ -39,10 +36,10 @@ class ScalarProgram:
         self.loads = False  # whether it reads captured tensors
         self._steps: list[Step] = []
         self._places: dict[Node, int] = {}
-        for name, expr in program.lines:
+        for name, expr in lines:
             self._places[Node("integer", (), name)] = self._place(expr)
-        segments = [(s, False) for s in program.full] + [(s, True) for s in program.partial]
-        self._segments = [(self._place(first), self._place(count), partial) for (first, count), partial in segments]
+        segments = [(s, False) for s in full] + [(s, True) for s in partial]
+        self._segments = [(self._place(first), self._place(count), masked) for (first, count), masked in segments]
         self.by_batch, self.by_head = "b" in self._names, "h" in self._names
         # The layers of a model ask the same of it.
         self._known = lru_cache(maxsize=64)(self._evaluate)

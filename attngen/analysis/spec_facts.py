@@ -12,8 +12,11 @@ import sympy
 import torch
 from sympy.core.relational import Relational
 
+from attngen.analysis.call_facts import CallFacts, WalkFacts
+from attngen.analysis.capture_sites import CaptureSite, SinkSlope
 from attngen.analysis.cost import Cost, cost
 from attngen.analysis.order import ZERO, Order
+from attngen.analysis.sites import sites
 from attngen.analysis.walk import Walk, WalkProgram, walk_keys, walk_queries
 from attngen.language.expression import (
     Erf,
@@ -29,6 +32,7 @@ from attngen.language.expression import (
     loads,
     to_text,
 )
+from attngen.language.programs import program_of
 from attngen.language.spec import Spec
 
 WEIGHT = sympy.Symbol("weight", real=True)  # of a listed key, added to its logit
@@ -103,6 +107,35 @@ class Facts:
     def sink_grads(self) -> dict[str, tuple[tuple[Load, Any], ...]]:
         """For each float tensor in the sink, its loads and d sink / d load."""
         return {} if self.spec.sink is None else _load_gradients(self.spec.sink)
+
+    @property
+    def learned(self) -> frozenset[str]:
+        """The captured tensors that can have a gradient."""
+        return frozenset({*self.load_grads, *self.sink_grads})
+
+    def sites_of(self, name: str, deterministic: bool) -> tuple[CaptureSite, ...]:
+        """Where the score loads a captured tensor. deterministic: without atomics."""
+        found = sites(self.load_grads.get(name, ()), deterministic)
+        return tuple(site.plain(number, deterministic) for number, site in enumerate(found))
+
+    @cached_property
+    def slopes(self) -> dict[str, tuple[SinkSlope, ...]]:
+        """`sink_grads` as plain data."""
+        return {
+            name: tuple(SinkSlope(tuple(map(program_of, load.indices)), program_of(slope)) for load, slope in pairs)
+            for name, pairs in self.sink_grads.items()
+        }
+
+    @cached_property
+    def call(self) -> CallFacts:
+        """What calls need of it, as plain data."""
+        keys, queries = (
+            WalkFacts(walk.summaries, walk.divisors, *walk.differ(False))
+            for walk in (self.walk_keys, self.walk_queries)
+        )
+        certain, atomic = ({n: self.sites_of(n, fixed) for n in self.load_grads} for fixed in (True, False))
+        programs = self.program_keys.plain, self.program_queries.plain
+        return CallFacts(keys, queries, *programs, self.positive, self.natural, certain, atomic, self.slopes)
 
     @cached_property
     def score_terms(self) -> tuple[Any, ...]:

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from attngen.analysis.scalars import BEGIN, BLOCK, END, FIRST, LAST, ScalarProgram
+from attngen.analysis.scalars import BEGIN, BLOCK, END, FIRST, LAST, ScalarProgram, Segments
 from attngen.language.programs import Node, evaluate
 
-Segments = tuple[tuple[Node, Node], ...]  # (first, count) of consecutive tiles
 Tensors = tuple[torch.Tensor, ...]
 Evaluated = tuple[Tensors, Tensors, Tensors, Tensors]
 
@@ -59,6 +58,6 @@ class TileProgram:
         if self.summarised:
             return None
         try:
-            return ScalarProgram(self)
+            return ScalarProgram(self.lines, self.full, self.partial)
         except KeyError:
             return None

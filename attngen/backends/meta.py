@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from attngen.analysis.summaries import Axis
-from attngen.backends.triton.launch import environment, table_tiles
+from attngen.backends.work import environment, table_tiles
 from attngen.language.call import Call
 from attngen.schedule import Schedule
 

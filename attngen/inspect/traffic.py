@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from attngen.analysis import Facts, facts
-from attngen.backends import meta
-from attngen.backends.triton import launch as gpu
+from attngen.backends import meta, work
 from attngen.language.call import Call
+from attngen.language.device import multiprocessors
 from attngen.language.lists import RowLists, TileLists
 from attngen.lowering import Source, render
 from attngen.plan.stream_k import Runs, stream_k
@@ -84,10 +84,10 @@ def _forward(attention: CompiledAttention, call: Call, given: Schedule | None) -
         return Traffic(results=results)
     d, dv = call.q.shape[3], call.v.shape[3]
     source = render(call.spec, known, "forward", head_dim=d, head_dim_v=dv, dtype=call.q.dtype, schedule=schedule)
-    tables = gpu.walk_tables(call, known, schedule, "forward", meta.tables)
+    tables = work.walk_tables(call, known, schedule, "forward", meta.tables)
     runs: Runs | None = None
     if schedule.split == "stream":
-        runs = stream_k(gpu.tile_counts(call, known, source.grid, schedule, tables), schedule.programs or PROCESSORS)
+        runs = stream_k(work.tile_counts(call, known, source.grid, schedule, tables), schedule.programs or PROCESSORS)
     keys = int(_keys(call, known, source, schedule, tables).sum())
     rows = int((_rows(call, source, schedule) * _programs(call, source, schedule, runs)).sum())
     states = _state_bytes(call, source, schedule, runs)  # written by the first launch, and read by the second
@@ -103,7 +103,7 @@ def _schedule(attention: CompiledAttention, call: Call, known: Facts, given: Sch
     else:
         schedule = on_gpu(call, known, Target.named(MODELLED), PROCESSORS, pins)
     if schedule.split == "stream" and schedule.programs is None:
-        processors = gpu.multiprocessors(call.q.device) if call.q.is_cuda else PROCESSORS
+        processors = multiprocessors(call.q.device) if call.q.is_cuda else PROCESSORS
         schedule = replace(schedule, programs=processors)
     return schedule
 
@@ -116,13 +116,13 @@ def _keys(
 ) -> torch.Tensor:
     """Keys that an output's programs load. A tile that reaches past the last key is cut there, as the kernel's loads are."""
     n_k, block_n, lists, grid = call.n_k, schedule.tile("forward").block_n, call.spec.lists, source.grid
-    tiles = grid.tiles(gpu._sizes(call, schedule))
+    tiles = grid.tiles(work.sizes_of(call, schedule))
     if lists is None:
         rows, group = call.q.shape[2], call.group if grid.rows == "packed" else 1
         offset = call.q_offset.view(-1, 1, 1) if isinstance(call.q_offset, torch.Tensor) else call.q_offset
         start = torch.arange(tiles, device=call.q.device).view(1, 1, -1) * grid.block
         last = ((start + grid.block - 1) // group).clamp(max=rows - 1)
-        scope = {**gpu.environment(call), **tables}
+        scope = {**work.environment(call), **tables}
         walk = known.program_keys.evaluate(start // group + offset, last + offset, 0, n_k, block_n, scope)
         found = torch.zeros((1, 1, 1), dtype=torch.int64, device=call.q.device)
         for firsts, counts in ((walk[0], walk[1]), (walk[2], walk[3])):
@@ -158,7 +158,7 @@ def _spread(call: Call, source: Source, keys: torch.Tensor, tiles: int) -> torch
 def _rows(call: Call, source: Source, schedule: Schedule) -> torch.Tensor:
     """Rows of q of each output; a tile's rows that are copies of one are one."""
     grid, (batch, heads, n_q, _), group = source.grid, call.q.shape, call.group
-    tiles = grid.tiles(gpu._sizes(call, schedule))
+    tiles = grid.tiles(work.sizes_of(call, schedule))
     place = torch.arange(tiles, device=call.q.device)
     length = {"rows": n_q, "packed": n_q * group, "heads": group, "single": n_q}[grid.rows]
     if grid.rows == "heads":
@@ -180,7 +180,7 @@ def _state_bytes(call: Call, source: Source, schedule: Schedule, runs: Runs | No
     if schedule.split in (None, 1):
         return 0
     if runs is None:
-        number = source.grid.outputs(gpu._sizes(call, schedule)) * int(schedule.split or 1)
+        number = source.grid.outputs(work.sizes_of(call, schedule)) * int(schedule.split or 1)
     else:
         owners = _programs(call, source, schedule, runs)
         number = int(torch.where(torch.as_tensor(owners) > 1, owners, 0).sum())

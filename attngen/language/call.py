@@ -5,15 +5,18 @@ from __future__ import annotations
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attngen.errors import InputError
-from attngen.language.expression import Param, Tensor
 from attngen.language.indices import check_indices
 from attngen.language.programs import fold_seed
-from attngen.language.spec import Spec
+
+if TYPE_CHECKING:
+    from attngen.language.expression import Param, Tensor
+    from attngen.language.spec import Spec
+
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
@@ -117,7 +120,7 @@ def bind(
     missing = [name for name in known if captures.get(name) is None]
     if missing:
         wanted = known[missing[0]]
-        what = f"a tensor, {wanted.text()}" if isinstance(wanted, Tensor) else f"a number, {wanted.text()}"
+        what = f"a tensor, {wanted.text()}" if missing[0] in spec.tensors else f"a number, {wanted.text()}"
         raise InputError(missing[0], what, "nothing", f"pass {missing[0]}=... at the call")
     q_offset = check_offset(q_offset, q)
     n_k = k.shape[2] if spec.page_size is None else _room(captures["page_table"], q, spec.page_size)
@@ -230,8 +233,9 @@ def numbers_of(spec: Spec, captures: Mapping[str, Any]) -> dict[str, int | float
     """The params of a call, and its scale if it gives one. InputError."""
     given = {name: param for name, param in spec.call_params.items() if captures.get(name) is not None}
     params = {name: number_of(param, captures[name]) for name, param in given.items()}
-    if spec.dropout is not None and spec.dropout.is_Symbol and not 0 <= params[spec.dropout.name] < 1:
-        raise InputError(spec.dropout.name, "a probability in [0, 1)", params[spec.dropout.name])
+    probability = spec.dropout_param
+    if probability is not None and not 0 <= params[probability] < 1:
+        raise InputError(probability, "a probability in [0, 1)", params[probability])
     if "scale" in params and not 0 < params["scale"] < float(
         "inf"
     ):  # kernels scale a row's maximum instead of its logits

@@ -6,6 +6,7 @@ a call with one is computed is a planner's word (`attngen.plan.keysets`), joined
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from dataclasses import dataclass, fields
@@ -13,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 
 from attngen.errors import SpecError
 
+MODULES = ("cached", "listed", "sorted", "tiles", "union")  # of `attngen.language.keysets`
 KINDS: dict[str, type[KeySet]] = {}  # by name in text
 _HEAD = re.compile(r"([a-z_][a-z0-9_]{0,63})\s*\(")
 _FIELD = re.compile(r"\s*([a-z_][a-z0-9_]{0,63})\s*=\s*")
@@ -80,6 +82,9 @@ class KeySet:
 def parse(text: str) -> KeySet:
     """Read `KeySet.text`: a known name, and fields of that key set with JSON values. Nothing is evaluated. SpecError."""
     head = _HEAD.match(text.strip())
+    if head and head[1] not in KINDS:
+        for module in MODULES:  # they register themselves
+            importlib.import_module(f"attngen.language.keysets.{module}")
     if not head or head[1] not in KINDS:
         raise SpecError("not a key set", text=text, fix=f"the key sets are {', '.join(KINDS)}")
     kind = KINDS[head[1]]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from attngen.errors import SpecError
-from attngen.language.expression import Tensor
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,9 @@ class TileLists:
         return f"tiles({self.block_m}, {self.block_n})"
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
-        """What the spec captures for it."""
-        return {name: Tensor(name, 3 if name.endswith("tiles") else 4, "int") for name in self.names}
+    def declared(self) -> dict[str, tuple[int, str]]:
+        """What the spec captures for it: of each tensor its number of dimensions and its kind."""
+        return {name: (3 if name.endswith("tiles") else 4, "int") for name in self.names}
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,10 @@ class RowLists:
         return f"rows({', '.join(words)})"
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
-        """What the spec captures for it."""
+    def declared(self) -> dict[str, tuple[int, str]]:
+        """What the spec captures for it: of each tensor its number of dimensions and its kind."""
         kinds = {"edge_weight": "float"}
-        return {name: Tensor(name, 4 if name.endswith("runs") else 3, kinds.get(name, "int")) for name in self.names}
+        return {name: (4 if name.endswith("runs") else 3, kinds.get(name, "int")) for name in self.names}
 
 
 Lists = TileLists | RowLists

@@ -60,6 +60,9 @@ class Spec:
     Raises SpecError, with a caret under the offending part for text.
     """
 
+    known: Any = None  # what is known of it, where that came with it: `attngen.analysis.call_facts.CallFacts`
+    inner: dict[str, Spec] | None = None  # the specs that its calls are made of, where it came with them
+
     def __init__(
         self,
         mask: Condition = None,
@@ -115,7 +118,7 @@ class Spec:
             used |= self.keys.declared()
         self.lists = read_lists(lists)
         self.page_size = _read_page_size(page_size)
-        own = {} if self.lists is None else self.lists.tensors
+        own = {} if self.lists is None else {n: Tensor(n, *what) for n, what in self.lists.declared.items()}
         own |= {} if self.page_size is None else {"page_table": Tensor("page_table", 2, "int")}
         for taken in own.keys() & used.keys():
             raise SpecError(f"{taken!r} is the name of a list", fix="give the spec's own tensor another name")
@@ -186,6 +189,26 @@ class Spec:
         if self.dropout is None or "seed" in self.tensors:
             return self
         return Spec.from_text(f"{_SEED_ON_DEVICE.text()}\n{self.text}", schedule=self.schedule, name=self.name)
+
+    @cached_property
+    def dropout_param(self) -> str | None:
+        """The name of the param that is the probability of dropout."""
+        return str(self.dropout.name) if self.dropout is not None and self.dropout.is_Symbol else None
+
+    @cached_property
+    def mask_reads(self) -> tuple[str, ...]:
+        """Names of the captured tensors that the mask reads."""
+        return _read_by(self.mask)
+
+    @cached_property
+    def sink_reads(self) -> tuple[str, ...]:
+        """Names of the captured tensors that the sink reads."""
+        return () if self.sink is None else _read_by(self.sink)
+
+    @cached_property
+    def mask_params(self) -> tuple[str, ...]:
+        """Names of the params that the mask reads."""
+        return tuple(p.name for p in self.params.values() if p.sym in self.mask.free_symbols)
 
     def doubtful(self, by_offset: bool, sink: bool = True) -> tuple[Doubtful, ...]:
         """The loads whose range a call's shapes do not tell, see `attngen.language.indices`. by_offset: q_offset is a tensor."""
@@ -402,6 +425,10 @@ def _check_symbols(place: str, expr: Expr, allowed: tuple[Any, ...], why: str) -
             raise SpecError(
                 f"{place}: `{symbol.name}` may not stand here: {why}", text=text, column=match.start() if match else 0
             )
+
+
+def _read_by(expr: Any) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(load.name for load in sorted(expr.atoms(Load), key=str)))
 
 
 def _mentions(expr: Any, declaration: Declaration) -> bool:

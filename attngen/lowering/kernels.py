@@ -15,10 +15,10 @@ import sympy
 
 from attngen import debug
 from attngen.analysis import WEIGHT
+from attngen.analysis.sites import Site
 from attngen.language.expression import B, H, I, J, S, Uniform
 from attngen.lowering import passes
 from attngen.lowering.axes import Roles
-from attngen.lowering.captures import Site
 from attngen.lowering.printer import Printer, chain
 from attngen.lowering.statements import (
     AND,

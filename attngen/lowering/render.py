@@ -10,6 +10,7 @@ import sympy
 import torch
 
 from attngen.analysis import LARGE, NOTICED
+from attngen.analysis.sites import Site
 from attngen.language.expression import B, H
 from attngen.language.lists import RowLists
 from attngen.lowering import signature
@@ -26,7 +27,6 @@ from attngen.lowering.axes import (
     decode_shared,
     roles_of,
 )
-from attngen.lowering.captures import Site
 from attngen.lowering.kernels import Body, Lowering
 from attngen.lowering.signature import Arg
 from attngen.lowering.source import Grid, Source, environment, tidy

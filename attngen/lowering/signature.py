@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from attngen.analysis.capture_sites import CAPTURED
+from attngen.analysis.sites import Site
 from attngen.language.lists import RowLists
-from attngen.lowering.captures import Site
 
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-CAPTURED = "captured "  # before the name of a captured tensor in `Arg.of`: it may be called like a kernel's own tensors
 _CAPTURED = {"float": "*fp32", "int": "*i32", "bool": "*i1", "wide": "*i64"}
 
 

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from attngen.analysis import facts
+from attngen.analysis.call_facts import facts_of
 from attngen.language.call import Call
 from attngen.plan.moves import Rows
 from attngen.plan.plan import Plan
@@ -130,8 +130,8 @@ class _Backward:
 
     def _attend(self, step: Attend) -> None:
         given = self.given[step.writes[0]]
-        known = facts(step.spec)
-        learned = {**known.load_grads, **known.sink_grads}
+        known = facts_of(step.spec)
+        learned = known.learned
         weighted = {"edge_weight"} if step.spec.lists is not None and "edge_weight" in step.spec.lists.names else set()
         buffers = dict(step.captures)
         wanted = tuple(n for n in step.spec.tensors if (n in learned or n in weighted) and buffers[n] in self.reached)

@@ -1,19 +1,21 @@
-"""The plan of a forward call, and the call that it is a plan of. Importing this module registers all planners."""
+"""The plan of a forward call, and the call that it is a plan of."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attngen.errors import InputError
 from attngen.language.call import Call
 from attngen.language.keyset import KeySet
-from attngen.language.spec import Spec
-from attngen.plan import keysets
 from attngen.plan.plan import Plan, Sizes
 from attngen.plan.planner import Planner, bound, family_of
 
-__all__ = ["bound", "family_of", "forward_plan", "keysets", "split"]
+if TYPE_CHECKING:
+    from attngen.language.spec import Spec
+
+
+__all__ = ["bound", "family_of", "forward_plan", "split"]
 
 
 def forward_plan(spec: Spec, keys: KeySet | None, sizes: Sizes, backend: str) -> Plan:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from graphlib import TopologicalSorter
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING, Any
 
-import networkx
-
-from attngen.language.spec import Spec
 from attngen.plan.steps import Attend, Delta, Prepare, Step
+
+if TYPE_CHECKING:
+    import networkx
+
+    from attngen.language.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -68,17 +72,20 @@ class Plan:
         """Sort the steps, leave out those whose writes nobody reads; ties keep the given order."""
         results, saved = tuple(results), tuple(saved)
         steps = _needed(list(steps), {*results, *saved})
-        position = {step.name: place for place, step in enumerate(steps)}
-        if len(position) < len(steps):
+        if len({step.name for step in steps}) < len(steps):
             raise ValueError(f"two steps of one name: {[step.name for step in steps]}")
-        by_name = {step.name: step for step in steps}
-        order = networkx.lexicographical_topological_sort(_graph(steps), key=position.__getitem__)
-        return cls(spec, sizes, tuple(by_name[name] for name in order), results, saved)
+        return cls(spec, sizes, tuple(_sorted(steps)), results, saved)
 
     @cached_property
     def graph(self) -> networkx.MultiDiGraph:
         """Edges from the step that writes a buffer to the steps that read it, labelled with the buffer."""
-        return _graph(self.steps)
+        import networkx  # for who looks at a plan; a call needs none
+
+        graph: Any = networkx.MultiDiGraph()
+        for step in self.steps:
+            graph.add_node(step.name, step=step)
+        graph.add_edges_from((before, after, {"buffer": buffer}) for before, after, buffer in _edges(self.steps))
+        return graph
 
     @cached_property
     def made(self) -> dict[str, Step]:
@@ -159,20 +166,34 @@ def _needed(steps: list[Step], wanted: set[str]) -> list[Step]:
     return [step for step in steps if step.name in kept]
 
 
-def _graph(steps: Iterable[Step]) -> networkx.MultiDiGraph:
-    """Where several steps write one buffer, each adds to it: the later ones come after the earlier ones."""
-    graph: Any = networkx.MultiDiGraph()
+def _sorted(steps: list[Step]) -> list[Step]:
+    """In an order that respects `_edges`; of those that could be next the one that was given first."""
+    position = {step.name: place for place, step in enumerate(steps)}
+    sorter = TopologicalSorter[int](dict.fromkeys(range(len(steps)), ()))
+    for before, after, _ in _edges(steps):
+        sorter.add(position[after], position[before])
+    sorter.prepare()
+    ready, order = list[int](), []
+    while sorter.is_active():
+        for place in sorter.get_ready():
+            heappush(ready, place)
+        place = heappop(ready)
+        order.append(steps[place])
+        sorter.done(place)
+    return order
+
+
+def _edges(steps: Iterable[Step]) -> Iterator[tuple[str, str, str]]:
+    """(before, after, buffer). Where several steps write one buffer, each adds to it: the later ones come after the earlier ones."""
     writers: dict[str, list[str]] = {}
     steps = list(steps)
     for step in steps:
-        graph.add_node(step.name, step=step)
         for buffer in step.writes:
             for earlier in writers.setdefault(buffer, []):
-                graph.add_edge(earlier, step.name, buffer=buffer)
+                yield earlier, step.name, buffer
             writers[buffer].append(step.name)
     for step in steps:
         for buffer in step.reads:
             for writer in writers.get(buffer, ()):
                 if writer != step.name:
-                    graph.add_edge(writer, step.name, buffer=buffer)
-    return graph
+                    yield writer, step.name, buffer

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attngen.analysis import facts
+from attngen.analysis.call_facts import facts_of
+from attngen.language import expression
 from attngen.language.call import Call, bind
-from attngen.language.expression import Expr, Load, Tensor
 from attngen.language.keyset import KeySet
 from attngen.language.programs import evaluate, tensor_of
-from attngen.language.spec import Spec
 from attngen.plan.moves import Move
 from attngen.plan.plan import Sizes
 from attngen.plan.steps import Attend, Derive, Difference, Merge, Part, Prepare, Put, Result, Step, Tables, Take
+
+if TYPE_CHECKING:
+    from attngen.language.expression import Expr, Tensor
+    from attngen.language.spec import Spec
+
 
 Build = Callable[[], dict[str, Any]]
 
@@ -121,8 +126,7 @@ class Planner:
 
     def sink(self, make: Callable[..., tuple[Any, ...]] | None = None, reads: Sequence[str] = ()) -> str:
         """The buffer of the spec's sink's logits [B, Hq, Nq]. make: how, if rows are not positions."""
-        captures = tuple(dict.fromkeys(load.name for load in _loads(self.spec.sink)))
-        own = self.spec
+        own, captures = self.spec, self.spec.sink_reads
         (buffer,) = self.derive(
             "sink logits",
             partial(make or sink_logits, own, captures),
@@ -162,39 +166,27 @@ class Planner:
 
     def tensor(self, name: str, ndim: int, dtype: torch.dtype | None = torch.int32) -> Tensor:
         """Declare a captured tensor of an inner spec, renamed if the spec has that name."""
-        return Tensor(self._free(name), ndim, dtype)
+        return expression.Tensor(self._free(name), ndim, dtype)
 
     @property
     def mask(self) -> Expr:
-        return Expr(self.spec.mask, {**self.spec.tensors, **self.spec.params})
+        return mask_of(self.spec)
 
     @property
     def score(self) -> Expr:
-        return Expr(self.spec.score, {**self.spec.tensors, **self.spec.params})
+        return expression.Expr(self.spec.score, {**self.spec.tensors, **self.spec.params})
 
     @property
     def mask_reads(self) -> tuple[str, ...]:
         """Names of the captured tensors that the mask reads."""
-        return tuple(dict.fromkeys(load.name for load in _loads(self.spec.mask)))
+        return self.spec.mask_reads
 
     @property
     def mask_params(self) -> tuple[str, ...]:
-        return tuple(p.name for p in self.spec.params.values() if p.sym in self.spec.mask.free_symbols)
+        return self.spec.mask_params
 
     def _inner(self, role: Any, build: Build) -> Spec:
-        key = self.spec.key, role
-        found = _INNER.get(key)
-        if found is None:
-            declared = {**self.spec.tensors, **self.spec.params}
-            parts = build()
-            for part in ("mask", "score", "sink"):
-                if parts.get(part) is not None:
-                    parts[part] = Expr(parts[part].sym, {**declared, **parts[part].declared})
-            inner = Spec(**parts, scale=self.spec.scale, name=self.spec.name)  # pins are the compiled attention's
-            found = _INNER.setdefault(key, inner)
-            if len(_INNER) > MOST_INNER:
-                _INNER.pop(next(iter(_INNER)), None)
-        return found
+        return inner_spec(self.spec, role, build)
 
     def _free(self, name: str) -> str:
         while name in self._taken:
@@ -212,6 +204,36 @@ class Planner:
         self.steps.append(step)
 
 
+def inner_spec(spec: Spec, role: Any, build: Build) -> Spec:
+    """The spec of an attention that a call of `spec` is made of. build: its parts, once per `role`, a hashable that says everything
+    they depend on besides the spec. A spec that came with its inner ones builds none.
+    """
+    if spec.inner is not None:
+        return spec.inner[repr(role)]
+    key = spec.key, role
+    found = _INNER.get(key)
+    if found is None:
+        declared = {**spec.tensors, **spec.params}
+        parts = {"scale": spec.scale, "name": spec.name, **build()}
+        for part in ("mask", "score", "sink"):
+            if parts.get(part) is not None:
+                parts[part] = expression.Expr(parts[part].sym, {**declared, **parts[part].declared})
+        found = _INNER.setdefault(key, type(spec)(**parts))  # pins are the compiled attention's
+        if len(_INNER) > MOST_INNER:
+            _INNER.pop(next(iter(_INNER)), None)
+    return found
+
+
+def mask_of(spec: Spec) -> Expr:
+    """The mask, to build others with."""
+    return expression.Expr(spec.mask, {**spec.tensors, **spec.params})
+
+
+def inner_specs(spec: Spec) -> dict[str, Spec]:
+    """Those that calls of a spec had so far, by the text of their role."""
+    return {repr(role): inner for (key, role), inner in list(_INNER.items()) if key == spec.key}
+
+
 _INNER: dict[Any, Spec] = {}  # equal whoever makes them, so that threads may
 MOST_INNER = 1024
 
@@ -227,18 +249,17 @@ def tables_of(
     """The step that makes the tables of a kernel's walk; None for a walk that needs none. Those of data that every call makes
     anew come after the operands, whose sizes they need.
     """
-    walk = facts(spec).walk_of(kernel)
+    walk = facts_of(spec).walk_of(kernel)
     if spec.lists is not None or not walk.needs_tables:
         return None
     symbols = walk.symbols
-    read = {load.name for load in _loads(spec.mask)}
-    reads = tuple(dict.fromkeys(buffer for name, buffer in captures if name in read))
+    reads = tuple(dict.fromkeys(buffer for name, buffer in captures if name in spec.mask_reads))
     each = bool({*reads} & each_call)
     return Tables(
         f"tables of {attend} ({kernel})",
         (*reads, *operands) if each else reads,
         tuple(f"{attend}: {symbol} of {kernel}" for symbol in symbols),
-        params=tuple(p.name for p in spec.params.values() if p.sym in spec.mask.free_symbols),
+        params=spec.mask_params,
         attend=attend,
         kernel=kernel,
         symbols=symbols,
@@ -255,10 +276,6 @@ def sink_logits(spec: Spec, names: Sequence[str], call: Call, *values: torch.Ten
     env |= {"h": torch.arange(heads, device=device).view(1, -1, 1)}
     env |= {"i": torch.arange(rows, device=device) + call.offset_column, "q_offset": call.offset_column}
     return (tensor_of(evaluate(spec.sink, env, real=real), device).to(real).expand(batch, heads, rows),)
-
-
-def _loads(expression: Any) -> list[Load]:
-    return sorted(expression.atoms(Load), key=str)
 
 
 # -- the registry -----------------------------------------------------------------------------------------------------
@@ -282,6 +299,8 @@ FAMILIES: dict[type[KeySet], Family] = {}
 
 def family_of(keys: KeySet) -> Family:
     """The planner of a key set."""
+    if not any(kind in FAMILIES for kind in type(keys).__mro__):
+        importlib.import_module("attngen.plan.keysets")  # which registers them all
     return next(FAMILIES[kind] for kind in type(keys).__mro__ if kind in FAMILIES)
 
 

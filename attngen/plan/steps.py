@@ -6,10 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from attngen.language.spec import Spec
 from attngen.plan.moves import Move
+
+if TYPE_CHECKING:
+    from attngen.language.spec import Spec
+
 
 # What a backward reads of the call as a whole, and its delta. No capture has a name like these.
 OUT, LSE, DO, DLSE, DELTA = "the out", "the lse", "the do", "the dlse", "the delta"

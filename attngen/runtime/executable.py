@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attngen import debug
 from attngen.language.call import Call
 from attngen.language.keyset import KeySet
-from attngen.language.spec import Spec
 from attngen.plan.backward import backward_plan, saved_by
 from attngen.plan.plan import Plan, Sizes
 from attngen.plan.steps import DLSE, DO, LSE, OUT, Attend
 from attngen.runtime.executor import Executor, inputs_of
 from attngen.runtime.preparation import Preparation
+
+if TYPE_CHECKING:
+    from attngen.language.spec import Spec
+
 
 Gradients = dict[str, torch.Tensor]
 

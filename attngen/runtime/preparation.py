@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,8 +12,11 @@ from attngen.errors import InputError
 from attngen.language.call import Call
 from attngen.language.expression import to_text
 from attngen.language.keyset import KeySet
-from attngen.language.spec import Spec
 from attngen.plan.plan import Sizes
+
+if TYPE_CHECKING:
+    from attngen.language.spec import Spec
+
 
 FIX = "make a new one: attn.prepare(...)"
 

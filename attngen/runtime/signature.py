@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attngen.language.call import LARGEST_POSITION, Call, check_offset, numbers_of
 from attngen.language.indices import check_indices, doubtful_of
 from attngen.language.keyset import KeySet
-from attngen.language.spec import Spec
 from attngen.runtime.executable import Executable
 from attngen.runtime.preparation import Preparation
+
+if TYPE_CHECKING:
+    from attngen.language.spec import Spec
+
 
 MOST = 4096  # signatures that are kept; then all are forgotten
 

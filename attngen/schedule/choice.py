@@ -17,6 +17,7 @@ import torch
 from attngen.analysis import Facts
 from attngen.errors import ScheduleError, StoreError
 from attngen.language.call import Call
+from attngen.language.device import multiprocessors
 from attngen.language.schedule import KERNELS, Schedule, Tile
 from attngen.language.spec import Spec
 from attngen.schedule.completion import complete, complete_on_cpu, fit
@@ -218,12 +219,6 @@ def on_gpu(
     schedule = complete(call.spec, target, call.q.shape[3], call.v.shape[3], call.q.dtype, pins, tuned, decode, found)
     check(call.spec, facts, schedule)
     return fit(schedule, call.spec.lists, pins)
-
-
-@lru_cache(maxsize=32)
-def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side on a GPU if each fills a multiprocessor; elsewhere as many as is nice to test."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def complete_for(

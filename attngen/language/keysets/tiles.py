@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from attngen.errors import SpecError
-from attngen.language.expression import Expr
 from attngen.language.keyset import KeySet, positive
 from attngen.language.lists import TileLists
-from attngen.language.moved import i, j
-from attngen.language.patterns import dilated_window, global_tokens, window
+
+if TYPE_CHECKING:
+    from attngen.language.expression import Expr
 
 Block = tuple[int, int]
 
@@ -267,6 +267,8 @@ class Longformer(Shape):
         positive("longformer: dilation", self.dilation)
 
     def condition(self) -> Expr:
+        from attngen.language.patterns import dilated_window, global_tokens, window
+
         reach = self.window // 2 + 1
         local = window(reach) if self.dilation == 1 else dilated_window(reach, self.dilation)
         return local | global_tokens(self.globals) if self.globals else local
@@ -286,6 +288,8 @@ class AShape(Shape):
         positive("a_shape: window", self.window)
 
     def condition(self) -> Expr:
+        from attngen.language.moved import i, j
+
         return (i >= j) & ((j < self.sink) | (i - j < self.window))
 
 

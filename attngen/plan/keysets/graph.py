@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attngen.errors import InputError
+from attngen.language import expression
 from attngen.language.call import Call
 from attngen.language.checks import check_dims, check_tensor, require
-from attngen.language.expression import I, J, conjunction
 from attngen.language.keysets.listed import Graph
 from attngen.language.lists import RowLists
-from attngen.language.programs import evaluate
-from attngen.language.spec import Spec
-from attngen.plan.planner import FAMILIES, Family, Planner
+from attngen.language.programs import evaluate, names_in, program_of
+from attngen.plan.planner import FAMILIES, Family, Planner, inner_spec
 from attngen.plan.steps import Result
+
+if TYPE_CHECKING:
+    from attngen.language.spec import Spec
+
 
 LIMIT = 2**31
 
@@ -65,9 +68,15 @@ def by_position(spec: Spec) -> Any:
     """Those conditions of the mask that read nothing but the positions i and j, None if it has none: what they rule out need
     not be listed. The others hold when a list is walked, so that a plan is for any values that they read.
     """
-    parts = spec.mask.args if type(spec.mask).__name__ == "And" else (spec.mask,)
-    told = conjunction([part for part in parts if part.free_symbols <= {I, J}])
-    return told if told.free_symbols else None
+
+    def build() -> dict[str, Any]:
+        parts = spec.mask.args if type(spec.mask).__name__ == "And" else (spec.mask,)
+        own = {expression.I, expression.J}
+        told = expression.conjunction([part for part in parts if part.free_symbols <= own])
+        return {"mask": expression.Expr(told), "scale": None}
+
+    told = program_of(inner_spec(spec, "by position", build).mask)
+    return told if names_in(told) else None
 
 
 def _thinned(

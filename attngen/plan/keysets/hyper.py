@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,10 +27,13 @@ from attngen.language.call import Call
 from attngen.language.expression import Expr
 from attngen.language.keysets.sorted import Hyper
 from attngen.language.moved import b, by_distance, h, i, j, moved, moved_by, split_causal
-from attngen.language.spec import Spec
 from attngen.plan.moves import Pad, Parts, Rows, flat_rows
 from attngen.plan.planner import FAMILIES, Family, Planner
 from attngen.plan.steps import Part, Result
+
+if TYPE_CHECKING:
+    from attngen.language.spec import Spec
+
 
 BITS = 7
 SAMPLED = ("s_rows", "s_position", "s_block", "log_weight")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attngen.language.call import Call
 from attngen.language.keysets.tiles import BigBird, Butterfly
 from attngen.language.programs import uniform
-from attngen.language.spec import Spec
 from attngen.plan.keysets.tiles import Live, grid, live
 
+if TYPE_CHECKING:
+    from attngen.language.spec import Spec
 
-@live.register
+
+@live.register(Butterfly)
 def _(keys: Butterfly, spec: Spec, call: Call, given: Mapping[str, Any]) -> Live:
     tiles_q, tiles_k = grid(keys.block, call)
     device = call.q.device
@@ -33,7 +35,7 @@ def _(keys: Butterfly, spec: Spec, call: Call, given: Mapping[str, Any]) -> Live
     return with_globals(tile.view(1, 1, *tile.shape), keys.global_rows, keys.global_columns, tiles_k)
 
 
-@live.register
+@live.register(BigBird)
 def _(keys: BigBird, spec: Spec, call: Call, given: Mapping[str, Any]) -> Live:
     tiles_q, tiles_k = grid(keys.block, call)
     device, reach = call.q.device, keys.window // 2

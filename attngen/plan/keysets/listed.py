@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,14 +13,16 @@ from attngen.language.call import Call
 from attngen.language.checks import check_dims, check_range, check_tensor, require
 from attngen.language.keysets.listed import Codebook, Gather
 from attngen.language.lists import RowLists
-from attngen.language.moved import b, h, i, j, moved
 from attngen.language.programs import evaluate
-from attngen.language.spec import Spec
 from attngen.plan.keysets.graph import attend_lists, by_position, transposed, word_for
 from attngen.plan.keysets.permuted import to_query_heads
 from attngen.plan.moves import Rows, shared_rows
 from attngen.plan.planner import FAMILIES, Family, Planner
 from attngen.plan.steps import Result
+
+if TYPE_CHECKING:
+    from attngen.language.spec import Spec
+
 
 # -- codebooks --------------------------------------------------------------------------------------------------------
 
@@ -30,6 +32,8 @@ def plan_codebook(keys: Codebook, planner: Planner) -> Result:
     log_count, counted = planner.derive("logarithms of counts", _log_counts, ("count",), ("log_count", "counted"))
 
     def build() -> dict[str, Any]:
+        from attngen.language.moved import b, h, j
+
         logs, there = planner.tensor("log_count", 3, None), planner.tensor("counted", 3, torch.bool)
         return {"mask": planner.mask & there[b, h, j], "score": planner.score + logs[b, h, j]}
 
@@ -65,6 +69,8 @@ def plan_gather(keys: Gather, planner: Planner) -> Result:
         captures["log_weight"] = weight
 
     def build() -> dict[str, Any]:
+        from attngen.language.moved import b, h, i, j, moved
+
         q_position, k_position = planner.tensor("q_position", 2), planner.tensor("k_position", 3)
         places = {"i": q_position[b, i], "j": k_position[b, h, j]}
         length = planner.tensor("length", 1)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache, partial
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attngen.analysis import Axis, facts, run
-from attngen.analysis.tiles import check_positive
+from attngen.analysis.call_facts import facts_of
+from attngen.analysis.summaries import Axis
+from attngen.analysis.tiles import check_positive, run
 from attngen.errors import InputError
+from attngen.language import expression
 from attngen.language.call import Call, bind
 from attngen.language.checks import check_lengths, check_tensor, checked, require
-from attngen.language.expression import Expr, Tensor
 from attngen.language.keysets.cached import Paged
-from attngen.language.moved import b, j
-from attngen.language.spec import Spec
-from attngen.plan.planner import FAMILIES, Family, Planner
+from attngen.plan.planner import FAMILIES, Family, Planner, inner_spec, mask_of
 from attngen.plan.steps import Result
+
+if TYPE_CHECKING:
+    from attngen.language.spec import Spec
 
 
 def plan_paged(keys: Paged, planner: Planner) -> Result:
@@ -30,6 +32,8 @@ def plan_paged(keys: Paged, planner: Planner) -> Result:
     found = planner.prepare("check pages", make, reads, ("page_table", *lengths), planner.mask_params)
 
     def build() -> dict[str, Any]:
+        from attngen.language.moved import b, j
+
         mask = planner.mask
         if lengths:
             mask = mask & (j < planner.tensor("k_len", 1)[b])
@@ -85,13 +89,14 @@ def bind_pages(
     return bind(_in_pages(spec, keys.page_size), q, k, v, q_offset=q_offset, captures=named, values=False)
 
 
-@lru_cache(maxsize=256)
 def _in_pages(spec: Spec, page_size: int) -> Spec:
     """The spec without its key set, on pages: what a call is checked against."""
-    declared = {**spec.tensors, **spec.params}
-    sink = None if spec.sink is None else Expr(spec.sink, declared)
-    mask, score = Expr(spec.mask, declared), Expr(spec.score, declared)
-    return Spec(mask, score, scale=spec.scale, sink=sink, page_size=page_size)
+
+    def build() -> dict[str, Any]:
+        sink = None if spec.sink is None else expression.Expr(spec.sink)
+        return {"mask": mask_of(spec), "score": expression.Expr(spec.score), "sink": sink, "page_size": page_size}
+
+    return inner_spec(spec, ("in pages", page_size), build)
 
 
 def reached(call: Call) -> torch.Tensor:
@@ -103,7 +108,7 @@ def reached(call: Call) -> torch.Tensor:
     slots = torch.arange(call.n_k // page_size, device=device)
     if n_q == 0 or len(slots) == 0:
         return torch.zeros((batch, len(slots)), dtype=torch.bool, device=device)
-    known = facts(call.spec)
+    known = facts_of(call.spec)
     env: dict[str, Any] = {**call.captures, **call.params}
     env |= {
         "b": torch.arange(batch, device=device).view(-1, 1, 1),
@@ -121,13 +126,18 @@ def reached(call: Call) -> torch.Tensor:
     return found.any(1).expand(batch, -1)
 
 
-@lru_cache(maxsize=256)
 def _mask_in_pages(spec: Spec, page_size: int, limited: bool) -> Spec:
     """The mask alone, with k_len as part of it."""
-    mask = Expr(spec.mask, {**spec.tensors, **spec.params})
-    if limited:
-        mask = mask & (j < Tensor("k_len", 1, torch.int32)[b])
-    return Spec(mask, page_size=page_size)
+
+    def build() -> dict[str, Any]:
+        from attngen.language.moved import b, j
+
+        mask = mask_of(spec)
+        if limited:
+            mask = mask & (j < expression.Tensor("k_len", 1, torch.int32)[b])
+        return {"mask": mask, "scale": None, "page_size": page_size}
+
+    return inner_spec(spec, ("mask in pages", page_size, limited), build)
 
 
 FAMILIES[Paged] = Family(plan_paged, bind=bind_pages)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attngen.errors import InputError
 from attngen.language.call import Call
 from attngen.language.checks import check_range, check_tensor
-from attngen.language.expression import Expr
 from attngen.language.keysets.sorted import HashSparse, QKSparse
-from attngen.language.moved import b, by_distance, h, i, j, moved, moved_by, split_causal
 from attngen.plan.moves import Rows, flat_rows
 from attngen.plan.planner import FAMILIES, Family, Planner
 from attngen.plan.steps import Result
+
+if TYPE_CHECKING:
+    from attngen.language.expression import Expr
 
 LIMIT = 2**31 - 1
 KEPT = ("q_position", "k_position", "q_count", "k_count")
@@ -79,6 +80,8 @@ def attend_kept(
     """Attention of the first q_count queries to the first k_count keys of each (b, h), masked on original positions."""
 
     def build() -> dict[str, Any]:
+        from attngen.language.moved import b, h, i, j, moved
+
         q_position, k_position = planner.tensor("q_position", 3), planner.tensor("k_position", 3)
         q_count, k_count = planner.tensor("q_count", 2), planner.tensor("k_count", 2)
         places = {"i": q_position[b, h, i], "j": k_position[b, h, j]}
@@ -102,6 +105,8 @@ def plan_buckets(keys: HashSparse, planner: Planner) -> Result:
     v = planner.take("values by bucket", "v", Rows(), found["k_rows"])
 
     def build() -> dict[str, Any]:
+        from attngen.language.moved import b, by_distance, h, i, j, moved, moved_by, split_causal
+
         q_position, k_position, q_rank, k_rank, start, stop = (planner.tensor(name, 3) for name in BUCKETS)
         positions = {"i": q_position[b, h, i], "j": k_position[b, h, j]}
         ranks = {"i": q_rank[b, h, i], "j": k_rank[b, h, j]}

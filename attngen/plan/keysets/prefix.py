@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,11 +13,14 @@ from attngen.errors import InputError
 from attngen.language.call import Call, bind
 from attngen.language.checks import check_lengths, check_tensor
 from attngen.language.keysets.cached import SharedPrefix
-from attngen.language.moved import b, i, j, moved
-from attngen.language.spec import Spec
+from attngen.language.plain import PLAIN
 from attngen.plan.moves import Samples
 from attngen.plan.planner import FAMILIES, Family, Planner
 from attngen.plan.steps import Result
+
+if TYPE_CHECKING:
+    from attngen.language.spec import Spec
+
 
 CONTEXT = ("q_sample", "q_position", "k_start")
 
@@ -35,6 +38,8 @@ def plan_prefix(keys: SharedPrefix, planner: Planner) -> Result:
     found = planner.prepare("lengths of suffixes", partial(_suffixes, start), lengths, ("suffix_start", *lengths))
 
     def build() -> dict[str, Any]:
+        from attngen.language.moved import b, j, moved
+
         mask = moved(planner.mask, j=j + planner.tensor("suffix_start", 1)[b])
         if lengths:
             mask = mask & (j < planner.tensor("k_len", 1)[b])
@@ -50,6 +55,8 @@ def _context(planner: Planner, level: int, groups: int, start: int) -> Result:
     found = planner.prepare(f"rows of context {level}", make, (), tuple(f"{name}.{level}" for name in CONTEXT))
 
     def build() -> dict[str, Any]:
+        from attngen.language.moved import b, i, j, moved
+
         sample, position = planner.tensor("q_sample", 2), planner.tensor("q_position", 2)
         places = {"b": sample[b, i], "i": position[b, i], "j": j + planner.tensor("k_start", 1)[b]}
         return {"mask": moved(planner.mask, **places), "score": moved(planner.score, **places)}
@@ -113,7 +120,7 @@ def bind_contexts(
     given: Mapping[str, Any],
 ) -> Call:
     """The checked call. Captures are indexed by logical positions, so they are checked against as many keys as those are."""
-    bind(Spec(), q, k, v, q_offset=q_offset, captures={})
+    bind(PLAIN, q, k, v, q_offset=q_offset, captures={})
     length = k.shape[2]
     for level in range(keys.levels):
         shapes = {}

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attngen.language.call import Call
 from attngen.language.keysets.tiles import Pruned
-from attngen.language.spec import Spec
 from attngen.plan.keysets.estimate import pooled, tile_scores
 from attngen.plan.keysets.tiles import EMPTY, Live, Segments, bind_mask, grid, live
+
+if TYPE_CHECKING:
+    from attngen.language.spec import Spec
+
 
 LEVELS = 127  # averages are rounded to integers of this size: 8 bits, whose products float32 sums exactly in any order
 ROUNDING = 1e-6  # taken off before rounding up, so that 0.1 * 30 is 3
 
 
-@live.register
+@live.register(Pruned)
 def _(keys: Pruned, spec: Spec, call: Call, given: Mapping[str, Any]) -> Live:
     tiles_q, tiles_k = grid(keys.block, call)
     device, lead = call.q.device, call.q.shape[:2]

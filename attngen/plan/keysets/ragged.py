@@ -10,20 +10,23 @@ from __future__ import annotations
 import numbers
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attngen.errors import InputError
+from attngen.language import expression
 from attngen.language.call import LARGEST_POSITION, Call, bind
 from attngen.language.checks import check_lengths, check_tensor, require
-from attngen.language.expression import Expr
 from attngen.language.keysets.cached import Ragged
-from attngen.language.moved import b, by_distance, i, j, moved, moved_by, split_causal
+from attngen.language.plain import PLAIN
 from attngen.language.programs import evaluate, tensor_of
-from attngen.language.spec import Spec
 from attngen.plan.planner import FAMILIES, Family, Planner
 from attngen.plan.steps import Result
+
+if TYPE_CHECKING:
+    from attngen.language.spec import Spec
+
 
 LIMIT = 2**31 - 1
 LENGTHS = ("k_len", "k_offset", "cu_q", "cu_k")  # of ragged batches, unless the spec has a tensor of that name
@@ -93,8 +96,10 @@ def _plan_padded(keys: Ragged, planner: Planner) -> Result:
     found = planner.prepare("lengths", _lengths, keys.names, keys.names)
 
     def build() -> dict[str, Any]:
+        from attngen.language.moved import b, j, moved
+
         spec, mask, score = planner.spec, planner.mask, planner.score
-        sink = None if spec.sink is None else Expr(spec.sink, {**spec.tensors, **spec.params})
+        sink = None if spec.sink is None else expression.Expr(spec.sink)
         if "k_offset" in keys.names:
             position = j + planner.tensor("k_offset", 1)[b]
             mask, score = moved(mask, j=position), moved(score, j=position)
@@ -124,6 +129,8 @@ def _plan_packed(planner: Planner) -> Result:
     found = planner.prepare("places", _prepare_packed, ("cu_q", "cu_k"), (*PLACES, "cu_q"))
 
     def build() -> dict[str, Any]:
+        from attngen.language.moved import by_distance, i, j, moved, moved_by, split_causal
+
         named = {name: planner.tensor(name, 1) for name in PLACES}
         offset = {"q_offset": named["q_own_offset"][i]}
         positions = {"b": named["q_sequence"][i], "i": named["q_position"][i], "j": named["k_position"][j], **offset}
@@ -159,7 +166,7 @@ def _prepare_packed(call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
 def _bind_packed(
     spec: Spec, q: Any, k: Any, v: Any, q_offset: Any, captures: Mapping[str, Any], given: Mapping[str, Any]
 ) -> Call:
-    bind(Spec(), q, k, v, captures={})
+    bind(PLAIN, q, k, v, captures={})
     if q.shape[0] != 1:
         raise InputError("q", "packed sequences [1, Hq, total_q, D]", f"shape {list(q.shape)}")
     cu_q = given["cu_q"]

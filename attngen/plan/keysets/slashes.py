@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,13 +17,15 @@ from attngen.language.call import Call
 from attngen.language.checks import check_dims, check_range, check_tensor
 from attngen.language.keysets.tiles import Adaptive, Slashes, VerticalSlash
 from attngen.language.lists import TileLists
-from attngen.language.moved import b, h, i, j, moved
-from attngen.language.spec import Spec
 from attngen.plan.keysets.estimate import A_SHAPE, CLUSTER, Estimate
 from attngen.plan.keysets.tiles import Live, tile_lists
 from attngen.plan.moves import Rows, shared_rows
 from attngen.plan.planner import FAMILIES, Family, Planner
 from attngen.plan.steps import Result
+
+if TYPE_CHECKING:
+    from attngen.language.spec import Spec
+
 
 LINES = ("column_hit", "slash_hit", "base")
 COLUMNS = ("column", "shift", "count")
@@ -41,6 +43,8 @@ def plan_lines(keys: Slashes, planner: Planner) -> Result:
     found = planner.prepare("find lines", make, (*own, *planner.mask_reads), writes, planner.mask_params)
 
     def lines() -> dict[str, Any]:
+        from attngen.language.moved import b, h, i, j
+
         column, slash = (planner.tensor(name, 3, torch.bool) for name in ("column_hit", "slash_hit"))
         hit = slash[b, h, i - j - planner.tensor("base", 1)[b]]
         if adaptive:
@@ -57,6 +61,8 @@ def plan_lines(keys: Slashes, planner: Planner) -> Result:
         return listed
 
     def columns() -> dict[str, Any]:
+        from attngen.language.moved import b, h, i, j, moved
+
         column = planner.tensor("column", 3)
         there = j < planner.tensor("count", 2)[b, h]
         places = {"i": i + planner.tensor("shift", 1)[b], "j": column[b, h, j]}

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial, singledispatch
-from typing import Any
+from functools import partial, singledispatch
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attngen.analysis import Axis, facts, run
-from attngen.analysis.tiles import check_positive
+from attngen.analysis.call_facts import facts_of
+from attngen.analysis.summaries import Axis
+from attngen.analysis.tiles import check_positive, run
 from attngen.errors import InputError
 from attngen.language.call import Call, bind
 from attngen.language.checks import check_dims, check_range, check_tensor
-from attngen.language.expression import Expr
 from attngen.language.keysets.tiles import Block, BlockCluster, BlockSparse, Pruned, Tiles
 from attngen.language.lists import TileLists
-from attngen.language.spec import Spec
-from attngen.plan.planner import FAMILIES, Family, Planner
+from attngen.plan.planner import FAMILIES, Family, Planner, inner_spec, mask_of
 from attngen.plan.steps import Result
+
+if TYPE_CHECKING:
+    from attngen.language.spec import Spec
+
 
 FULL, PARTIAL, EMPTY = 0, 1, 2  # in the order in which a list has them
 LIMIT = 2**31
@@ -125,7 +128,7 @@ class Segments:
     """What the mask alone makes of all tiles: `attngen.analysis` tells it as runs of key tiles per query tile."""
 
     def __init__(self, bound: Call, block: Block):
-        q, known = bound.q, facts(bound.spec)
+        q, known = bound.q, facts_of(bound.spec)
         offset = bound.q_offset.view(-1, 1, 1) if isinstance(bound.q_offset, torch.Tensor) else bound.q_offset
         env: dict[str, Any] = {**bound.captures, **bound.params}
         env |= {"b": torch.arange(q.shape[0], device=q.device).view(-1, 1, 1)}
@@ -154,7 +157,7 @@ class Segments:
 
 def bind_mask(spec: Spec, call: Call) -> Call:
     """The call of the mask alone, checked. InputError for a capture of the mask that was not given to `attn.plan`."""
-    only = _mask_only(spec)
+    only = inner_spec(spec, "the mask", lambda: {"mask": mask_of(spec), "scale": None})
     captures = {**call.captures, **call.params}
     for name in (*only.tensors, *only.params):
         if captures.get(name) is None:
@@ -167,15 +170,10 @@ def bind_mask(spec: Spec, call: Call) -> Call:
     return bind(only, call.q, call.k, call.v, q_offset=call.q_offset, captures=named, values=False)
 
 
-@lru_cache(maxsize=256)
-def _mask_only(spec: Spec) -> Spec:
-    return Spec(mask=Expr(spec.mask, {**spec.tensors, **spec.params}))
-
-
 # -- layouts given at the call ----------------------------------------------------------------------------------------
 
 
-@live.register
+@live.register(BlockSparse)
 def _(keys: BlockSparse, spec: Spec, call: Call, given: Mapping[str, Any]) -> Live:
     layout, counts, indices = (given.get(name) for name in keys.prepared)
     rows, columns = grid(keys.block, call)
@@ -200,7 +198,7 @@ def _(keys: BlockSparse, spec: Spec, call: Call, given: Mapping[str, Any]) -> Li
     return from_indices("indices", torch.where(counted, indices, -1), columns)
 
 
-@live.register
+@live.register(BlockCluster)
 def _(keys: BlockCluster, spec: Spec, call: Call, given: Mapping[str, Any]) -> Live:
     dims, (rows, columns) = "[B or 1, H or 1, tiles_q, K]", grid(keys.block, call)
     index = check_dims("index", given.get("index"), (4,), f"int {dims}")

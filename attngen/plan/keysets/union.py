@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attngen.errors import InputError
 from attngen.language.call import Call, bind
 from attngen.language.keysets.union import Union
-from attngen.language.spec import Spec
 from attngen.plan.planner import FAMILIES, Family, Planner, bound, family_of
 from attngen.plan.steps import Result
+
+if TYPE_CHECKING:
+    from attngen.language.spec import Spec
 
 
 def plan_union(keys: Union, planner: Planner) -> Result:

@@ -10,8 +10,8 @@ import torch
 
 import attngen as ag
 from attngen.analysis import facts
+from attngen.backends import work
 from attngen.backends.meta import tables as tables_of
-from attngen.backends.triton import launch as gpu
 from attngen.lowering import render
 from attngen.schedule import Target, complete, fit
 from tests.keys_cases import inputs
@@ -66,8 +66,8 @@ def test_the_kernels_plan_has_as_many_tiles(name: str):
         source = render(
             call.spec, known, "forward", head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype, schedule=schedule
         )
-        tables = gpu.walk_tables(call, known, schedule, "forward", tables_of)
-        counts = gpu.tile_counts(call, known, source.grid, schedule, tables)
+        tables = work.walk_tables(call, known, schedule, "forward", tables_of)
+        counts = work.tile_counts(call, known, source.grid, schedule, tables)
         assert int(counts.sum()) == of_piece(call, block).forward
 
 

@@ -25,35 +25,33 @@ from typing import Any
 
 import torch
 
-from attngen.language.expression import ROW, B, H, I, J
-from attngen.language.programs import evaluate, tensor_of
+from attngen.language.programs import INDEX, ROW, Node, evaluate, tensor_of
+
+CAPTURED = "captured "  # before the name of a captured tensor among a kernel's tensors, which it may be called like
+B, H, I, J = (INDEX[axis] for axis in "bhij")
 
 
 @dataclass(frozen=True)
-class Site:
-    """One load of a captured tensor in the score, and the score's derivative by it.
+class CaptureSite:
+    """One load of a captured tensor in the score, and how its gradient is collected.
 
-    kind: see the module. dims: for "bins" and "atomic", the tensor's dimensions whose index depends on i or j.
+    tensor, number, deterministic: which one it is. kind: see the module. dims: for "bins" and "atomic", the tensor's dimensions whose
+    index depends on i or j. indices: of the load. by_batch, by_head: whether some index depends on b, on h.
     """
 
-    load: Any
-    slope: Any
+    tensor: str
+    number: int
+    deterministic: bool
     kind: str
-    dims: tuple[int, ...]
-
-    @property
-    def tensor(self) -> str:
-        """The captured tensor's name."""
-        return str(self.load.name)
+    dims: tuple[int, ...] = ()
+    indices: tuple[Node, ...] = ()
+    by_batch: bool = True
+    by_head: bool = True
 
     @property
     def by_keys(self) -> bool:
         """Whether a key tile walks the queries."""
         return self.kind == "keys"
-
-    def uses(self, symbol: Any) -> bool:
-        """Whether an index of the load depends on this symbol."""
-        return any(symbol in index.free_symbols for index in self.load.indices)
 
     def buffer_shape(
         self, batch: int, heads: int, n_q: int, n_k: int, block_m: int, sizes: tuple[int, ...]
@@ -61,7 +59,7 @@ class Site:
         """Shape of the float32 buffer that the kernel's argument `grad` points to. `sizes`: the captured tensor's shape."""
         tiles, bins = -(-n_q // block_m), [sizes[d] for d in self.dims]
         if self.kind == "pairs":
-            return [batch if self.uses(B) else 1, heads if self.uses(H) else 1, n_q, n_k]
+            return [batch if self.by_batch else 1, heads if self.by_head else 1, n_q, n_k]
         inner = {"total": [tiles], "rows": [n_q], "keys": [n_k], "bins": [tiles, *bins], "atomic": bins}
         return [batch, heads, *inner[self.kind]]
 
@@ -71,37 +69,19 @@ class Site:
         return self.kind in ("pairs", "bins", "atomic", "edges")
 
 
-# The weights of listed keys are added to the score: their slope is 1.
-EDGES = Site(None, 1, "edges", ())
+EDGE_WEIGHTS = CaptureSite("edge_weight", 0, True, "edges")
 
 
-def sites(load_grads: Any, deterministic: bool = True) -> tuple[Site, ...]:
-    """The sites of one captured tensor; `load_grads` are pairs (Load, derivative). Not deterministic: what would be
-    "bins" or scattered "pairs" is added with atomics into [B, heads, sizes of the dimensions that depend on i or j]."""
-    return tuple(_site(load, slope, deterministic) for load, slope in load_grads)
+@dataclass(frozen=True)
+class SinkSlope:
+    """A load of a captured tensor in the sink: its indices, and the sink's derivative by it."""
 
-
-def _site(load: Any, slope: Any, deterministic: bool) -> Site:
-    dims = tuple(d for d, index in enumerate(load.indices) if index.free_symbols & {I, J})
-    used = frozenset().union(*[load.indices[d].free_symbols & {I, J} for d in dims])
-    plain = [I if load.indices[d] == ROW else load.indices[d] for d in dims]
-    if not used:
-        kind = "total"
-    elif used == {I}:
-        kind = "rows"
-    elif used == {J}:
-        kind = "keys"
-    elif sorted(plain, key=str) == [I, J]:
-        kind = "pairs"
-    elif not deterministic:
-        kind = "atomic"
-    else:
-        kind = "bins" if len(dims) == 1 else "pairs"
-    return Site(load, slope, kind, dims)
+    indices: tuple[Node, ...]
+    slope: Node
 
 
 def collect(
-    site: Site, buffer: torch.Tensor, tensor: torch.Tensor, env: Mapping[str, Any], shifted: bool = False
+    site: CaptureSite, buffer: torch.Tensor, tensor: torch.Tensor, env: Mapping[str, Any], shifted: bool = False
 ) -> torch.Tensor:
     """The gradient of the captured tensor (float32, its shape) from the kernel's buffer.
 
@@ -116,9 +96,9 @@ def collect(
         buffer = buffer.view(*buffer.shape[:2], 1, -1)
     binned = site.dims if site.kind in ("bins", "atomic") else ()
     # What each dimension of the buffer, and of the tensor, runs over: a symbol, an index expression, or a binned dimension.
-    axes = [B, H, *binned] if binned else [B, H, I, J]
-    indices = [d if d in binned else index for d, index in enumerate(site.load.indices)]
-    places = [I if index == ROW else index for index in indices]
+    axes: list[Any] = [B, H, *binned] if binned else [B, H, I, J]
+    indices: list[Any] = [d if d in binned else index for d, index in enumerate(site.indices)]
+    places = [I if index is ROW else index for index in indices]
     if len(set(places)) == len(places) and set(places) <= set(axes) and not (shifted and I in indices):
         gone = [axis for axis, what in enumerate(axes) if what not in places]
         left = [what for what in axes if what in places]

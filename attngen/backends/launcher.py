@@ -1,0 +1,358 @@
+"""Run a plan's launches on a GPU: buffers, arguments, grids. The same code drives compiled kernels, interpreted ones, and those of
+a pack: where kernels come from, and how one is started, is a `Sources`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from attngen.analysis.capture_sites import CAPTURED, EDGE_WEIGHTS, CaptureSite, collect
+from attngen.backends.work import Facts, sizes_of, states_of, stream_runs, table_tiles, walk_tables
+from attngen.errors import InputError
+from attngen.language.call import Call
+from attngen.language.lists import RowLists
+from attngen.language.plain import PLAIN
+from attngen.language.programs import evaluate, tensor_of
+from attngen.language.schedule import Schedule
+
+if TYPE_CHECKING:
+    from attngen.lowering.source import Grid
+
+TABLES = " tables"  # behind the name of the kernel whose walk reads them
+MOST_READY = 4096  # launches that are kept ready; then all are forgotten: they cost some 100 us each
+
+
+class Sources(Protocol):
+    """Where a launcher's kernels come from. What is found has `args`, `grid`, `num_stages` as `attngen.lowering.source.Source`."""
+
+    def find(
+        self,
+        kernel: str,
+        call: Call,
+        facts: Facts,
+        schedule: Schedule,
+        tensors: Mapping[str, Any],
+        site: CaptureSite | None = None,
+    ) -> Any:
+        """A kernel for such a call. tensors: those that it is launched with."""
+
+    def guarded(
+        self, kernel: str, call: Call, facts: Facts, schedule: Schedule, tensors: Mapping[str, Any]
+    ) -> Any | None:
+        """What looks after the results of a kernel that are no numbers; None if there can be none."""
+
+    def plain(self, device: torch.device, head_dim: int, dtype: torch.dtype) -> tuple[Schedule, Facts]:
+        """How delta is computed, which is the same for every spec."""
+
+    def options(self, source: Any) -> Any:
+        """What `start` wants to know besides."""
+
+    def start(self, source: Any, programs: int, arguments: list[Any], options: Any) -> None:
+        """One launch, on the current device."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    """A launch for one set of shapes and strides: what is left to a call is to put in its pointers and numbers. programs: 0 if there is
+    nothing to launch. tensors, params: (place, name) of each; offset, scale: where an int q_offset and the scale go.
+    """
+
+    source: Any
+    programs: int
+    arguments: list[Any]
+    tensors: tuple[tuple[int, str], ...]
+    params: tuple[tuple[int, str], ...]
+    offset: int | None
+    scale: int | None
+    options: dict[str, Any]
+    again: tuple[Any, int] | None = None  # what looks after results that are no numbers, and its programs
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors that a launch is given, and what its arguments depend on of them besides pointers. Tensors that are made for
+    it depend on these, and rows [B, heads, n_q] are contiguous.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    described: tuple[Any, ...]
+
+    def and_(self, tensors: Mapping[str, torch.Tensor]) -> Inputs:
+        """These and others."""
+        return Inputs({**self.tensors, **tensors}, self.described + _described(tensors)) if tensors else self
+
+
+def _described(tensors: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+    return tuple([(x.dtype, x.shape, x.stride(), x.data_ptr() & 15) for x in tensors.values()])
+
+
+def inputs_of(call: Call, **tensors: torch.Tensor) -> Inputs:
+    """Some tensors, and what the call captures."""
+    given = {**captures_of(call), **tensors} if call.captures else tensors
+    return Inputs(given, _described(given))
+
+
+def captures_of(call: Call) -> dict[str, torch.Tensor]:
+    """The captured tensors; those of lists contiguous, and empty ones of a size that a stride can be made from."""
+    own = () if call.spec.lists is None else call.spec.lists.names
+    return {CAPTURED + name: t.contiguous() if name in own else t for name, t in call.captures.items()}
+
+
+class Launcher:
+    """A backend, see `attngen.backends`, whose kernels come from `sources`."""
+
+    def __init__(self, sources: Sources):
+        self.sources = sources
+        self._ready: dict[Any, _Ready] = {}
+        self._grids: dict[Any, Grid] = {}
+
+    def forward(self, call: Call, facts: Facts, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor]:
+        """out and lse, see `attngen.backends`. A split forward writes partial states, which a second launch merges."""
+        self._check(call)
+        rows = call.q.shape[:3]
+        out, lse = call.q.new_empty((*rows, call.v.shape[3])), call.q.new_empty(rows, dtype=torch.float32)
+        made: dict[str, torch.Tensor] = {"out": out, "lse": lse}
+        if (
+            call.spec.page_size is not None and min(call.k.shape[0], call.n_k) == 0
+        ):  # not even a page to load nothing from
+            return out.zero_(), lse.fill_(-torch.inf)
+        given = inputs_of(call, q=call.q, k=call.k, v=call.v)
+        walk = walk_tables(call, facts, schedule, "forward", self.tables)
+        walking = given.and_(walk)
+        if schedule.split in (None, 1):
+            self._launch("forward", call, facts, schedule, walking, made)
+            return out, lse
+        grid, sizes = self._grid_of(call, facts, schedule, {**given.tensors, **made}), sizes_of(call, schedule)
+        if schedule.split == "stream":
+            made |= stream_runs(call, facts, schedule, grid, sizes, walk)
+        made |= states_of(call, grid, sizes)
+        self._launch("forward", call, facts, schedule, walking, made)
+        self._launch("merge", call, facts, schedule, given, made)
+        return out, lse
+
+    def delta(self, out: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor | None = None) -> torch.Tensor:
+        """rowsum(dO * O) - dlse, float32 [B, Hq, Nq]; dlse: None for 0."""
+        schedule, facts = self.sources.plain(out.device, out.shape[3], out.dtype)
+        made = {"delta": out.new_empty(out.shape[:3], dtype=torch.float32)}
+        call = Call(PLAIN, out, out, out, {}, {}, 0)
+        given = inputs_of(call, out=out, do=do)
+        if dlse is None:
+            self._launch("delta_of_out", call, facts, schedule, given, made)
+        else:
+            made["dlse"] = dlse.to(torch.float32).contiguous()
+            self._launch("delta", call, facts, schedule, given, made)
+        return made["delta"]
+
+    def backward(
+        self,
+        call: Call,
+        facts: Facts,
+        schedule: Schedule,
+        lse: torch.Tensor,
+        delta: torch.Tensor,
+        do: torch.Tensor,
+        wanted: list[str],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Gradients, see `attngen.backends`: two passes, before them one for what a large lse lacks, where that would show, and for
+        each wanted capture one of its own; no atomics between them.
+        """
+        self._check(call)
+        given = inputs_of(call, q=call.q, k=call.k, v=call.v, do=do)
+        walks = {
+            kernel: given.and_(walk_tables(call, facts, schedule, kernel, self.tables)) for kernel in ("dq", "dkv")
+        }
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (call.q, call.k, call.v))
+        made = {"lse": lse.contiguous(), "delta": delta.contiguous(), "dq": dq, "dk": dk, "dv": dv}
+        if facts.restores(call.q.dtype):
+            made["excess"] = torch.empty_like(made["lse"])
+            self._launch("excess", call, facts, schedule, walks["dq"], made)
+        for kernel, walking in walks.items():
+            self._launch(kernel, call, facts, schedule, walking, made)
+        gradients = {name: self._capture_gradient(name, call, facts, schedule, given, made, walks) for name in wanted}
+        return dq, dk, dv, gradients
+
+    def tables(self, call: Call, facts: Facts, schedule: Schedule, kernel: str) -> dict[str, torch.Tensor]:
+        """Summaries of captured data for the walk of one kernel: int32 [B or 1, H or 1, tiles] each."""
+        walk = facts.walk_of(kernel)
+        by_batch, by_head = walk.differ(isinstance(call.q_offset, torch.Tensor))
+        leading = call.q.shape[0] if by_batch else 1, call.q.shape[1] if by_head else 1
+        shape, device = (len(walk.symbols), *leading, table_tiles(call, schedule, kernel)), call.q.device
+        if min(call.q.shape[2], call.n_k) == 0:  # nothing to visit, whatever the bounds
+            made = torch.zeros(shape, dtype=torch.int32, device=device)
+        else:
+            made = torch.empty(shape, dtype=torch.int32, device=device)
+            self._launch(f"{kernel}{TABLES}", call, facts, schedule, inputs_of(call), {"made": made})
+        return dict(zip(walk.symbols, made.unbind(0), strict=True))
+
+    @staticmethod
+    def table_tiles(call: Call, schedule: Schedule, kernel: str) -> int:
+        """How many tiles those tables are of."""
+        return table_tiles(call, schedule, kernel)
+
+    @staticmethod
+    def _check(call: Call) -> None:
+        if call.q.dtype == torch.float64:
+            raise InputError(
+                "q", "float32, float16 or bfloat16 on this backend", "torch.float64", "use the CPU backend"
+            )
+
+    def _grid_of(self, call: Call, facts: Facts, schedule: Schedule, buffers: Mapping[str, Any]) -> Grid:
+        """How the forward's programs lie over its outputs: the same whatever the lengths."""
+        key = facts, schedule, call.q.shape[3], call.v.shape[3], call.q.dtype
+        found = self._grids.get(key)
+        if found is None:
+            if len(self._grids) >= MOST_READY:
+                self._grids.clear()
+            found = self._grids[key] = self.sources.find("forward", call, facts, schedule, buffers).grid
+        return found
+
+    def _launch(
+        self,
+        kernel: str,
+        call: Call,
+        facts: Facts,
+        schedule: Schedule,
+        given: Inputs,
+        made: Mapping[str, torch.Tensor],
+        site: CaptureSite | None = None,
+    ) -> None:
+        """Launch a kernel on the current stream of the call's device; nothing for an empty grid."""
+        offset, q = call.q_offset, call.q
+        key = kernel, facts, schedule, site, type(offset), q.device, q.shape, call.k.shape, given.described
+        ready = self._ready.get(key)
+        if ready is None:
+            if len(self._ready) >= MOST_READY:
+                self._ready.clear()
+            ready = self._ready[key] = self._made_ready(kernel, call, facts, schedule, {**given.tensors, **made}, site)
+        if not ready.programs:
+            return
+        tensors = {**given.tensors, **made}
+        if ready.again is not None:
+            tensors["odd"] = torch.empty(ready.programs, dtype=torch.int32, device=q.device)
+        arguments = ready.arguments.copy()
+        for place, name in ready.tensors:
+            arguments[place] = tensors[name]
+        for place, name in ready.params:
+            value = call.params[name]
+            arguments[place] = value - 2**32 if name == "seed" and value >= 2**31 else value  # an i32
+        if ready.offset is not None:
+            arguments[ready.offset] = offset.to(torch.int32) if isinstance(offset, torch.Tensor) else offset
+        if ready.scale is not None:
+            arguments[ready.scale] = call.scale
+        with torch.cuda.device_of(q):  # Triton takes the current device, whichever the pointers are of
+            self.sources.start(ready.source, ready.programs, arguments, ready.options)
+            if ready.again is not None:
+                source, programs = ready.again
+                self.sources.start(source, programs, [*arguments, ready.programs], ready.options)
+
+    def _made_ready(
+        self,
+        kernel: str,
+        call: Call,
+        facts: Facts,
+        schedule: Schedule,
+        tensors: Mapping[str, Any],
+        site: CaptureSite | None,
+    ) -> _Ready:
+        """A kernel's arguments from their description."""
+        source, lengths = self.sources.find(kernel, call, facts, schedule, tensors, site), sizes_of(call, schedule)
+        programs = source.grid.programs(lengths)
+        arguments: list[Any] = [None] * len(source.args)
+        places: dict[str, list[tuple[int, str]]] = {"tensor": [], "table": [], "param": [], "offset": [], "scale": []}
+        if programs * lengths["batch"] * lengths["heads"] == 0:
+            return _Ready(source, 0, arguments, (), (), None, None, {})
+        for place, arg in enumerate(source.args):
+            if arg.role in places:
+                places[arg.role].append((place, arg.of))
+            elif arg.role == "stride":
+                tensor = tensors[arg.of]
+                arguments[place] = tensor.stride(arg.dim) if tensor.shape[arg.dim] != 1 else 0
+            elif arg.role == "size":
+                arguments[place] = tensors[arg.of].shape[arg.dim]
+            elif arg.role == "length":
+                arguments[place] = lengths[arg.of]
+            else:
+                raise AssertionError(arg)
+        offset, scale = (next((place for place, _ in places[role]), None) for role in ("offset", "scale"))
+        found = (*places["tensor"], *places["table"])
+        again = None
+        guarded = self.sources.guarded(kernel, call, facts, schedule, tensors)
+        if guarded is not None:
+            assert guarded.args[:-1] == source.args and guarded.num_stages == source.num_stages
+            again = guarded, guarded.grid.programs(lengths)
+        return _Ready(
+            source,
+            programs,
+            arguments,
+            found,
+            tuple(places["param"]),
+            offset,
+            scale,
+            self.sources.options(source),
+            again,
+        )
+
+    def _capture_gradient(
+        self,
+        name: str,
+        call: Call,
+        facts: Facts,
+        schedule: Schedule,
+        given: Inputs,
+        made: Mapping[str, torch.Tensor],
+        walks: Mapping[str, Inputs],
+    ) -> torch.Tensor:
+        """The gradient of one captured tensor, float32 and of its (expanded) shape: from the score's loads, and the sink's."""
+        tensor, (batch, heads, n_q, _), n_k = call.captures[name], call.q.shape, call.n_k
+        total = torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
+        own, of_sink = facts.sites_of(name, schedule.deterministic is not False), facts.slopes.get(name, ())
+        env = dense_environment(call)
+        shifted = isinstance(call.q_offset, torch.Tensor) or call.q_offset != 0
+        if isinstance(call.spec.lists, RowLists) and name == "edge_weight":
+            list_heads = heads if call.spec.lists.by_query_head else call.k.shape[1]
+            grad = total.new_zeros((batch, list_heads, tensor.shape[2]))
+            self._launch("capture", call, facts, schedule, given, {**made, "grad": grad}, EDGE_WEIGHTS)
+            return grad.sum_to_size(tensor.shape)
+        for site in own:
+            program = facts.program_queries if site.by_keys else facts.program_keys
+            if call.spec.lists is None and not (program.full or program.partial):
+                continue  # no pair attends, so none contributes
+            kernel = "dkv" if site.by_keys else "dq"
+            rows = 1 if isinstance(call.spec.lists, RowLists) else schedule.tile("dq").block_m
+            shape = site.buffer_shape(batch, heads, n_q, n_k, rows, tuple(tensor.shape))
+            make = torch.zeros if site.zeroed or 0 in call.q.shape else torch.empty
+            grad = make(shape, dtype=torch.float32, device=tensor.device)
+            self._launch("capture", call, facts, schedule, walks[kernel], {**made, "grad": grad}, site)
+            total += collect(site, grad, tensor, env, shifted)
+        for load in of_sink:
+            # The sink is a key with value 0: its dS is P * (0 - delta).
+            sink = tensor_of(evaluate(call.spec.sink, env), tensor.device).to(torch.float32)
+            lse, excess = made["lse"][..., None], made["excess"][..., None] if "excess" in made else 0.0
+            p = torch.where(lse > -torch.inf, torch.exp(sink - lse) * 2.0**-excess, 0.0)  # [B, Hq, Nq, 1]
+            ds = -p * made["delta"][..., None]
+            share = (ds * evaluate(load.slope, env)).expand(batch, heads, n_q, 1)
+            if not load.indices:
+                total += share.sum()
+                continue
+            places = [tensor_of(evaluate(index, env), tensor.device).long() for index in load.indices]
+            total.index_put_(tuple(place.expand(share.shape) for place in places), share, accumulate=True)
+        return total
+
+
+def dense_environment(call: Call) -> dict[str, Any]:
+    """What indices of loads read, to broadcast over [B, H, Nq, Nk]."""
+    (batch, heads, n_q, _), device = call.q.shape, call.q.device
+    offset = tensor_of(call.q_offset, device).reshape(-1, 1, 1, 1)
+    return {
+        **call.captures,
+        **call.params,
+        "b": torch.arange(batch, device=device).view(-1, 1, 1, 1),
+        "h": torch.arange(heads, device=device).view(1, -1, 1, 1),
+        "i": torch.arange(n_q, device=device).view(1, 1, -1, 1) + offset,
+        "j": torch.arange(call.n_k, device=device).view(1, 1, 1, -1),
+        "q_offset": offset,
+    }
