@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attngen.lowering.captures import sites
 
 import attngen as ag
 from attngen.analysis import facts
@@ -22,8 +23,8 @@ from attngen.backends.triton.compiling import compile_source
 from attngen.backends.triton.machine_code import Loop, MachineCode
 from attngen.inspect.cross import cross_compile
 from attngen.language.schedule import Tile
+from attngen.analysis.sites import sites
 from attngen.lowering import render
-from attngen.lowering.captures import sites
 from attngen.runtime.first_tiles import Search
 from attngen.schedule import Schedule, Target
 from attngen.schedule.choice import on_gpu

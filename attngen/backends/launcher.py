@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -18,9 +18,7 @@ from attngen.language.lists import RowLists
 from attngen.language.plain import PLAIN
 from attngen.language.programs import evaluate, tensor_of
 from attngen.language.schedule import Schedule
-
-if TYPE_CHECKING:
-    from attngen.lowering.source import Grid
+from attngen.plan.grid import Grid
 
 TABLES = " tables"  # behind the name of the kernel whose walk reads them
 MOST_READY = 4096  # launches that are kept ready; then all are forgotten: they cost some 100 us each

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,10 +12,8 @@ from attngen.language.call import Call
 from attngen.language.device import cache_bytes, multiprocessors
 from attngen.language.lists import TileLists
 from attngen.language.schedule import Schedule
+from attngen.plan.grid import Grid
 from attngen.plan.stream_k import Runs, slots, stream_k
-
-if TYPE_CHECKING:
-    from attngen.lowering.source import Grid
 
 Facts = Any  # `attngen.analysis.spec_facts.Facts`, or of a pack `attngen.analysis.call_facts.CallFacts`
 MOST_COUNTED = 64  # query tiles

@@ -6,30 +6,25 @@ import hashlib
 import importlib
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 from attngen import backends, debug
-from attngen.analysis import facts
 from attngen.errors import InputError, SpecError
-from attngen.language.call import Call, for_all_batches, number_of
+from attngen.language.call import Call
 from attngen.language.keyset import KeySet
 from attngen.language.keysets.union import Union
 from attngen.language.spec import Spec
-from attngen.plan.forward import bound, family_of
-from attngen.plan.keysets.ragged import LENGTHS, ragged_of
 from attngen.plan.plan import Sizes
 from attngen.plan.steps import Attend
 from attngen.reference.disjoint import check_disjoint
-from attngen.runtime import operators, pipeline
+from attngen.runtime import pipeline
+from attngen.runtime.callable import Attention
 from attngen.runtime.executable import Executable, tensors_of
 from attngen.runtime.executor import Executor
 from attngen.runtime.preparation import Preparation
-from attngen.runtime.signature import MOST, Known, signature_of
 from attngen.runtime.specialise import Specialiser
 from attngen.schedule import Schedule
 
@@ -64,7 +59,7 @@ def compile(
     return CompiledAttention(spec, pins, backend, db)
 
 
-class CompiledAttention:
+class CompiledAttention(Attention):
     """attn(q, k, v, *, return_lse=False, q_offset=0, plan=None, group=None, scale=None, **captures) -> out, or (out, lse).
 
     q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] of one dtype and device, Hkv dividing Hq; any strides. out
@@ -89,17 +84,13 @@ class CompiledAttention:
     """
 
     def __init__(self, spec: Spec, pins: Schedule, backend: str, db: str | None):
-        self.spec, self.pins, self.backend, self.db = spec, pins, backend, db
+        self.pins, self.backend, self.db = pins, backend, db
         identity = json.dumps([spec.key, pins.decided(), backend, db], sort_keys=True)
-        self.handle = hashlib.sha256(identity.encode()).hexdigest()[:32]
         self.specialiser = Specialiser(pins, backend, db)
-        self._executor = Executor(self.specialiser)
-        self._executables: dict[Any, Executable] = {}
-        self._known: dict[Any, Known] = {}
+        super().__init__(spec, Executor(self.specialiser), hashlib.sha256(identity.encode()).hexdigest()[:32])
         # For calls whose seed= is a tensor. Made here: whoever traces a call cannot.
         seeded = spec.with_seed_on_device
         self._seeded = CompiledAttention(seeded, pins, backend, db) if seeded is not spec else None
-        operators.register(self.handle, self)
 
     def __call__(
         self,
@@ -119,9 +110,7 @@ class CompiledAttention:
             )
         if (seeded := self._with_seed(captures)) is not None:
             return seeded(q, k, v, return_lse=return_lse, q_offset=q_offset, plan=plan, **captures)
-        k, v = self.for_all_batches(q, k, v)
-        result = operators.apply(self, q, k, v, q_offset, plan, captures)
-        return result if return_lse else result[0]
+        return super().__call__(q, k, v, return_lse=return_lse, q_offset=q_offset, plan=plan, **captures)
 
     def prepare(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, q_offset: int | torch.Tensor = 0, **captures: Any
@@ -131,16 +120,8 @@ class CompiledAttention:
         that the mask reads have to be the same then; an InputError names one that is not. Raises InputError for a call that
         prepares nothing.
         """
-        if (seeded := self._with_seed(captures)) is not None:
-            return seeded.prepare(q, k, v, q_offset=q_offset, **captures)
-        k, v = self.for_all_batches(q, k, v)
-        keys, own, rest = self.split(captures)
-        if keys is None and not self._walks_tables():
-            raise InputError("plan", "a spec with keys=, or a mask of captured data", "neither", "nothing is prepared")
-        call, given = self._prepared_call(keys, q, k, v, q_offset, own, rest)
-        executable, sizes = self.executable(keys, call, given)
-        with torch.no_grad():
-            return executable.prepare(call, given, sizes)
+        prepare = super().prepare if (seeded := self._with_seed(captures)) is None else seeded.prepare
+        return prepare(q, k, v, q_offset=q_offset, **captures)
 
     plan = prepare
 
@@ -153,180 +134,25 @@ class CompiledAttention:
     def __repr__(self) -> str:
         return f"<attngen.compile({self.spec!r}, backend={self.backend!r}, schedule: {self.pins})>"
 
-    def cast(
-        self, dtype: torch.dtype, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Mapping[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Mapping[str, Any]]:
-        """q, k, v, and captures that are rows of k or v, as autocast wants them: float32 ones in `dtype`."""
-
-        def low(x: Any) -> Any:
-            return x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x
-
-        rows = () if self.spec.keys is None else self.spec.keys.rows
-        changed = {name: tree_map(low, captures[name]) for name in rows if name in captures}
-        return low(q), low(k), low(v), {**captures, **changed} if changed else captures
-
     def _with_seed(self, captures: Mapping[str, Any]) -> CompiledAttention | None:
         """What serves a call whose seed= is a tensor; None for other calls."""
         return self._seeded if isinstance(captures.get("seed"), torch.Tensor) else None
 
-    def for_all_batches(self, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
-        """k and v of a batch of 1 serve every batch of q, see `attngen.language.call.for_all_batches`. InputError for nested
-        tensors.
-        """
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            if isinstance(x, torch.Tensor) and x.is_nested:
-                fix = "pack it: x.values() as [1, H, total, D], with cu_q= and cu_k= the offsets()"
-                raise InputError(name, "a tensor [B, H, N, D]", "a nested tensor", fix)
-        return for_all_batches(self.spec, q, k, v)
+    def backend_of(self, device: torch.device) -> str:
+        """The name of the backend that runs calls on a device. InputError."""
+        return backends.pick(self.backend, device)
 
-    # -- what a call goes through -------------------------------------------------------------------------------------
+    def looks_twice(self, keys: KeySet | None) -> bool:
+        """Whether pieces of a union are checked for pairs that two of them have: while debugging."""
+        return isinstance(keys, Union) and debug.level() >= 1
 
-    def split(self, captures: Mapping[str, Any]) -> tuple[KeySet | None, dict[str, Any], dict[str, Any]]:
-        """The key set that a call has (the spec's, or the lengths of a ragged one), its captures, and the spec's. InputError for
-        a name that neither has.
-        """
-        spec = self.spec
-        present = [name for name, value in captures.items() if value is not None or name not in (*LENGTHS, "scale")]
-        keys = spec.keys if spec.keys is not None else ragged_of(spec, present)
-        own = () if keys is None else keys.captures()
-        for name in present:
-            if name not in own and name not in spec.tensors and name not in spec.call_params:
-                names = ", ".join(sorted({*own, *spec.tensors, *spec.params})) or "it has none"
-                raise InputError(name, f"one of this spec's captures ({names})", "an unknown name")
-        given = {name: value for name, value in captures.items() if name in own}
-        return keys, given, {name: captures[name] for name in present if name not in own}
+    def look(self, keys: KeySet | None, call: Call, given: Mapping[str, Any]) -> None:
+        """InputError for pairs that two pieces of a union have."""
+        assert isinstance(keys, Union)
+        check_disjoint(keys.specs, call, given)
 
-    def checked(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        q_offset: Any,
-        captures: Mapping[str, Any],
-        preparation: Preparation | None = None,
-    ) -> tuple[Call, dict[str, Any], Executable]:
-        """The checked call, the key set's captures, and what runs it. InputError."""
-        key = signature_of(q, k, v, q_offset, captures, preparation)
-        known = None if key is None else self._known.get(key)
-        if known is not None and not (isinstance(known.keys, Union) and debug.level() >= 1):
-            call = known.call(self.spec, q, k, v, q_offset, captures)
-            if call is not None:
-                given = {} if known.keys is None else self._read(known.keys, known.own(captures), q, k, preparation)
-                if preparation is not None:
-                    preparation.check_values(call, given)
-                return call, given, known.executable
-        keys, given, rest = self.split(captures)
-        if preparation is not None and not isinstance(preparation, Preparation):
-            raise InputError("plan", "what attn.plan(...) returns", type(preparation).__name__)
-        if preparation is not None and keys is None and not self._walks_tables():
-            raise InputError("plan", "nothing, for a spec without keys= that prepares nothing", "a plan")
-        if keys is not None:
-            given = self._read(keys, given, q, k, preparation)
-        call = bound(self.spec, keys, q, k, v, q_offset, rest, given)
-        executable, sizes = self.executable(keys, call, given, preparation)
-        if isinstance(keys, Union) and debug.level() >= 1:
-            check_disjoint(keys.specs, call, given)
-        if preparation is not None:
-            preparation.check(self.spec, keys, sizes, call, given)
-        if key is not None and (keys is None or family_of(keys).bind is None):
-            found = Known.of(call, captures, keys, executable)
-            if found is not None:
-                if len(self._known) >= MOST:
-                    self._known.clear()
-                self._known[key] = found
-        return call, given, executable
-
-    def executable(
-        self, keys: KeySet | None, call: Call, given: Mapping[str, Any], preparation: Preparation | None = None
-    ) -> tuple[Executable, Sizes]:
-        """The plans for a call of these sizes, and the sizes. A closed-form mask has one plan for all."""
-        backend = backends.pick(self.backend, call.q.device)
-        sizes = _sizes(call, given)
-        if preparation is not None:  # what is not given now was then
-            now = dict(sizes.given)
-            sizes = replace(sizes, given=tuple(sorted({**dict(preparation.sizes.given), **now}.items())))
-        key = backend if keys is None else (backend, keys, sizes)
-        found = self._executables.get(key)
-        if found is None:
-            found = self._executables[key] = pipeline.bind(self.spec, keys, sizes, self._executor, backend)
-            if len(self._executables) > MOST_EXECUTABLES:
-                self._executables.pop(next(iter(self._executables)), None)
-        return found, sizes
-
-    def _read(
-        self, keys: KeySet, given: dict[str, Any], q: Any, k: Any, preparation: Preparation | None
-    ) -> dict[str, Any]:
-        """The key set's captures as tensors and numbers; with a preparation only those that every call reads."""
-        if preparation is not None:
-            for name in given:
-                if name in keys.prepared and name not in keys.used and given[name] is not None:
-                    raise InputError(name, "nothing next to a plan, which holds what was made from it", "a value")
-            if not set(given) & set(keys.used):
-                return {}
-        read = family_of(keys).read
-        found = dict(given) if read is None else read(keys, given, q, k)
-        return {name: value for name, value in found.items() if value is not None}
-
-    def _prepared_call(
-        self, keys: KeySet | None, q: Any, k: Any, v: Any, q_offset: Any, own: dict[str, Any], rest: dict[str, Any]
-    ) -> tuple[Call, dict[str, Any]]:
-        """The call as far as a preparation needs it: captures that only the score reads may be missing."""
-        given = {} if keys is None else self._read(keys, own, q, k, None)
-        named = {name: value for name, value in rest.items() if value is not None}
-        missing = [name for name in (*self.spec.tensors, *self.spec.params) if name not in named]
-        if not missing:
-            return bound(self.spec, keys, q, k, v, q_offset, named, given), given
-        call = bound(Spec(), keys, q, k, v, q_offset, {}, given)
-        tensors = {name: value for name, value in named.items() if name in self.spec.tensors}
-        params = {name: value for name, value in named.items() if name in self.spec.call_params}
-        return replace(call, spec=self.spec, captures=tensors, params=params), given
-
-    def _walks_tables(self) -> bool:
-        """Whether tiles are found by summaries of captured data."""
-        return self.spec.lists is None and facts(self.spec).walk_keys.needs_tables
-
-    # -- what traced calls go through, with captures as tensors and numbers --------------------------------------------
-
-    def unfolded(self, captures: Mapping[str, Any], q: Any, k: Any, preparation: Preparation | None) -> dict[str, Any]:
-        """The captures of a call as tensors and numbers, and checked by name. InputError."""
-        keys, given, rest = self.split(captures)
-        if preparation is not None and not isinstance(preparation, Preparation):
-            raise InputError("plan", "what attn.plan(...) returns", type(preparation).__name__)
-        given = {} if keys is None else self._read(keys, given, q, k, preparation)
-        for name in (*self.spec.tensors, *self.spec.params):
-            if rest.get(name) is None:
-                text = self.spec.tensors[name].text() if name in self.spec.tensors else f"param {name}"
-                raise InputError(name, text, "nothing", f"pass {name}=... at the call")
-        for name, param in self.spec.call_params.items():
-            if name in rest:
-                rest[name] = number_of(param, rest[name])
-        for name in self.spec.tensors:
-            if not isinstance(rest[name], torch.Tensor):
-                raise InputError(name, "a torch.Tensor", type(rest[name]).__name__)
-        return {**rest, **given}
-
-    def is_float(self, name: str) -> bool:
-        """Whether a number is a float by declaration."""
-        return name in self.spec.call_params and self.spec.call_params[name].number_kind == "float"
-
-    def bound_unfolded(
-        self, q: Any, k: Any, v: Any, q_offset: Any, named: Mapping[str, Any], values: bool = False
-    ) -> tuple[KeySet | None, Call, dict[str, Any]]:
-        """The call's key set, the checked call and the key set's captures, from what `unfolded` made. values: look at the values
-        of indices too. InputError.
-        """
-        own = [name for name in named if name not in self.spec.tensors and name not in self.spec.call_params]
-        keys = self.spec.keys if self.spec.keys is not None else ragged_of(self.spec, own)
-        given = {name: named[name] for name in own}
-        rest = {name: value for name, value in named.items() if name not in given}
-        return keys, bound(self.spec, keys, q, k, v, q_offset, rest, given, values), given
-
-    def checked_unfolded(
-        self, q: Any, k: Any, v: Any, q_offset: Any, named: Mapping[str, Any], values: bool = True
-    ) -> tuple[Call, dict[str, Any], Executable]:
-        """`checked`, of what `unfolded` made."""
-        keys, call, given = self.bound_unfolded(q, k, v, q_offset, named, values)
-        return call, given, self.executable(keys, call, given)[0]
+    def _bind(self, keys: KeySet | None, sizes: Sizes, backend: str) -> Executable:
+        return pipeline.bind(self.spec, keys, sizes, self._executor, backend)
 
     # -- looking inside -----------------------------------------------------------------------------------------------
 
@@ -392,19 +218,3 @@ class CompiledAttention:
 def _above(module: str) -> Any:
     """A layer above this one, which plugs in by name: nothing here depends on it, and it loads when it is asked for."""
     return importlib.import_module(module)
-
-
-def _sizes(call: Call, given: Mapping[str, Any]) -> Sizes:
-    batch, heads, n_q, head_dim = call.q.shape
-    shapes = {name: tuple(value.shape) if isinstance(value, torch.Tensor) else () for name, value in given.items()}
-    return Sizes(
-        int(batch),
-        int(heads),
-        int(call.k.shape[1]),
-        int(n_q),
-        int(call.k.shape[2]),
-        int(head_dim),
-        int(call.v.shape[3]),
-        "tensor" if isinstance(call.q_offset, torch.Tensor) else "int",
-        tuple(sorted(shapes.items())),
-    )

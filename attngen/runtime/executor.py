@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -12,6 +12,7 @@ from attngen import debug
 from attngen.errors import InputError
 from attngen.language.call import Call
 from attngen.language.indices import check_indices
+from attngen.language.schedule import Schedule
 from attngen.plan.plan import Plan
 from attngen.plan.steps import (
     Attend,
@@ -26,10 +27,37 @@ from attngen.plan.steps import (
     Tables,
     Take,
 )
-from attngen.runtime.specialise import Specialised, Specialiser, check_positive_params
 from attngen.state.merging import merge_parts
 
 Buffers = dict[str, Any]
+
+
+class Specialised(Protocol):
+    """How one attention is computed, see `attngen.runtime.specialise`."""
+
+    @property
+    def facts(self) -> Any: ...
+    @property
+    def schedule(self) -> Schedule: ...
+    @property
+    def backend(self) -> Any: ...
+
+
+class Specialiser(Protocol):
+    """Who decides it."""
+
+    def of(self, call: Call) -> Specialised:
+        """For a call of an attention's inner spec."""
+
+    def backend(self, device: torch.device) -> Any:
+        """What runs attention on a device, see `attngen.backends`."""
+
+
+def check_positive_params(known: Any, call: Call) -> None:
+    """InputError for a param that the mask divides by and that is below 1."""
+    for name in known.positive & call.params.keys() if known.positive else ():
+        if call.params[name] < 1:
+            raise InputError(name, "at least 1, since the mask divides by it", call.params[name])
 
 
 MOST_KNOWN = 256  # sizes of the attentions of one signature's calls, where they depend on values

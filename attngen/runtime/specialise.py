@@ -10,18 +10,11 @@ import torch
 
 from attngen import backends, debug
 from attngen.analysis import Facts, facts
-from attngen.errors import InputError
 from attngen.language.call import Call
 from attngen.runtime import first_tiles
+from attngen.runtime.executor import check_positive_params
 from attngen.schedule import Schedule
 from attngen.schedule.choice import choose, shape_bucket
-
-
-def check_positive_params(known: Facts, call: Call) -> None:
-    """InputError for a param that the mask divides by and that is below 1."""
-    for name in known.positive & call.params.keys() if known.positive else ():
-        if call.params[name] < 1:
-            raise InputError(name, "at least 1, since the mask divides by it", call.params[name])
 
 
 @dataclass(frozen=True, eq=False)
