@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attngen.lowering.captures import sites
 
 import attngen as ag
 from attngen.analysis import facts
+from attngen.analysis.sites import sites
 from attngen.backends.triton.compiling import compile_source
 from attngen.backends.triton.machine_code import Loop, MachineCode
 from attngen.inspect.cross import cross_compile

@@ -48,6 +48,7 @@ class PlainSpec:
     params: Mapping[str, PlainParam] = field(default_factory=dict)
     scale: float | None = None
     mask: Node = field(default_factory=lambda: Node("bool", (), True))
+    mask_text: str = "true"
     sink: Node | None = None
     dropout_param: str | None = None
     seeded: bool = False  # whether it has dropout

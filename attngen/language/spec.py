@@ -196,6 +196,11 @@ class Spec:
         return str(self.dropout.name) if self.dropout is not None and self.dropout.is_Symbol else None
 
     @cached_property
+    def mask_text(self) -> str:
+        """The mask's canonical text."""
+        return to_text(self.mask)
+
+    @cached_property
     def mask_reads(self) -> tuple[str, ...]:
         """Names of the captured tensors that the mask reads."""
         return _read_by(self.mask)

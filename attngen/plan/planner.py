@@ -15,6 +15,7 @@ from attngen.language import expression
 from attngen.language.call import Call, bind
 from attngen.language.keyset import KeySet
 from attngen.language.programs import evaluate, tensor_of
+from attngen.plan.keysets import MODULES
 from attngen.plan.moves import Move
 from attngen.plan.plan import Sizes
 from attngen.plan.steps import Attend, Derive, Difference, Merge, Part, Prepare, Put, Result, Step, Tables, Take
@@ -300,7 +301,8 @@ FAMILIES: dict[type[KeySet], Family] = {}
 def family_of(keys: KeySet) -> Family:
     """The planner of a key set."""
     if not any(kind in FAMILIES for kind in type(keys).__mro__):
-        importlib.import_module("attngen.plan.keysets")  # which registers them all
+        for module in MODULES:  # they register themselves
+            importlib.import_module(f"attngen.plan.keysets.{module}")
     return next(FAMILIES[kind] for kind in type(keys).__mro__ if kind in FAMILIES)
 
 

@@ -10,7 +10,6 @@ import torch
 
 from attngen.errors import InputError
 from attngen.language.call import Call
-from attngen.language.expression import to_text
 from attngen.language.keyset import KeySet
 from attngen.plan.plan import Sizes
 
@@ -55,7 +54,7 @@ class Preparation:
         """What was made for a call from these captures and params."""
         seen = {name: _Seen.of(value) for name, value in reads.items()}
         text = "" if keys is None else str(keys)
-        return cls(text, to_text(spec.mask), sizes, call.q_offset, str(call.q.device), seen, params, values)
+        return cls(text, spec.mask_text, sizes, call.q_offset, str(call.q.device), seen, params, values)
 
     def check(self, spec: Spec, keys: KeySet | None, sizes: Sizes, call: Call, given: Mapping[str, Any]) -> None:
         """InputError, by name, unless it was made for this key set and mask, for such a call, and from the same captures. On a
@@ -65,7 +64,7 @@ class Preparation:
         wanted = replace(sizes, given=(), head_dim=0, head_dim_v=0)
         for what, made, asked in (
             ("", self.keys, "" if keys is None else str(keys)),
-            ("the mask ", self.mask, to_text(spec.mask)),
+            ("the mask ", self.mask, spec.mask_text),
             ("", _sizes(own, self.q_offset, self.device), _sizes(wanted, call.q_offset, str(call.q.device))),
         ):
             if made != asked:

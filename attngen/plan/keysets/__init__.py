@@ -1,23 +1,8 @@
-"""One planner per family of key sets. Importing this package registers all of them with `attngen.plan.planner`."""
+"""One planner per family of key sets. Importing a module registers it with `attngen.plan.planner`, which asks for all of them when
+it meets a key set that it does not know.
+"""
 
-from attngen.plan.keysets import (
-    graph,
-    hyper,
-    layouts,
-    listed,
-    paged,
-    permuted,
-    prefix,
-    pruned,
-    ragged,
-    shapes,
-    slashes,
-    sparse_k,
-    tiles,
-    union,
-)
-
-__all__ = [
+MODULES = (
     "graph",
     "hyper",
     "layouts",
@@ -32,4 +17,4 @@ __all__ = [
     "sparse_k",
     "tiles",
     "union",
-]
+)
