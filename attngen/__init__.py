@@ -122,7 +122,7 @@ _LAZY = {
     "tune": "attngen.tuning",
     "save": "attngen.packs.build",
     "load": "attngen.packs.load",
-    "merge": "attngen.state.merging",
+    "merge": "attngen.plan.merging",
     "Preparation": "attngen.runtime.preparation",
     "KeySet": "attngen.language.keyset",
     "codebook": "attngen.language.keysets.listed",

@@ -25,9 +25,9 @@ from attngen.distributed.shards import Shards, check_layout
 from attngen.errors import InputError
 from attngen.language.call import Call, bind
 from attngen.language.programs import evaluate, tensor_of
+from attngen.plan.merging import Result, merge, weigh
 from attngen.runtime.attention import CompiledAttention
 from attngen.runtime.operators import lse_dtype
-from attngen.state.merging import Result, merge, weigh
 
 
 def ring(attention: CompiledAttention, group: Any = None, *, layout: str = "contiguous") -> Ring:

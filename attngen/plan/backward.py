@@ -15,6 +15,7 @@ import torch
 
 from attngen.analysis.call_facts import facts_of
 from attngen.language.call import Call
+from attngen.plan.merging import weigh
 from attngen.plan.moves import Rows
 from attngen.plan.plan import Plan
 from attngen.plan.planner import tables_of
@@ -35,7 +36,6 @@ from attngen.plan.steps import (
     Step,
     Take,
 )
-from attngen.state.merging import weigh
 
 
 def backward_plan(forward: Plan, wanted: frozenset[str], backend: str) -> Plan:

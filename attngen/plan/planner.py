@@ -15,7 +15,6 @@ from attngen.language import expression
 from attngen.language.call import Call, bind
 from attngen.language.keyset import KeySet
 from attngen.language.programs import evaluate, tensor_of
-from attngen.plan.keysets import MODULES
 from attngen.plan.moves import Move
 from attngen.plan.plan import Sizes
 from attngen.plan.steps import Attend, Derive, Difference, Merge, Part, Prepare, Put, Result, Step, Tables, Take
@@ -296,6 +295,22 @@ class Family:
 
 
 FAMILIES: dict[type[KeySet], Family] = {}
+MODULES = (  # of `attngen.plan.keysets`
+    "graph",
+    "hyper",
+    "layouts",
+    "listed",
+    "paged",
+    "permuted",
+    "prefix",
+    "pruned",
+    "ragged",
+    "shapes",
+    "slashes",
+    "sparse_k",
+    "tiles",
+    "union",
+)
 
 
 def family_of(keys: KeySet) -> Family:

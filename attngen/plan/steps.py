@@ -151,7 +151,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Merge(Step):
-    """The attention over the union of disjoint key sets, from the result of each (`attngen.state`). rows: how many a head
+    """The attention over the union of disjoint key sets, from the result of each (`attngen.plan.merging`). rows: how many a head
     has. sink: a buffer of logits [B, H, rows] that join as one more key of value 0.
     """
 

@@ -2,7 +2,7 @@
 
 The tiles of all outputs stand in one sequence. Each program takes a run of it; runs differ in length by at most one tile. A
 program that has all of an output's tiles writes the result. Where an output is shared, each of its programs writes a partial
-softmax state (`attngen.state.softmax`), and a second launch merges them: no program ever waits for another.
+softmax state (`attngen.plan.softmax`), and a second launch merges them: no program ever waits for another.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from attngen.errors import InputError
 from attngen.language.call import Call
 from attngen.language.indices import check_indices
 from attngen.language.schedule import Schedule
+from attngen.plan.merging import merge_parts
 from attngen.plan.plan import Plan
 from attngen.plan.steps import (
     Attend,
@@ -27,7 +28,6 @@ from attngen.plan.steps import (
     Tables,
     Take,
 )
-from attngen.state.merging import merge_parts
 
 Buffers = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""The forward: a partial softmax state per chunk of keys, merged (`attngen.state.softmax`)."""
+"""The forward: a partial softmax state per chunk of keys, merged (`attngen.plan.softmax`)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from attngen.backends.cpu.logits import dropout_of, logits_of, reaching
 from attngen.backends.cpu.parallel import run_jobs
 from attngen.backends.cpu.products import product, rows_of
 from attngen.backends.cpu.work import Unit, Work
+from attngen.plan import softmax as state
 from attngen.plan.memory import empty
 from attngen.plan.stream_k import stream_k
 from attngen.schedule import Schedule
 from attngen.schedule.defaults import CPU_CHUNK
-from attngen.state import softmax as state
 
 
 def attend(work: Work, schedule: Schedule, weights: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

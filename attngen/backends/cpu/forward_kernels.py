@@ -27,7 +27,7 @@ from attngen.backends.cpu.products import (
     rows_of,
     tile_of,
 )
-from attngen.state.softmax import State, merge
+from attngen.plan.softmax import State, merge
 
 
 def state_of(logits: torch.Tensor, v: torch.Tensor, log_base: float) -> State:

@@ -1,7 +1,7 @@
 """The embedded backend: forward and backward on any CPU with PyTorch's operators, over the live key intervals only.
 
 A query tile of all heads that share keys walks its chunks of keys. Each chunk gives a partial softmax state, and the states
-are merged (`attngen.state.softmax`); ranges that the analysis calls full never see the mask.
+are merged (`attngen.plan.softmax`); ranges that the analysis calls full never see the mask.
 
 The backward goes over the same chunks once: P = exp(S - lse), dS = P (dP - delta), and the chunks' gradients add up
 (Dao 2023). Memory is O(N) in both directions.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import attngen as ag
-from attngen.state.softmax import State, empty, finish, merge
+from attngen.plan.softmax import State, empty, finish, merge
 
 ROWS, KEYS, DV = 5, 24, 3
 

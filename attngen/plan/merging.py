@@ -1,6 +1,6 @@
 """Merge finished attention results of disjoint key sets: the one operation behind unions of pieces.
 
-A result (out, lse) is a softmax state with o / l and m + log l written out (`attngen.state.softmax`). For disjoint sets
+A result (out, lse) is a softmax state with o / l and m + log l written out (`attngen.plan.softmax`). For disjoint sets
 
     lse = log sum_p exp(lse_p)        out = sum_p w_p out_p,  w_p = exp(lse_p - m) / sum exp(lse_p - m),  m = max lse_p
 
