@@ -23,7 +23,6 @@ from attngen.backends.triton.compiling import compile_source
 from attngen.backends.triton.machine_code import Loop, MachineCode
 from attngen.inspect.cross import cross_compile
 from attngen.language.schedule import Tile
-from attngen.analysis.sites import sites
 from attngen.lowering import render
 from attngen.runtime.first_tiles import Search
 from attngen.schedule import Schedule, Target

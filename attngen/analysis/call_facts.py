@@ -46,7 +46,7 @@ class WalkFacts:
         return prepare(self.summaries, env, tile, walked, block, device)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CallFacts:
     """`Facts` for who only calls. sites: of each captured tensor with a gradient the places that load it, by whether atomics are
     allowed; slopes: of each one that the sink loads; natural: see `Facts`.

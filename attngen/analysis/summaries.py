@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from attngen.language.call import LARGEST_PARAM
-from attngen.language.programs import Node, evaluate, negative, tensor_of
+from attngen.language.programs import Node, broadcast, evaluate, negative, tensor_of
 
 GRANULE = 16  # walked positions summarised together by an `order` table
 CHUNK = 8192  # positions evaluated at a time, so that temporaries stay small
@@ -129,7 +129,7 @@ def _inside(
     inside = (rows >= 0) & (rows < walked.length)
     flat = rows.clamp(0, walked.length - 1).flatten(-2)
     values = _nan_holds(evaluate(table.walked, {**env, walked.name: flat + walked.begin}))
-    values = values.expand(torch.broadcast_shapes(values.shape, flat.shape)).unflatten(-1, (-1, GRANULE))
+    values = values.expand(broadcast(values.shape, flat.shape)).unflatten(-1, (-1, GRANULE))
     bound = threshold.unsqueeze(-1)
     return torch.where(inside & ((values > bound) if table.strict else (values >= bound)), rows, missing)
 
@@ -199,7 +199,7 @@ def _chunks(expr: Any, env: Any, axis: Axis, device: Any, multiple: int) -> Iter
         stop = min(start + size, axis.length)
         positions = axis.positions(start, stop, device)
         values = tensor_of(evaluate(expr, {**env, axis.name: positions}), device)
-        yield start, values.expand(torch.broadcast_shapes(values.shape, (1, 1, stop - start)))
+        yield start, values.expand(broadcast(values.shape, (1, 1, stop - start)))
 
 
 def _blocks(expr: Any, env: Any, axis: Axis, block: int, device: Any, reduce: Any) -> torch.Tensor:
@@ -264,6 +264,6 @@ def _runs(
 
 def _aligned(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The two with equal batch and head dimensions and a common dtype."""
-    lead = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1])
+    lead = broadcast(a.shape[:-1], b.shape[:-1])
     dtype = torch.promote_types(a.dtype, b.dtype)
     return a.to(dtype).expand(*lead, -1).contiguous(), b.to(dtype).expand(*lead, -1).contiguous()

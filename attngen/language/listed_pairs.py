@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from attngen.language.lists import RowLists, TileLists
+from attngen.language.programs import broadcast
 
 Call = Any  # `attngen.language.call.Call`, whose checks use this module
 
@@ -22,7 +23,7 @@ def as_log_weight(call: Call) -> torch.Tensor | None:
     tiled = isinstance(lists, TileLists)
     entries = call.captures["query_tiles" if tiled else "query_edges"].long()
     runs = call.captures["query_runs"].long()
-    lead = torch.broadcast_shapes(entries.shape[:2], runs.shape[:2])
+    lead = broadcast(entries.shape[:2], runs.shape[:2])
     entries, runs = entries.expand(*lead, -1), runs.expand(*lead, -1, -1)
     first, count = runs[..., 0], runs[..., 1:].sum(-1)
     place = torch.arange(entries.shape[-1], device=entries.device)

@@ -49,6 +49,7 @@ class PlainSpec:
     scale: float | None = None
     mask: Node = field(default_factory=lambda: Node("bool", (), True))
     mask_text: str = "true"
+    is_causal: bool = False
     sink: Node | None = None
     dropout_param: str | None = None
     seeded: bool = False  # whether it has dropout

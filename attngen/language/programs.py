@@ -8,7 +8,7 @@ executed as text, and nothing here needs sympy: what a call evaluates, in a pack
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, singledispatch
 from typing import Any
 from weakref import WeakValueDictionary
@@ -120,6 +120,13 @@ def tensor_of(value: Value, device: torch.device) -> torch.Tensor:
     return torch.full((), value, device=device)
 
 
+def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
+    """The shape that tensors of these shapes broadcast to. (torch.broadcast_shapes loads sympy.)"""
+    rank = max(map(len, shapes), default=0)
+    sizes = zip(*[(1,) * (rank - len(shape)) + tuple(shape) for shape in shapes], strict=True)
+    return tuple(next((size for size in own if size != 1), 1) for own in sizes)
+
+
 def uniform(seed: Value, b: Value, h: Value, i: Value, j: Value) -> Value:
     """The counter-based random number of `Uniform` as float32; arguments broadcast, integers of any width."""
     state, *counters = _tensors(seed, b, h, i, j)
@@ -202,7 +209,7 @@ def _fold(args: list[Value], combine: Any) -> Value:
 def _load(tensor: torch.Tensor, indices: list[Value]) -> torch.Tensor:
     if 0 in tensor.shape:
         shapes = [index.shape for index in indices if isinstance(index, torch.Tensor)]
-        return torch.zeros(torch.broadcast_shapes(*shapes), dtype=tensor.dtype, device=tensor.device)
+        return torch.zeros(broadcast(*shapes), dtype=tensor.dtype, device=tensor.device)
     placed: list[torch.Tensor] = []
     for index in indices:
         dim = len(placed)

@@ -28,6 +28,7 @@ from attngen.language.expression.parse import parse
 from attngen.language.indices import Doubtful
 from attngen.language.lists import Lists
 from attngen.language.lists import read as read_lists
+from attngen.language.moved import split_causal
 from attngen.language.schedule import Schedule
 
 LANGUAGE = 1  # goes into every key: raise it when the meaning of an expression changes
@@ -194,6 +195,11 @@ class Spec:
     def dropout_param(self) -> str | None:
         """The name of the param that is the probability of dropout."""
         return str(self.dropout.name) if self.dropout is not None and self.dropout.is_Symbol else None
+
+    @cached_property
+    def is_causal(self) -> bool:
+        """Whether the mask says, besides other things, that a query sees no later key."""
+        return split_causal(self.mask) is not None
 
     @cached_property
     def mask_text(self) -> str:

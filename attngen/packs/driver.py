@@ -58,6 +58,16 @@ def current_stream(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)
 
 
+def launches_on(device: torch.device) -> bool:
+    """Whether kernels run on such a device."""
+    return device.type == "cuda"
+
+
+def index_of(device: torch.device) -> int:
+    """Its number for the driver."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def capability(device: int) -> tuple[int, int]:
     """The compute capability of a device, as (9, 0). Raises PackError."""
     return _attribute(_CAPABILITY_MAJOR, device), _attribute(_CAPABILITY_MINOR, device)

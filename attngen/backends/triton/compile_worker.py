@@ -23,17 +23,22 @@ def compiled(
     num_warps: int,
     num_stages: int,
     target: tuple[str, int | str, int],
+    ones: Collection[str] = (),
 ) -> Any:
     """A triton.jit function compiled. signature: Triton's types of its arguments, in their order; divisible: those that are
-    multiples of 16; target: Triton's backend, architecture and warp size.
+    multiples of 16; target: Triton's backend, architecture and warp size; ones: arguments that are 1, which the machine code does not
+    take.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     attrs = {(place,): [["tt.divisibility", 16]] for place, arg in enumerate(signature) if arg in divisible}
+    constants = {(place,): 1 for place, arg in enumerate(signature) if arg in ones}
+    kinds = {name: "constexpr" if name in ones else kind for name, kind in signature.items()}
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    return triton.compile(ASTSource(function, dict(signature), {}, attrs), target=GPUTarget(*target), options=options)
+    source = ASTSource(function, kinds, constants, attrs)
+    return triton.compile(source, target=GPUTarget(*target), options=options)
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:

@@ -36,13 +36,14 @@ def compile_function(
     num_warps: int,
     num_stages: int,
     target: Target,
+    ones: Collection[str] = (),
 ) -> MachineCode:
     """A function as `compile_worker.compiled` takes it. ScheduleError where it needs more shared memory than the target has."""
     import triton
 
     place = target.backend, target.arch, target.warp_size
     try:
-        kernel = compiled(function, signature, divisible, num_warps, num_stages, place)
+        kernel = compiled(function, signature, divisible, num_warps, num_stages, place, ones)
     except triton.runtime.errors.OutOfResources as error:
         raise ScheduleError(f"{name} on {target.name}: {error}; choose smaller blocks or fewer stages") from error
     shared = int(kernel.metadata.shared)
@@ -54,7 +55,15 @@ def compile_function(
     if "cubin" in kernel.asm:
         registers, stack = nvidia_resources(kernel.asm["cubin"])
         return MachineCode(
-            name, target.name, registers, stack // 4, shared, stack, kernel.asm["ptx"], kernel.asm["cubin"]
+            name,
+            target.name,
+            registers,
+            stack // 4,
+            shared,
+            stack,
+            kernel.asm["ptx"],
+            kernel.asm["cubin"],
+            metadata=kernel.metadata._asdict(),
         )
     assembly = kernel.asm["amdgcn"]
     registers, spills, stack = (

@@ -15,9 +15,10 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 SCHEDULERS = 4  # of a multiprocessor
 WARP_GROUP = 4  # warps whose products Hopper's matrix unit does together
@@ -211,7 +212,7 @@ class MachineCode:
     """A kernel compiled for a target.
 
     registers: per thread; spills: 32-bit registers spilled per thread; shared: bytes per program; stack: bytes per thread;
-    assembly: PTX, or AMD's assembly; binary: a cubin, or a code object.
+    assembly: PTX, or AMD's assembly; binary: a cubin, or a code object; metadata: what else Triton says of it.
     """
 
     name: str
@@ -222,6 +223,7 @@ class MachineCode:
     stack: int
     assembly: str
     binary: bytes
+    metadata: Mapping[str, Any] = field(default_factory=dict, repr=False, kw_only=True)
 
     def sass(self) -> str:
         """Machine code as text (NVIDIA), by the nvdisasm that ships inside triton; else the assembly."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from attngen.errors import SpecError
-from attngen.language.expression import S
 from attngen.language.keyset import Described, KeySet
-from attngen.language.spec import Spec
+
+if TYPE_CHECKING:
+    from attngen.language.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,17 @@ class Union(KeySet):
     @cached_property
     def specs(self) -> tuple[Spec, ...]:
         """The pieces."""
+        from attngen.language.spec import Spec  # the symbolic language: a union of a pack has its pieces already
+
         return tuple(Spec.from_text(text) for text in self.pieces)
+
+    @classmethod
+    def of(cls, pieces: tuple[str, ...], specs: tuple[Any, ...]) -> Union:
+        """A union whose pieces are there as plain data, `attngen.language.plain.PlainSpec`; it was checked when it was made."""
+        union = object.__new__(cls)
+        object.__setattr__(union, "pieces", pieces)
+        union.__dict__["specs"] = specs
+        return union
 
     def declared(self) -> dict[str, Any]:
         return {name: d for spec in self.specs for name, d in {**spec.tensors, **spec.params}.items()}
@@ -53,6 +64,8 @@ class Union(KeySet):
         return tuple(dict.fromkeys(names))
 
     def check_spec(self, spec: Described) -> None:
+        from attngen.language.expression import S
+
         if spec.mask != True or spec.score != S or spec.scale is not None:  # noqa: E712  a sympy condition
             raise SpecError("union: mask, score and scale belong to the pieces")
         super().check_spec(spec)
@@ -71,6 +84,8 @@ def union(*pieces: Any, sink: Any = None) -> Spec:
     The pieces should be disjoint: a pair (i, j) that is in two of them counts twice in the softmax. With ATTNGEN_DEBUG at
     least 1, calls of up to 2**22 pairs per head are checked for that and raise InputError. Raises SpecError.
     """
+    from attngen.language.spec import Spec
+
     for number, piece in enumerate(pieces):
         if not isinstance(piece, Spec):
             raise SpecError(f"union: piece {number} is not a Spec, got {type(piece).__name__}")

@@ -24,14 +24,13 @@ import torch
 
 from attngen.errors import InputError
 from attngen.language.call import Call
-from attngen.language.expression import Expr
 from attngen.language.keysets.sorted import Hyper
-from attngen.language.moved import b, by_distance, h, i, j, moved, moved_by, split_causal
 from attngen.plan.moves import Pad, Parts, Rows, flat_rows
 from attngen.plan.planner import FAMILIES, Family, Planner
 from attngen.plan.steps import Part, Result
 
 if TYPE_CHECKING:
+    from attngen.language.expression import Expr
     from attngen.language.spec import Spec
 
 
@@ -79,7 +78,7 @@ def _exact(planner: Planner) -> Result:
 
 def layout_of(keys: Hyper, spec: Spec, n_q: int, n_k: int) -> Layout | None:
     """How the sequence is cut, None where attention is exact."""
-    if split_causal(spec.mask) is None:
+    if not spec.is_causal:
         if n_k < keys.min_len or n_q == 0:
             return None
         return Layout(0, n_k, max(n_q, n_k), (Pairs(1, 0, n_q, 0, n_k, -(-n_q * keys.block // n_k), keys.block),))
@@ -220,8 +219,10 @@ def cut(n: int, levels: int, block: int) -> Layout:
 
 def _rest(mask: Expr) -> Expr:
     """The mask as it is between two halves, where i > j holds anyway."""
+    from attngen.language.moved import split_causal
+
     rest = split_causal(mask.sym)
-    return mask if rest is None else Expr(rest, mask.declared)
+    return mask if rest is None else type(mask)(rest, mask.declared)
 
 
 # -- random numbers and hashes ----------------------------------------------------------------------------------------
@@ -266,6 +267,8 @@ def _leaves(planner: Planner, layout: Layout, found: Mapping[str, str], q: str, 
     """Each part's queries on its own keys, exactly."""
 
     def build() -> dict[str, Any]:
+        from attngen.language.moved import b, by_distance, i, j, moved, moved_by
+
         start, batch = planner.tensor("start", 1), planner.tensor("batch", 1)
         by_batch = {"b": batch[b]}
         there = by_batch | {"i": i + start[b], "j": j + start[b]}
@@ -282,12 +285,13 @@ def _leaves(planner: Planner, layout: Layout, found: Mapping[str, str], q: str, 
 
 def _buckets(planner: Planner, level: int, pairs: Pairs, own: Mapping[str, str], rows: str, k: str, v: str) -> Result:
     """In hash order a block of queries attends a block of keys."""
-    rest = _rest(planner.mask)
 
     def build() -> dict[str, Any]:
+        from attngen.language.moved import i, j, moved
+
         places = _places(planner, "k_position")
         return {
-            "mask": moved(rest, **places) & (i // pairs.q_block == j // pairs.k_block),
+            "mask": moved(_rest(planner.mask), **places) & (i // pairs.q_block == j // pairs.k_block),
             "score": moved(planner.score, **places),
         }
 
@@ -302,12 +306,13 @@ def _sampled(planner: Planner, level: int, pairs: Pairs, own: Mapping[str, str],
     """The drawn keys outside of the query's block. That they stand for all others moves a row's lse and leaves its out as it
     is, since their log-weights are the same: the merge adds it.
     """
-    rest = _rest(planner.mask)
 
     def build() -> dict[str, Any]:
+        from attngen.language.moved import b, h, i, j, moved
+
         places = _places(planner, "s_position")
         s_block = planner.tensor("s_block", 3)
-        mask = moved(rest, **places) & (s_block[b, h, j] != i // pairs.q_block)
+        mask = moved(_rest(planner.mask), **places) & (s_block[b, h, j] != i // pairs.q_block)
         return {"mask": mask, "score": moved(planner.score, **places)}
 
     k = planner.take(f"sampled keys of level {level}", k, Rows(unique=False), own["s_rows"])
@@ -323,6 +328,8 @@ def _by_query(pairs: Pairs, call: Call, log_weight: torch.Tensor) -> tuple[torch
 
 
 def _places(planner: Planner, keys: str) -> dict[str, Expr]:
+    from attngen.language.moved import b, h, i, j
+
     q_position, k_position, batch = planner.tensor("q_position", 3), planner.tensor(keys, 3), planner.tensor("batch", 1)
     return {"i": q_position[b, h, i], "j": k_position[b, h, j], "b": batch[b]}
 

@@ -17,7 +17,7 @@ from attngen.plan.planner import FAMILIES, Family, Planner
 from attngen.plan.steps import Result
 
 if TYPE_CHECKING:
-    from attngen.language.expression import Expr
+    pass
 
 LIMIT = 2**31 - 1
 KEPT = ("q_position", "k_position", "q_count", "k_count")
@@ -75,22 +75,24 @@ def kept_first(keep: torch.Tensor, waits: bool) -> tuple[torch.Tensor, torch.Ten
 
 
 def attend_kept(
-    planner: Planner, captures: Mapping[str, str], q: str, k: str, v: str, extra: Expr | None = None
+    planner: Planner, captures: Mapping[str, str], q: str, k: str, v: str, window: int | None = None
 ) -> Result:
-    """Attention of the first q_count queries to the first k_count keys of each (b, h), masked on original positions."""
+    """Attention of the first q_count queries to the first k_count keys of each (b, h), masked on original positions. window: pairs
+    that are nearer are not in it.
+    """
 
     def build() -> dict[str, Any]:
+        from attngen.language.expression import absolute
         from attngen.language.moved import b, h, i, j, moved
 
         q_position, k_position = planner.tensor("q_position", 3), planner.tensor("k_position", 3)
         q_count, k_count = planner.tensor("q_count", 2), planner.tensor("k_count", 2)
         places = {"i": q_position[b, h, i], "j": k_position[b, h, j]}
-        mask = planner.mask if extra is None else planner.mask & extra
+        mask = planner.mask if window is None else planner.mask & (absolute(i - j) >= window)
         kept = (i < q_count[b, h]) & (j < k_count[b, h])
         return {"mask": moved(mask, **places) & kept, "score": moved(planner.score, **places)}
 
-    role = ("kept", None if extra is None else str(extra.sym))
-    return planner.attend("kept", role, build, q, k, v, {name: captures[name] for name in KEPT})
+    return planner.attend("kept", ("kept", window), build, q, k, v, {name: captures[name] for name in KEPT})
 
 
 # -- buckets ----------------------------------------------------------------------------------------------------------

@@ -18,9 +18,7 @@ import torch
 from attngen.errors import InputError
 from attngen.language.call import MAX_HEAD_DIM, Call
 from attngen.language.checks import check_tensor, checked, require
-from attngen.language.expression import absolute
 from attngen.language.keysets.listed import SparseK
-from attngen.language.moved import b, h, i, j, moved, s
 from attngen.plan.keysets.permuted import KEPT, attend_kept, kept_first, to_query_heads
 from attngen.plan.moves import Parts, Rows, flat_rows
 from attngen.plan.planner import FAMILIES, Family, Planner
@@ -44,6 +42,9 @@ def _window(keys: SparseK, planner: Planner) -> Result:
     """The window's piece; nothing without one."""
 
     def build() -> dict[str, Any]:
+        from attngen.language.expression import absolute
+        from attngen.language.moved import i, j
+
         near = absolute(i - j) < (keys.window or 0)
         mask = planner.mask & near & (j <= i) if keys.incremental else planner.mask & near
         return {"mask": mask, "score": planner.score}
@@ -71,8 +72,7 @@ def _plan_chosen(keys: SparseK, planner: Planner) -> Result:
     k = planner.take("chosen keys", "k", Rows(), found["k_rows"])
     v = planner.take("chosen values", "v", Rows(), found["k_rows"])
     k, v = planner.derive("times p", partial(_scaled, keys.k), (k, v, "u", found["k_rows"]), ("keys p", "values p"))
-    far = None if keys.window is None else absolute(i - j) >= keys.window
-    return attend_kept(planner, found, "q", k, v, far)
+    return attend_kept(planner, found, "q", k, v, keys.window)
 
 
 def _choose(k: int, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,7 +120,9 @@ def _plan_incremental(keys: SparseK, planner: Planner) -> Result:
     v = planner.take("alive values", "v", Rows(unique=False), found["rows"])
     names = {"u": u, "tau": tau, "tau_whole": whole, **{name: found[name] for name in CHUNKED}}
 
-    def build(full: bool) -> Any:
+    def build(full: bool) -> dict[str, Any]:
+        from attngen.language.moved import b, h, i, j, moved, s
+
         u_, tau_, whole_ = (planner.tensor(name, 3, None) for name in ("u", "tau", "tau_whole"))
         position, start, length_ = (
             planner.tensor(name, d) for name, d in (("k_position", 3), ("start", 1), ("length", 1))
@@ -133,18 +135,18 @@ def _plan_incremental(keys: SparseK, planner: Planner) -> Result:
         if not full:
             score = type(score)(score.sym.xreplace({s.sym: s.sym * p.sym}), {**score.declared, **p.declared})
         above_, below = u_[b, h, j] >= whole_[b, h, i], u_[b, h, j] < whole_[b, h, i]
-        return lambda: {"mask": mask & (above_ if full else (p > 0) & below), "score": score}
+        return {"mask": mask & (above_ if full else (p > 0) & below), "score": score}
 
-    whole_part = planner.attend("p = 1", "p = 1", build(True), q, k, v, names)
+    whole_part = planner.attend("p = 1", "p = 1", partial(build, True), q, k, v, names)
     (weighed,) = planner.derive("values p", _weighed, (v, factors), ("values u",))
     if 2 * sizes.head_dim_v <= MAX_HEAD_DIM:
         (both,) = planner.derive("both values", _beside, (weighed, v), ("values u, values",))
-        part = planner.attend("p < 1", "p < 1", build(False), q, k, both, names)
+        part = planner.attend("p < 1", "p < 1", partial(build, False), q, k, both, names)
         firsts: tuple[str, ...] = (part.out,)
         lse = part.lse
     else:
-        first = planner.attend("p < 1, u", "p < 1", build(False), q, k, weighed, names)
-        second = planner.attend("p < 1", "p < 1", build(False), q, k, v, names)
+        first = planner.attend("p < 1, u", "p < 1", partial(build, False), q, k, weighed, names)
+        second = planner.attend("p < 1", "p < 1", partial(build, False), q, k, v, names)
         firsts, lse = (first.out, second.out), first.lse
     part = planner.difference("p v", firsts, lse, above)
     merged = planner.merge(whole_part, part, name="merge chunks")

@@ -21,6 +21,7 @@ from attngen.language.call import Call, bind
 from attngen.language.checks import check_dims, check_range, check_tensor
 from attngen.language.keysets.tiles import Block, BlockCluster, BlockSparse, Pruned, Tiles
 from attngen.language.lists import TileLists
+from attngen.language.programs import broadcast
 from attngen.plan.planner import FAMILIES, Family, Planner, inner_spec, mask_of
 from attngen.plan.steps import Result
 
@@ -151,7 +152,7 @@ class Segments:
         """values [B', H', tiles or 1] of each entry's row."""
         if values.shape[-1] == 1:
             return values
-        lead = torch.broadcast_shapes(rows.shape[:-1], values.shape[:-1])
+        lead = broadcast(rows.shape[:-1], values.shape[:-1])
         return values.expand(*lead, -1).gather(-1, rows.expand(*lead, -1))
 
 
