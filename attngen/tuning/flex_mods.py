@@ -9,7 +9,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from attngen.language.expression import Load, S, evaluate, tensor_of
+from attngen.language.expression import Load, S
+from attngen.language.programs import evaluate, tensor_of
 from attngen.language.spec import Spec
 
 Mod = Callable[..., torch.Tensor]

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from attngen.language.call import Call, bind
-from attngen.language.expression import B, H, S, evaluate, tensor_of
+from attngen.language.expression import B, H, S
 from attngen.language.patterns import causal
+from attngen.language.programs import evaluate, tensor_of
 from attngen.language.spec import Spec
 from attngen.plan.keysets.ragged import LENGTHS
 from attngen.reference.dense import dense_env
