@@ -20,6 +20,8 @@ import attngen
 from attngen.analysis import tile_map
 from attngen.cli.bench import EXAMPLE as BENCH_EXAMPLE
 from attngen.cli.bench import bench
+from attngen.cli.build import EXAMPLE as BUILD_EXAMPLE
+from attngen.cli.build import build
 from attngen.cli.coverage import EXAMPLE as COVERAGE_EXAMPLE
 from attngen.cli.coverage import db_coverage
 from attngen.cli.db import db_app
@@ -56,6 +58,7 @@ app.add_typer(db_app, name="db")
 app.add_typer(pack_app, name="pack")
 app.command(epilog=TUNE_EXAMPLE)(tune)
 app.command(epilog=BENCH_EXAMPLE)(bench)
+app.command(epilog=BUILD_EXAMPLE)(build)
 db_app.command(name="coverage", epilog=COVERAGE_EXAMPLE)(db_coverage)
 
 

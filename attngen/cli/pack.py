@@ -39,7 +39,7 @@ def ls(folder: Folder, links: Links = False, as_json: AsJson = False) -> None:
     for name, kernel in pack.kernels.items():
         table.add_row(name, kernel.target, str(kernel.num_warps), bytes_text(kernel.shared), bytes_text(kernel.size))
     console.print(table)
-    console.print(_sentence(pack), markup=False)
+    console.print(summarise(pack), markup=False)
 
 
 @pack_app.command(epilog="Example: [b]attngen pack verify pack/[/b]")
@@ -56,7 +56,7 @@ def verify(folder: Folder, links: Links = False, as_json: AsJson = False) -> Non
     if as_json:
         typer.echo(json.dumps({"sound": True, "problem": None} | _summary(pack)))
     else:
-        console.print(f"the pack is sound: {_sentence(pack)}", markup=False)
+        console.print(f"the pack is sound: {summarise(pack)}", markup=False)
 
 
 def _specs(pack: Pack) -> dict[str, str]:
@@ -85,7 +85,8 @@ def _summary(pack: Pack) -> dict[str, Any]:
     return {"attngen": pack.attngen, "digest": pack.digest, "targets": targets, "files": len(pack.files), "size": size}
 
 
-def _sentence(pack: Pack) -> str:
+def summarise(pack: Pack) -> str:
+    """A pack in a sentence."""
     summary = _summary(pack)
     return (
         f"{len(pack.kernels)} kernels for {', '.join(summary['targets']) or 'nothing'} in {summary['files']} files of "

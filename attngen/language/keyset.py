@@ -84,7 +84,7 @@ def parse(text: str) -> KeySet:
     head = _HEAD.match(text.strip())
     if head and head[1] not in KINDS:
         for module in MODULES:  # they register themselves
-            importlib.import_module(f"attngen.language.keysets.{module}")
+            importlib.import_module(f"{__package__}.keysets.{module}")
     if not head or head[1] not in KINDS:
         raise SpecError("not a key set", text=text, fix=f"the key sets are {', '.join(KINDS)}")
     kind = KINDS[head[1]]

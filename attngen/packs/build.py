@@ -38,6 +38,7 @@ from attngen.packs import format
 from attngen.packs.elf import read_cubin
 from attngen.packs.plain import put_spec
 from attngen.packs.record import SHARED_LIMITS, Argument, Kernel
+from attngen.plan.keysets.ragged import LENGTHS
 from attngen.plan.launches import backward_launches, forward_launches
 from attngen.plan.planner import inner_specs
 from attngen.runtime.attention import compile as compile_spec
@@ -45,6 +46,7 @@ from attngen.schedule import KERNELS, Schedule, Target
 from attngen.schedule.choice import choose_elsewhere, complete_for, on_gpu, shape_bucket
 from attngen.schedule.identities import find_gpu
 from attngen.store import Shape
+from attngen.store.workload import DIRECTIONS, Workload
 from attngen.tuning.attends import example
 
 PROCESSORS = 128  # of a GPU that is known by its architecture alone
@@ -87,18 +89,36 @@ def save(
 
     Two builds of the same are equal to the byte. Returns the folder. Raises PackError, SpecError, InputError, ScheduleError.
     """
-    named = _named(specs)
-    builder = _Builder(schedule or Schedule(), db, backward, offset_tensors)
-    given = captures or {}
+    given, directions = captures or {}, DIRECTIONS if backward else DIRECTIONS[:1]
+    calls = [
+        Workload(name, spec, shape, _short(dtype), {n: x for n, x in given.items() if _takes(spec, n)}, directions)
+        for name, spec in _named(specs).items()
+        for shape in _shapes(shapes, head_dims)
+        for dtype in dtypes
+    ]
+    return save_workloads(calls, folder, targets=targets, schedule=schedule, db=db, offset_tensors=offset_tensors)
+
+
+def save_workloads(
+    calls: Iterable[Workload],
+    folder: Path | str,
+    *,
+    targets: Sequence[str],
+    schedule: Schedule | None = None,
+    db: str | None = None,
+    offset_tensors: bool = False,
+) -> Path:
+    """The same from calls, each with a spec, a shape, a dtype and captures of its own; calls of one name have one spec."""
+    if isinstance(targets, str) or not targets:
+        raise PackError(f"targets: expected a list such as ['sm_90'], got {targets!r}")
     for target in targets:
         if _architecture(target) not in SHARED_LIMITS:
             raise PackError(
                 f"targets: expected NVIDIA architectures ({', '.join(SHARED_LIMITS)}) or GPUs, got {target!r}"
             )
-    for name, spec in named.items():
-        for shape in _shapes(shapes, head_dims):
-            for dtype in dtypes:
-                builder.add(name, spec, shape, dtype, targets, {n: x for n, x in given.items() if _takes(spec, n)})
+    builder = _Builder(schedule or Schedule(), db, offset_tensors)
+    for call in calls:
+        builder.add(call, targets)
     return format.write(folder, builder.manifest, builder.kernels, builder.files, attngen=__version__)
 
 
@@ -129,6 +149,8 @@ def _shapes(shapes: Any, head_dims: Sequence[int]) -> list[Shape]:
 
 
 def _takes(spec: Spec, name: str) -> bool:
+    if spec.keys is None and name in LENGTHS:
+        return True
     return name in spec.tensors or name in spec.params or (spec.keys is not None and name in spec.keys.captures())
 
 
@@ -254,8 +276,8 @@ class _Builder:
 
     pins: Schedule
     db: str | None
-    backward: bool
     offset_tensors: bool
+    backward: bool = False  # whether some call has one
     kernels: dict[str, Kernel] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     specs: dict[str, Spec] = field(default_factory=dict)
@@ -263,13 +285,15 @@ class _Builder:
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)
     launches: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def add(
-        self, name: str, spec: Spec, shape: Shape, dtype: torch.dtype, targets: Iterable[str], given: Mapping[str, Any]
-    ) -> None:
-        """The kernels of a spec's calls of one shape."""
-        self.specs[name] = spec
-        (q, k, v), named, _ = example(spec, shape, dtype, given)
-        backward = self.backward and spec.page_size is None and not isinstance(spec.keys, Paged)
+    def add(self, workload: Workload, targets: Iterable[str]) -> None:
+        """The kernels of such calls."""
+        spec, shape = workload.spec, workload.shape
+        if self.specs.setdefault(workload.name, spec).key != spec.key:
+            raise PackError(f"specs: expected a name for each, got two specs called {workload.name!r}")
+        dtype = getattr(torch, workload.dtype or "bfloat16")
+        (q, k, v), named, _ = example(spec, shape, dtype, workload.captures)
+        backward = "backward" in workload.directions and spec.page_size is None and not isinstance(spec.keys, Paged)
+        self.backward |= backward
         offset = named.pop("q_offset")
         offsets = [offset, torch.full((shape.batch,), offset)] if self.offset_tensors else [offset]
         attention = compile_spec(spec, schedule=self.pins, db=self.db)

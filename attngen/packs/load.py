@@ -35,7 +35,7 @@ from attngen.runtime.callable import Attention
 from attngen.runtime.executor import Executor, check_positive_params
 
 GUARDED = "_guarded"
-NEEDED_BY_THE_COMPILER = ("triton", "sympy", "jinja2")
+NEEDED_BY_THE_COMPILER = ("attngen", "triton", "sympy", "jinja2")
 
 
 class Missing(PackError):

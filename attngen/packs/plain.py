@@ -198,7 +198,7 @@ def _get_keys(table: Any, data: Any) -> keyset.KeySet:
     module, text, _ = _fixed(TEXT, TEXT, _many(TEXT)).get(table, data)
     if module not in keyset.MODULES:
         raise PackError(f"keys: expected one of {', '.join(keyset.MODULES)}, got {module!r:.60}")
-    importlib.import_module(f"attngen.language.keysets.{module}")  # it registers itself
+    importlib.import_module(f"{keyset.__package__}.keysets.{module}")  # it registers itself
     return _parsed(keyset.parse, text)
 
 

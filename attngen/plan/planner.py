@@ -317,7 +317,7 @@ def family_of(keys: KeySet) -> Family:
     """The planner of a key set."""
     if not any(kind in FAMILIES for kind in type(keys).__mro__):
         for module in MODULES:  # they register themselves
-            importlib.import_module(f"attngen.plan.keysets.{module}")
+            importlib.import_module(f"{__package__}.keysets.{module}")
     return next(FAMILIES[kind] for kind in type(keys).__mro__ if kind in FAMILIES)
 
 
