@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import attngen as ag
-from attngen.language.expression import evaluate
+from attngen.language.programs import evaluate
 from attngen.store import Shape
 from attngen.tuning import peers, versus
 from attngen.tuning.check import Reference, WrongResult
