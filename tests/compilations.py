@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from attngen.lowering import Source
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
-    """Distinct compilations that launches would have needed, as Triton tells them apart; the kernels themselves do not run."""
+    """Distinct compilations that launches would have needed; the kernels themselves do not run."""
     keys: set[Any] = set()
 
     class Kernel:
@@ -20,13 +21,18 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
 
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             def run(*values: Any, **options: Any) -> None:
-                described = [_seen_by_triton(arg, value) for arg, value in zip(self.source.args, values, strict=True)]
-                keys.add((self.source.key, tuple(described), tuple(options.items())))
+                keys.add(compilation(self.source, values, options))
 
             return run
 
     monkeypatch.setattr(Source, "load", lambda self, folder=None: Kernel(self))
     return keys
+
+
+def compilation(source: Source, values: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    """What Triton keys a compiled kernel by."""
+    described = [_seen_by_triton(arg, value) for arg, value in zip(source.args, values, strict=True)]
+    return source.key, tuple(described), tuple(options.items())
 
 
 def _seen_by_triton(arg: Any, value: Any) -> Any:

@@ -228,6 +228,25 @@ def test_dropout_drops_weights_and_keeps_their_mean():
     assert torch.allclose(dropped[dropped != 0] * 0.75, whole[dropped != 0], rtol=1e-5)
 
 
+def test_a_module_that_does_not_train_drops_nothing():
+    attend, (q, k, v) = attention_function("auto", frozenset()), (torch.randn(2, 4, 9, 16) for _ in range(3))
+    dropped, _ = attend(torch.nn.Module().eval(), q, k, v, None, dropout=0.5)
+    assert torch.equal(dropped, attend(torch.nn.Module(), q, k, v, None)[0])
+
+
+def test_sinks_of_each_query():
+    attend, module, (q, k, v) = attention_function("auto", frozenset()), torch.nn.Module(), torch.randn(3, 2, 4, 9, 16)
+    sinks = torch.randn(2, 4, 9, 1, requires_grad=True)
+    logits = (q @ k.mT / 4).masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf)
+    want = torch.cat([logits, sinks], -1).softmax(-1)[..., :-1] @ v
+    got, _ = attend(module, q, k, v, None, sinks=sinks)
+    assert distance(got.transpose(1, 2), want) < LOGITS
+    weight = torch.randn(2, 4, 9, 16)
+    (wanted,) = torch.autograd.grad((want * weight).sum(), sinks)
+    (found,) = torch.autograd.grad((got.transpose(1, 2) * weight).sum(), sinks)
+    assert distance(found, wanted) < GRADIENTS
+
+
 def test_eval_drops_nothing():
     model = tiny("llama")
     for module in model.modules():
@@ -325,8 +344,9 @@ def test_packed_sequences_that_a_mask_has_lost():
     named = dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=7, max_length_k=7)
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
     inputs = {"input_ids": tokens(1), "position_ids": positions, **named}
-    with pytest.raises(InputError, match=r"cu_seq_lens_q.*use_cache=False"):
-        logits(model, "attngen", inputs)
+    for mask in (None, torch.ones(1, 12), padding("left", 1)):
+        with pytest.raises(InputError, match=r"cu_seq_lens_q.*use_cache=False"):
+            logits(model, "attngen", {**inputs, "attention_mask": mask})
     got, want = (logits(model, x, {**inputs, "use_cache": False}) for x in ("attngen", "eager"))
     assert distance(got, want) < LOGITS
 

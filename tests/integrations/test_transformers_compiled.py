@@ -10,10 +10,14 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
+from attngen.backends.triton import launch as gpu
 from attngen.integrations.transformers import register
-from tests.compilations import counted
+from attngen.integrations.transformers.attention import attention_function
+from attngen.integrations.transformers.masks import make_mask
+from tests.compilations import compilation, counted
 from tests.integrations.test_transformers import CACHES, GRADIENTS, LOGITS, distance, generated, inputs_of, logits
 from tests.integrations.transformers_cases import DECODERS, MODELS, padding, tiny, tokens
+from tests.pretend import pretending
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +45,24 @@ def test_no_step_of_a_generation_compiles_a_kernel(name, cache, monkeypatch):
         assert len(steps) == 20 and steps[-1] == steps[1] and (not before or steps[-1] == before)
         before = steps[-1]
     assert len(before) >= 2
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_steps_on_a_gpu_compile_once_more_where_keys_are_split(padded, monkeypatch):
+    """With tensors that pass for a GPU's, and launches that only count: 513 keys are more than one program should read."""
+    kernels: set[Any] = set()
+    attend, counts = attention_function("auto", frozenset()), {}
+    with pretending(kernels=False), monkeypatch.context() as patch:
+        patch.setattr(gpu, "_start", lambda source, programs, *given: kernels.add(compilation(source, *given)))
+        for keys in (400, 401, 512, 513, 514, 1024, 1025, 5000):
+            q, k = (torch.zeros(1, heads, n, 64, device="cuda").half() for heads, n in ((8, 1), (2, keys)))
+            keep = torch.arange(keys, device="cuda")[None] >= (5 if padded else 0)
+            mask = make_mask(1, 1, keys, keys - 1, attention_mask=keep, device="cuda")
+            with torch.no_grad():
+                attend(torch.nn.Module(), q, k, k, mask)
+            counts[keys] = len(kernels)
+    assert counts[512] == counts[400] == 2  # the forward and its guarded kernel
+    assert counts[5000] == counts[513] == 5  # those that split, and the merge
 
 
 @pytest.mark.slow

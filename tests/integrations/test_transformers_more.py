@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from transformers import masking_utils as theirs
 
 from attngen.errors import InputError
 from attngen.integrations.transformers import register
+from attngen.integrations.transformers.attention import attention_function
+from attngen.integrations.transformers.masks import make_mask
 from tests.integrations.test_transformers import GRADIENTS, LOGITS, distance, gradients, inputs_of, logits
 from tests.integrations.transformers_cases import DECODER, MODELS, SIZES, VOCABULARY, padding, randomised, tiny, tokens
+from tests.pretend import pretending
 
 IMAGE = 60  # the token that stands for a part of an image
 _VISION = dict(
@@ -228,6 +232,40 @@ def test_generated_kernels_of_steps():
         torch.manual_seed(4)
         found.append(gradients(model, implementation, inputs_of("llama"), torch.ones(2, 12).bool()))
     assert distance(found[1], found[0]) < GRADIENTS
+
+
+@pytest.mark.slow
+def test_everything_is_where_the_queries_are():
+    """On a GPU that is a pretence: an operation that mixes tensors of two devices fails."""
+    attend, module = attention_function("interpret", frozenset()), torch.nn.Module()
+
+    def outputs(device: str) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*sizes: int) -> torch.Tensor:
+            return torch.randn(*sizes, generator=generator).to(device)
+
+        q, k, v, rows = random(2, 4, 6, 16), random(2, 2, 9, 16), random(2, 2, 9, 16), torch.arange(12, device=device)
+        left = torch.tensor([[0], [4]], device=device)
+        window = theirs.sliding_window_causal_mask_function(4)
+        chunks = theirs.chunked_causal_mask_function(4, left[:, 0])
+        found = []
+        for keep in (None, rows >= left, rows != left):
+            for offset in (6, torch.tensor(6, device=device)):
+                for function in (window, chunks):
+                    mask = make_mask(2, 6, 9, offset, 3, function, keep, local_size=4, device=device)
+                    found.append(attend(module, q, k, v, mask, s_aux=random(4), softcap=5.0)[0])
+        found.append(attend(module, q, k, v, random(1, 1, 6, 9), position_bias=random(1, 4, 6, 9))[0])
+        ends = {f"cu_seq_lens_{x}": torch.tensor(n, device=device) for x, n in (("q", [0, 2, 6]), ("k", [0, 4, 9]))}
+        found.append(attend(module, q[:1], k[:1], v[:1], None, sliding_window=3, s_aux=random(4), **ends)[0])
+        torch.manual_seed(0)
+        found.append(attend(module, q, k, v, None, is_causal=False, dropout=0.3)[0])
+        return [x.cpu() for x in found]
+
+    want = outputs("cpu")
+    with pretending():
+        got = outputs("cuda")
+    assert len(got) == 15 and all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
 def test_weights_that_a_model_does_not_ask_its_layers_for():

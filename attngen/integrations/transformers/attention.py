@@ -10,7 +10,7 @@ import torch
 
 from attngen.errors import InputError
 from attngen.integrations.transformers.forms import Form, attention_of
-from attngen.integrations.transformers.masks import FIX, Mask, make_mask
+from attngen.integrations.transformers.masks import FIX, PADDING, Mask, make_mask
 from attngen.integrations.transformers.windows import causal_window
 
 _collector: Any = None
@@ -72,6 +72,7 @@ def attention_function(backend: str, ignored: frozenset[str]) -> Callable[..., t
         sinks = s_aux if sinks is None else sinks.squeeze(-1)
         if sinks is not None:
             captures["sinks"] = sinks
+        dropout = dropout if module.training else 0.0
         if dropout > 0:  # the generator's state is what checkpointing restores
             captures["dropout"] = dropout
             captures["seed"] = torch.randint(2**31 - 1, (), dtype=torch.int64, device=query.device)
@@ -104,7 +105,7 @@ def _pairs(
     sizes, lengths = (mask.sizes[2], mask.sizes[3]), (query.shape[2], key.shape[2])
     if sizes != lengths:
         raise InputError("attention_mask", f"one for {lengths} queries and keys", sizes, "make it for this call")
-    if packed is not None and packed.shape[0] > 2 and not mask.captures:
+    if packed is not None and packed.shape[0] > 2 and not mask.captures.keys() - PADDING - {"shift"}:
         fix = "pass use_cache=False and position_ids that begin at 0 in each sequence: then the mask has them"
         raise InputError("cu_seq_lens_q", "nothing, or a mask that keeps its sequences apart", "a plain mask", fix)
     offset = mask.q_offset

@@ -29,6 +29,7 @@ from attngen.language.moved import i, j, moved, split_causal
 from attngen.language.spec import Spec
 
 FIX = 'or give the model attn_implementation="sdpa" or "eager"'
+PADDING = frozenset({"first", "last", "padding"})  # names of its captures
 _BLOCK = (128, 128)  # of the lists of blocks, if anybody asks for them
 _SHIFT = Param("shift")
 
