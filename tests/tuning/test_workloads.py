@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -214,3 +217,26 @@ def test_a_key_sets_attentions_are_asked_for_by_what_calls_look_up():
     spec, device = ag.Spec(keys=ag.qk_sparse(), mask=ag.causal()), find_target_device("H100", None)
     jobs = list(jobs_of([Workload("dropped", spec, Shape.of("B1 H2 N64 D16"), "float16", {}, ("forward",))], device))
     assert jobs and all(job.spec.key != spec.key and job.dtype == torch.float16 for job in jobs)
+
+
+@pytest.mark.slow
+def test_a_list_that_was_interrupted_goes_on(cache):
+    """The whole command: SIGINT within a search; it reports, and the same command does the rest."""
+    (cache / "list.toml").write_text(
+        "dtype = 'float32'\ndirections = ['forward']\nshapes = ['B1 H2 N256 D32', 'B1 H2 N512 D32']\n"
+        "[[attention]]\nname = 'causal'\nmask = 'i >= j'\n[[attention]]\nname = 'full'\nmask = 'j >= 0'\n"
+    )
+    db = cache / "records.db"
+    command = [sys.executable, "-m", "attngen", "tune", str(cache / "list.toml"), "--trials", "6", "--db", str(db)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    store, end = Store(db), time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < end:
+        if db.exists() and len(store.records()) >= 2:  # the second search has a first result
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "ended by Ctrl-C" in told and "2 without a record" in told
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "causal forward B1 H2 N256 D32: finished before" in again.stderr
+    assert "covered: 4 exact, 0 by the nearest record, 0 without a record" in again.stdout
