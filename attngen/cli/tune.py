@@ -39,7 +39,10 @@ def tune(
     ] = None,
     timeout: Annotated[float | None, typer.Option(help="Stop after this many seconds.")] = None,
     storage: Annotated[
-        str | None, typer.Option(help="Optuna storage URL for a fleet, such as postgresql://...")
+        str | None,
+        typer.Option(
+            help="The trials: a file or an Optuna URL. Default: the URL of --db, if it is one, else the cache folder."
+        ),
     ] = None,
     db: Database = None,
 ) -> None:

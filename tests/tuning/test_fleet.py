@@ -29,7 +29,7 @@ from attngen.tuning.target_device import find_target_device
 from attngen.tuning.trials import Trials
 from attngen.tuning.tuner import Job
 from tests.postgres import empty_database, running_server  # noqa: F401  (fixtures)
-from tests.tuning.test_tuning import SPACE, FakeMeasurer, FakeModel, finals, search, seconds
+from tests.tuning.test_search import SPACE, FakeMeasurer, FakeModel, finals, search, seconds
 
 RUNNING, COMPLETE, PRUNED, FAIL = (optuna.trial.TrialState[name] for name in ("RUNNING", "COMPLETE", "PRUNED", "FAIL"))
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import attngen as ag
+from attngen.backends.worker import Worker
 from attngen.errors import AttngenError, InputError, SpecError
 from attngen.store import Key, Record, Shape, Store, Workload, specs_of
 from attngen.store.workload import is_list, read_list
 from attngen.tuning.coverage import coverage, devices_of, known_workloads
 from attngen.tuning.effort import EFFORTS, effort_named
-from attngen.tuning.measure import Worker
 from attngen.tuning.target_device import find_target_device
 from attngen.tuning.tuner import jobs_of, tune_all
 
