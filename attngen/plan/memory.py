@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy
 import torch
 
 LARGE = 2**22  # bytes; numpy asks from there on
@@ -22,6 +21,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     size = math.prod(shape) * dtype.itemsize
     if size < LARGE:
         return torch.empty(shape, dtype=dtype)
+    import numpy  # for CPUs only, which a GPU's call has no need of
+
     data = numpy.empty(size + ALIGNED, dtype=numpy.uint8)
     start = -data.ctypes.data % ALIGNED
     return torch.from_numpy(data[start : start + size]).view(dtype).view(shape)
