@@ -31,7 +31,7 @@ from attngen.language.call import Call
 from attngen.language.lists import TileLists
 from attngen.language.schedule import Schedule, Tile
 from attngen.lowering import Source, render
-from attngen.schedule.legality import why_not_listed
+from attngen.schedule.legality import registers_held, why_not_listed
 from attngen.schedule.shipped import family_of, shipped_tiles
 from attngen.schedule.target import Target
 
@@ -39,6 +39,7 @@ VARIABLE = "ATTNGEN_SEARCH_SECONDS"
 SECONDS = 2.0  # by default
 READING = 0.3  # of them, to read what was compiled last
 MOST_WORKERS = 8
+MOST_HELD = 200  # registers a thread for sums: addresses and loops need the rest
 LENGTH, HEADS = 4096, 64  # of the call whose tiles are counted: which tile is best hardly depends on it
 COMMAND = [sys.executable, "-P", str(Path(compile_worker.__file__))]  # -P: the folder's modules are not Triton's
 
@@ -117,16 +118,13 @@ class Search:
     def _ordered(self) -> Iterator[tuple[str, Tile]]:
         """Each kernel's first candidate, then each one's second, and so on."""
         d = max(self.call.q.shape[3], self.call.v.shape[3])
-        every = [
-            [
-                (kernel, tile)
-                for tile in candidates(kernel, d, self.target, getattr(self.pins, kernel))
-                if self._legal(tile)
-            ]
-            for kernel in self.kernels
-        ]
+        every = [self._candidates(kernel, d) for kernel in self.kernels]
         for turn in itertools.zip_longest(*every):
             yield from (one for one in turn if one is not None)
+
+    def _candidates(self, kernel: str, head_dim: int) -> list[tuple[str, Tile]]:
+        pinned, safe = getattr(self.pins, kernel), getattr(self.base, kernel)
+        return [(kernel, tile) for tile in candidates(kernel, head_dim, self.target, pinned, safe) if self._legal(tile)]
 
     def _legal(self, tile: Tile) -> bool:
         lists = self.call.spec.lists
@@ -223,13 +221,18 @@ class Search:
         return None
 
 
-def candidates(kernel: str, head_dim: int, target: Target, pinned: Tile) -> list[Tile]:
-    """Tiles that may be good and agree with what is pinned: those that ship for other specs, the most frequent first, then
-    others. A group of four warps has 64 resident rows, as Hopper's products have, or 16 rows a warp elsewhere.
+def candidates(kernel: str, head_dim: int, target: Target, pinned: Tile, safe: Tile) -> list[Tile]:
+    """Tiles that may be good and agree with what is pinned: those that ship for other specs, the most frequent first; the one that
+    would run without a search; then others. A group of four warps has 64 resident rows, as Hopper's products have, or 16 rows a
+    warp elsewhere.
     """
     shipped = Counter(shipped_tiles(family_of(target.name), kernel, head_dim))
-    grid = [Tile(*sizes) for sizes in _grid(kernel, head_dim)]
-    every = dict.fromkeys([*(tile for tile, _ in shipped.most_common()), *grid])
+    grid = [
+        Tile(*sizes)
+        for sizes in _grid(kernel, head_dim)
+        if registers_held(kernel, *sizes[:2], sizes[2] * target.warp_size, head_dim, head_dim) <= MOST_HELD
+    ]
+    every = dict.fromkeys([*(tile for tile, _ in shipped.most_common()), Tile(**_sizes(safe)), *grid])
     found = dict.fromkeys(Tile(**{**tile.decided(), **_sizes(pinned)}) for tile in every)
     return list(found)
 

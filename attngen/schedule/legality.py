@@ -108,3 +108,14 @@ def check_targeted(schedule: Schedule, target: Target) -> None:
     for kernel in KERNELS:
         if reason := why_not_targeted(kernel, getattr(schedule, kernel), target):
             raise ScheduleError(f"{kernel} {reason}")
+
+
+def registers_held(kernel: str, block_m: int, block_n: int, threads: int, head_dim: int, head_dim_v: int) -> int:
+    """Registers a thread for the float32 values that live across a kernel's loop and for the products of one step."""
+    pairs = block_m * block_n
+    values = {
+        "forward": block_m * head_dim_v + pairs,
+        "dq": block_m * head_dim + 2 * pairs,
+        "dkv": block_n * (head_dim + head_dim_v) + 2 * pairs,
+    }
+    return -(-values[kernel] // threads)

@@ -15,6 +15,7 @@ from attngen.language.schedule import PREFIXES, TILE_FIELDS, Schedule, Tile
 from attngen.language.spec import Spec
 from attngen.schedule.decode import DECODE_ROWS
 from attngen.schedule.legality import (
+    registers_held,
     why_not_listed,
     why_not_packed,
     why_not_specialised,
@@ -191,10 +192,9 @@ def _tile_reason(
 ) -> str | None:
     d, dv = shape.head_dim, shape.head_dim_v
     threads = warps * target.warp_size
-    # Float32 values that live across the loop, and the two products of one step.
-    held = {"": m * dv + m * n, "dq_": m * d + 2 * m * n, "dkv_": n * (d + dv) + 2 * m * n}[prefix]
-    if held > 224 * threads:
-        return f"{prefix}tile {m} x {n} needs {held // threads} registers a thread for its sums"
+    held = registers_held(KERNEL_OF[prefix], m, n, threads, d, dv)
+    if held > 224:
+        return f"{prefix}tile {m} x {n} needs {held} registers a thread for its sums"
     if m * n < 4 * threads:
         return f"{prefix}tile {m} x {n} leaves {warps} warps without work"
     # The walked side is staged; one stage is the least that any pipeline holds.
