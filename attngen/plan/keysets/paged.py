@@ -16,6 +16,7 @@ from attngen.language import expression
 from attngen.language.call import Call, bind
 from attngen.language.checks import check_lengths, check_tensor, checked, require
 from attngen.language.keysets.cached import Paged
+from attngen.language.plain import PLAIN, PlainSpec, PlainTensor
 from attngen.plan.planner import FAMILIES, Family, Planner, inner_spec, mask_of
 from attngen.plan.steps import Result
 
@@ -91,6 +92,10 @@ def bind_pages(
 
 def _in_pages(spec: Spec, page_size: int) -> Spec:
     """The spec without its key set, on pages: what a call is checked against."""
+    if spec is PLAIN:  # a preparation's, some of whose captures are not known yet
+        table = PlainTensor("page_table", 2, "int")
+        plain: Any = PlainSpec(tensors={table.name: table}, plain_dims={table.name: ()}, page_size=page_size)
+        return plain
 
     def build() -> dict[str, Any]:
         sink = None if spec.sink is None else expression.Expr(spec.sink)

@@ -190,6 +190,15 @@ def test_a_plan_checks_a_table_once(monkeypatch: pytest.MonkeyPatch):
     assert torch.equal(attn(q, k, v, plan=plan, width=9, **given), want)
 
 
+def test_a_plan_needs_no_capture_of_the_score():
+    q, k, v, table, lengths = cache(16)
+    attn = ag.compile(ag.Spec(keys=ag.paged(16), mask=ag.causal(), score=ag.alibi(), sink=ag.sink("sink")))
+    given = dict(page_table=table, k_len=lengths, q_offset=lengths - 2)
+    captures = dict(slope=torch.rand(q.shape[1]), sink=torch.rand(q.shape[1]))
+    plan = attn.prepare(q, k, v, **given)
+    assert torch.equal(attn(q, k, v, plan=plan, **given, **captures), attn(q, k, v, **given, **captures))
+
+
 def test_unchecked_tables_read_nothing_outside(monkeypatch: pytest.MonkeyPatch):
     q, k, v, table, lengths = cache(16)
     table[2, 1], table[1, 0] = 10**6, -5
