@@ -25,7 +25,7 @@ from attngen.store.record import (
 )
 from attngen.store.text import parse_records, read_records, write_records
 from attngen.store.url import engine_url, is_url, shown
-from attngen.store.workload import Workload, specs_of
+from attngen.store.workload import Workload
 
 __all__ = [
     "MAX_SPEC",
@@ -51,7 +51,6 @@ __all__ = [
     "parse_records",
     "read_records",
     "shown",
-    "specs_of",
     "time_text",
     "utc_now",
     "write_records",

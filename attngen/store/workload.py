@@ -18,7 +18,7 @@ lists of them in TOML files:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,16 +43,6 @@ class Workload:
     directions: tuple[str, ...] = ("forward", "backward")
 
 
-def specs_of(workloads: Iterable[Workload]) -> dict[str, tuple[Spec, list[Shape], list[str]]]:
-    """By name: a spec, its shapes and dtypes, each once. What packs are built from."""
-    found: dict[str, tuple[Spec, list[Shape], list[str]]] = {}
-    for one in workloads:
-        _, shapes, dtypes = found.setdefault(one.name, (one.spec, [], []))
-        shapes += [one.shape] if one.shape not in shapes else []
-        dtypes += [one.dtype] if one.dtype not in dtypes else []
-    return found
-
-
 COMMON = ("dtype", "shapes", "directions")  # what a list says for all of its attentions, or one of them for itself
 DIRECTIONS = ("forward", "backward")
 
@@ -66,7 +56,7 @@ def read_list(path: str | Path) -> list[Workload]:
     """The calls that a TOML file lists. InputError, SpecError, StoreError."""
     data = read_toml(path)
     listed = data.pop("attention", None)
-    if not isinstance(listed, list) or not listed:
+    if not isinstance(listed, list) or not listed or not all(isinstance(own, dict) for own in listed):
         raise SpecError(f"{path}: no attention is listed", fix="write [[attention]], then the keys of a spec")
     if unknown := sorted(set(data) - {*COMMON}):
         raise SpecError(f"{path}: unknown keys {unknown}", fix=f"for all attentions there are {', '.join(COMMON)}")
@@ -83,6 +73,8 @@ def _read_one(path: Path, place: int, data: dict[str, Any]) -> list[Workload]:
         raise InputError(f"{where}: dtype", "float32, float16 or bfloat16", repr(dtype))
     if not isinstance(directions, list) or not {*directions} <= {*DIRECTIONS}:
         raise InputError(f"{where}: directions", f"some of {', '.join(DIRECTIONS)}", repr(directions))
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: values", "a table such as {width = 512}", repr(values))
     spec = _read_spec(path, where, data)
     for name, value in values.items():
         if name not in spec.params or type(value) not in (int, float):

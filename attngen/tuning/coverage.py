@@ -14,8 +14,8 @@ from attngen.schedule import Target
 from attngen.schedule.choice import DIRECTIONS, generator_versions
 from attngen.schedule.identities import find_gpu
 from attngen.store import Device, Found, Record, Shape, Workload, open_store
+from attngen.tuning.jobs import Job, jobs_of
 from attngen.tuning.target_device import TargetDevice, find_target_device
-from attngen.tuning.tuner import Job, jobs_of
 
 EXACT, NEAR, NONE = "exact", "nearest", "none"
 

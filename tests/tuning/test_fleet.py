@@ -23,11 +23,11 @@ from attngen.errors import StoreError
 from attngen.store import Shape, Store, engine_url
 from attngen.tuning import fleet
 from attngen.tuning.attends import Part
+from attngen.tuning.jobs import Job
 from attngen.tuning.measure import Outcome
 from attngen.tuning.study import Tried
 from attngen.tuning.target_device import find_target_device
 from attngen.tuning.trials import Trials
-from attngen.tuning.tuner import Job
 from tests.postgres import empty_database, running_server  # noqa: F401  (fixtures)
 from tests.tuning.test_search import SPACE, FakeMeasurer, FakeModel, finals, search, seconds
 

@@ -14,9 +14,9 @@ from attngen.language.spec import Spec
 from attngen.schedule import Schedule, Target, choice
 from attngen.store import Shape
 from attngen.tuning.attends import Part
+from attngen.tuning.jobs import Job
 from attngen.tuning.space import cpu_space, gpu_space
 from attngen.tuning.target_device import _empty_call, find_target_device
-from attngen.tuning.tuner import Job
 
 SHAPE = Shape(1, 4, 2, 256, 256, 32, 32)
 

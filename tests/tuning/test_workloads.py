@@ -15,12 +15,13 @@ import torch
 import attngen as ag
 from attngen.backends.worker import Worker
 from attngen.errors import AttngenError, InputError, SpecError
-from attngen.store import Key, Record, Shape, Store, Workload, specs_of
+from attngen.store import Key, Record, Shape, Store, Workload
 from attngen.store.workload import is_list, read_list
 from attngen.tuning.coverage import coverage, devices_of, known_workloads
 from attngen.tuning.effort import EFFORTS, effort_named
+from attngen.tuning.jobs import jobs_of
 from attngen.tuning.target_device import find_target_device
-from attngen.tuning.tuner import jobs_of, tune_all
+from attngen.tuning.tuner import tune_all
 
 LIST = """
 dtype = "float32"
@@ -66,18 +67,14 @@ def test_a_list_of_calls(tmp_path):
         ("attention 3", "B1 H2 Nq1 Nk64 D16", "float32", {}, both),
     ]
     assert read_list(path)[2].spec == ag.Spec(mask=ag.documents())
-    spec, shapes, dtypes = specs_of(read_list(path))["window"]
-    assert (spec.params.keys(), [str(shape) for shape in shapes], dtypes) == (
-        {"width"},
-        ["B1 H2 N64 D16", "B1 H2 Nq1 Nk64 D16"],
-        ["float32"],
-    )
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("shapes = ['B1 H1 N8 D16']", "no attention is listed"),
+        ("attention = ['i >= j']", "no attention is listed"),
+        ("[[attention]]\nmask = 'i >= j'\nshapes = ['H1 N8 D16']\nvalues = 3", "attention 1: values: expected a table"),
         ("trials = 3\n[[attention]]\nmask = 'i >= j'", r"unknown keys \['trials'\].*dtype, shapes, directions"),
         ("[[attention]]\nmask = 'i >= j'", "attention 1: shapes: expected a list"),
         ("[[attention]]\nmask = 'i >= j'\nshapes = ['H1 Q9']", "cannot read 'Q9'"),
