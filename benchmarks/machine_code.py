@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,18 +18,22 @@ from rich.console import Console
 from rich.progress import track
 
 import attngen as ag
+from attngen.analysis import facts as analyse
 from attngen.backends.triton.machine_code import Cycles
 from attngen.backends.triton.modelled import L2_BYTES, Resources
 from attngen.inspect.cross import Compiled, cross_compile
-from attngen.language.schedule import KERNELS, Tile
+from attngen.language.schedule import KERNELS, PREFIXES, Tile
 from attngen.schedule import Target
-from attngen.schedule.shipped import FOLDER, form_of, write_tiles
-from attngen.tuning.model import TILE_OVERHEAD
+from attngen.schedule.shipped import FOLDER, form_of, read_tiles, write_tiles
+from attngen.tuning.model import PRODUCTS, TILE_OVERHEAD
 from benchmarks import beside_flex, public_choices
 from benchmarks.suite import write_json
 from benchmarks.workload import pairs, tile_counts
 
 Case = tuple[str, str, int]  # a name of SPECS, a kernel, a head dim
+TCGEN05 = (
+    4096  # multiply-adds of half types a cycle and multiprocessor of sm_100, whose products don't say their shapes
+)
 RESULTS = Path(__file__).parent / "results" / "modelled"
 app = typer.Typer(add_completion=False)
 
@@ -47,17 +52,23 @@ SPECS: dict[str, ag.Spec] = {
 }
 
 
-def candidates(kernel: str) -> Iterator[Tile]:
+def candidates(name: str, kernel: str) -> Iterator[Tile]:
     """Tiles that may be good: a group of four warps has 64 resident rows, as its products have; in the forward, which holds
     least, twice as many too.
     """
+    only_edges = not analyse(SPECS[name]).walk_of(kernel).needs_tables
     for (resident, warps), walked, less in itertools.product(((128, 8), (64, 4), (128, 4)), (128, 64, 32, 16), (0, 1)):
         if kernel == "dkv" and resident == 16 * warps and walked <= resident // 2:
-            yield Tile(walked, resident, warps, 2 - less)
+            found = Tile(walked, resident, warps, 2 - less)
         elif kernel == "dq" and resident == 16 * warps and 32 <= walked <= resident:
-            yield Tile(resident, walked, warps, 2 - less)
+            found = Tile(resident, walked, warps, 2 - less)
         elif kernel == "forward" and 32 <= walked <= 16 * warps:
-            yield Tile(resident, walked, warps, 3 - less)
+            found = Tile(resident, walked, warps, 3 - less)
+        else:
+            continue
+        yield found
+        if only_edges and found.num_stages > 1:
+            yield replace(found, pipeline_edges=True)
 
 
 def compiled(spec: ag.Spec, kernel: str, tile: Tile, target: str, head_dim: int) -> Compiled:
@@ -121,31 +132,34 @@ def tiles(
     target: Annotated[str, typer.Option(help="the architecture")] = "sm_90",
     head_dim: Annotated[list[int], typer.Option("--head-dim", help="again for each")] = [64, 128],  # noqa: B006
     spec: Annotated[list[str], typer.Option("--spec", help=f"of {', '.join(SPECS)}; again for each")] = list(SPECS),  # noqa: B006
+    kernel: Annotated[list[str], typer.Option("--kernel", help="forward, dq, dkv; again for each")] = list(KERNELS),  # noqa: B006
     log: Annotated[Path | None, typer.Option(help="keeps what was compiled, to go on from there")] = None,
     beside: Annotated[
         Path | None, typer.Option(help="a log of another Triton: of its tiles the best that spills here neither")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="the file to write; else the one that ships")] = None,
 ) -> None:
-    """Find the default tiles of an architecture, and write them to its file in `tuning_db/`.
+    """Find the default tiles of an architecture, and write them to its file in `tuning_db/`; other entries there stay.
 
     What ships spills under no supported Triton: run it under the newest with --log, then under the oldest with --beside.
     """
     here, there = Log(log, target), None if beside is None else Log(beside, target)
-    work = [(name, kernel, d) for name in spec for d in head_dim for kernel in KERNELS]
+    work = [(name, own, d) for name in spec for d in head_dim for own in kernel]
     found = []
     for case in track(work, "compiling", console=Console(stderr=True)):
-        wanted = [tile for tile in candidates(case[1]) if there is None or there.has(case, tile)]
+        wanted = [tile for tile in candidates(*case[:2]) if there is None or there.has(case, tile)]
         ranked = (line for line in (there or here).ranked(case, wanted) if here.fits(case, line[1]))
         best = next(ranked, None)
         if best is None:
             typer.echo(f"{' '.join(map(str, case))}: no tile without spills", err=True)
             continue
         modelled, tile, made = best
-        name, kernel, d = case
-        found.append(((form_of(SPECS[name]), kernel, d), tile, {"cycles": modelled, "registers": made["registers"]}))
-        typer.echo(f"{name:20} {kernel:8} {d:4} {modelled:7.1f} {made['registers']} {tile}")
-    write_tiles(out or FOLDER / f"tiles-{target}.json", found)
+        name, own, d = case
+        found.append(((form_of(SPECS[name]), own, d), tile, {"cycles": modelled, "registers": made["registers"]}))
+        typer.echo(f"{name:20} {own:8} {d:4} {modelled:7.1f} {made['registers']} {tile}")
+    path, searched = out or FOLDER / f"tiles-{target}.json", {(form_of(SPECS[name]), own, d) for name, own, d in work}
+    kept = [line for line in read_tiles(path) if line[0] not in searched] if path.is_file() else []
+    write_tiles(path, [*kept, *found])
 
 
 class Log:
@@ -158,7 +172,8 @@ class Log:
 
     def _place(self, case: Case, tile: Tile) -> str:
         name, kernel, d = case
-        return json.dumps([self.target, name, d, kernel, tile.block_m, tile.block_n, tile.num_warps, tile.num_stages])
+        own = (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, bool(tile.pipeline_edges))
+        return json.dumps([self.target, name, d, kernel, *own])
 
     def has(self, case: Case, tile: Tile) -> bool:
         """Whether the tile was compiled."""
@@ -197,6 +212,9 @@ def tried(name: str, kernel: str, tile: Tile, target: str, head_dim: int) -> dic
     except ag.ScheduleError:
         return {}
     found = [loop.cycles(tile.num_warps) for loop in made.loops]
+    if any("UTCHMMA" in loop.opcodes for loop in made.loops):
+        products = PRODUCTS[PREFIXES[kernel]] * tile.block_m * tile.block_n * head_dim / TCGEN05
+        found = [replace(modelled, matrix=products) for modelled in found]
     loops = [(modelled.matrix, modelled.rest) for modelled in (found if len(found) > 1 else found * 2)]
     return {"registers": made.registers, "spills": made.spills, "shared": made.shared, "loops": loops}
 

@@ -12,12 +12,14 @@ from attngen.schedule.legality import why_not_packed
 
 DECODE_ROWS = 64  # query rows times heads of a group up to which a call counts as decoding
 GOOD = 0.85  # of the best wave efficiency: more splits than that needs only add states to merge
-FULL = 0.8  # of the processors: with that many outputs nothing is split
+FULL = 0.8  # of the processors: with that many outputs nothing is split whose lengths are equal
+MERGING = 5  # tiles that a processor reads while states are written and a second launch merges them
 
 
 def decode_choice(call: Call, facts: Facts, processors: int) -> Schedule:
-    """For a forward of few query rows: pack where that is legal, a decode tile, and splits that fill the processors;
-    stream-K where lengths differ by batch. Nothing for other calls.
+    """For a forward of few query rows: pack where that is legal, a decode tile, and splits that fill the processors; where
+    lengths differ by batch, stream-K instead, and also where outputs fill the processors but end at very different times.
+    Nothing for other calls.
     """
     spec, (batch, heads, n_q, head_dim) = call.spec, call.q.shape
     pack = call.group > 1 and not why_not_packed(spec, facts)
@@ -26,9 +28,10 @@ def decode_choice(call: Call, facts: Facts, processors: int) -> Schedule:
         return Schedule()
     tile = decode_tile(rows, max(head_dim, call.v.shape[3]))
     outputs = batch * (call.k.shape[1] if pack else heads)
-    ragged = any(B in load.free_symbols for load in loads(spec.mask))
-    split: int | str = even_splits(outputs, -(-call.n_k // tile.block_n), processors)
-    if ragged and split != 1 and not facts.walk_keys.needs_tables:
+    tiles = -(-call.n_k // tile.block_n)
+    split: int | str = even_splits(outputs, tiles, processors)
+    ragged = any(B in load.free_symbols for load in loads(spec.mask)) and not facts.walk_keys.needs_tables
+    if ragged and (split != 1 or streams(outputs, tiles, processors)):
         split = "stream"
     return Schedule(forward=tile, split=split, pack=pack)
 
@@ -52,3 +55,12 @@ def even_splits(outputs: int, tiles: int, processors: int) -> int:
     most = range(1, min(tiles, 128) + 1)
     best = max(efficiency(splits) for splits in most)
     return next(splits for splits in most if efficiency(splits) >= GOOD * best)
+
+
+def streams(outputs: int, tiles: int, processors: int) -> bool:
+    """Whether equal runs of tiles end well before whole outputs of unlike lengths do. Lengths are on the device: they may be
+    anything up to `tiles`, half of it on average, and the last output to start is as long as any.
+    """
+    share = outputs * tiles / 2 / processors
+    last = max(tiles, share + tiles / 2)
+    return share + MERGING < GOOD * last

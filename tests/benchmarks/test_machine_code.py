@@ -10,10 +10,11 @@ from typer.testing import CliRunner
 from attngen.backends.triton.machine_code import Loop, MachineCode
 from attngen.language.schedule import Tile
 from attngen.schedule import Target
+from attngen.schedule.shipped import form_of, read_tiles, write_tiles
 from benchmarks import beside_flex, flex_kernels, public_choices
 from benchmarks.beside_flex import Part, Side
 from benchmarks.flex_kernels import Filling, Problem
-from benchmarks.machine_code import app
+from benchmarks.machine_code import SPECS, app
 
 SM_90, SM_80 = Target.named("sm_90"), Target.named("sm_80")
 
@@ -109,3 +110,21 @@ def test_every_case_has_both_sides(case):
     mine, other = (make(case, "forward", "H100") for make in (beside_flex.ours, beside_flex.flex))
     for part in (*mine.parts, *other.parts):
         assert sum(part.counts) > 0 and all(loop.count("mma") for loop in part.loops)
+
+
+def test_the_best_tiles_are_written_beside_what_was_not_searched(monkeypatch, tmp_path):
+    """A tile that loads ahead at the edges is a candidate of its own; one that spills is none."""
+
+    def made(name, kernel, tile, target, head_dim):
+        rest = 1000.0 - 100 * bool(tile.pipeline_edges) - tile.block_m - tile.block_n
+        return {"registers": 100, "spills": int(tile.block_n == 128), "shared": 1, "loops": [(rest, rest)] * 2}
+
+    monkeypatch.setattr("benchmarks.machine_code.tried", made)
+    path, kept = tmp_path / "tiles.json", (("mask other; score s", "dq", 64), Tile(64, 32, 4, 1, pipeline_edges=False))
+    write_tiles(path, [(*kept, {}), ((form_of(SPECS["causal"]), "dq", 64), Tile(16, 16, 4, 1), {})])
+    options = ["--head-dim", "64", "--spec", "causal", "--spec", "documents", "--kernel", "dq", "--out", str(path)]
+    assert CliRunner().invoke(app, ["tiles", *options]).exit_code == 0
+    found = {entry: tile for entry, tile, _ in read_tiles(path)}
+    assert len(found) == 3 and found[kept[0]] == kept[1]
+    assert found[form_of(SPECS["causal"]), "dq", 64].pipeline_edges
+    assert not found[form_of(SPECS["documents"]), "dq", 64].pipeline_edges  # all its partial loops load ahead

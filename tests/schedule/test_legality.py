@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import attngen as ag
 from attngen.analysis import facts
@@ -125,8 +127,23 @@ def test_the_models_choice_fills_the_processors() -> None:
     one = choice(ag.Spec(), 1, 1, 65536)
     assert one.pack and one.forward.block_m == 16 and isinstance(one.split, int) and one.split > 8
     assert choice(RAGGED, 2, 1, 65536, length=torch.zeros(2, dtype=torch.int32)).split == "stream"
+    # 256 outputs fill 132 processors: whole ones end at different times where lengths differ, unless they are short or many.
+    for batch, n_k, split in ((32, 4096, "stream"), (32, 256, 1), (512, 4096, 1)):
+        lengths = torch.zeros(batch, dtype=torch.int32)
+        assert choice(RAGGED, batch, 1, n_k, length=lengths).split == split
+        assert choice(ag.Spec(), batch, 1, n_k).split == 1
     assert choice(ag.Spec(mask="j < i + h"), 1, 1, 65536).pack is False
     assert choice(ag.Spec(), 1, 512, 512) == ag.Schedule()
+
+
+@given(outputs=st.integers(1, 105), tiles=st.integers(5, 600))
+def test_splits_are_the_fewest_that_fill_the_last_wave(outputs: int, tiles: int) -> None:
+    def filled(splits: int) -> float:
+        return outputs * splits / (132 * -(-outputs * splits // 132))
+
+    chosen, most = even_splits(outputs, tiles, 132), range(1, min(tiles, 128) + 1)
+    enough = [splits for splits in most if filled(splits) >= 0.85 * max(map(filled, most))]
+    assert chosen == enough[0]
 
 
 @pytest.mark.slow
