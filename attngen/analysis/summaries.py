@@ -74,7 +74,7 @@ def prepare(
         empty = torch.zeros((1, 1, -(-tile.length // block)), dtype=torch.int32, device=device)
         return {name: empty for table in tables for name in table.symbols}
     for table in tables:
-        results = _KINDS[table.kind](table, env, tile, walked, block, device)
+        results = KINDS[table.kind](table, env, tile, walked, block, device)
         for name, result in zip(table.symbols, results, strict=True):
             values[name] = result.clamp(-LIMIT, LIMIT).to(torch.int32)
     return values
@@ -181,7 +181,7 @@ def _floor(table: Summary, env: Any, tile: Axis, walked: Axis, block: int, devic
     return (value.floor().expand(*value.shape[:-1] if value.ndim else (1, 1), -(-tile.length // block)),)
 
 
-_KINDS: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {
+KINDS: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     "extent": _extent,
     "order": _order,
     "match": _match,

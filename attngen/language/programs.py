@@ -299,3 +299,11 @@ _FUNCTIONS: dict[str, Any] = {
     "!=": lambda a, b: a != b,
 }
 OPERATIONS = frozenset({"power", "real mul", *_REAL_FUNCTIONS, *_FUNCTIONS})
+_ANY_NUMBER = {"add", "mul", "real mul", "and", "or", "min", "max", "bit and", "bit or", "bit xor"}
+_ONE = {"power", "abs", *_REAL_FUNCTIONS} - {"raise"}
+_OTHERS = {"where": 3, "uniform": 5}
+
+
+def takes(op: str, count: int) -> bool:
+    """Whether an operation takes so many arguments."""
+    return count >= 1 if op in _ANY_NUMBER else count == (1 if op in _ONE else _OTHERS.get(op, 2))

@@ -40,7 +40,7 @@ from attngen.packs.plain import put_spec
 from attngen.packs.record import SHARED_LIMITS, Argument, Kernel
 from attngen.plan.keysets.ragged import LENGTHS
 from attngen.plan.launches import backward_launches, forward_launches
-from attngen.plan.planner import inner_specs
+from attngen.plan.planner import forget_inner, inner_specs
 from attngen.runtime.attention import compile as compile_spec
 from attngen.schedule import KERNELS, Schedule, Target
 from attngen.schedule.choice import choose_elsewhere, complete_for, on_gpu, shape_bucket
@@ -72,7 +72,7 @@ def save(
     head_dims: Sequence[int] = (),
     schedule: Schedule | None = None,
     db: str | None = None,
-    captures: Mapping[str, Any] | None = None,
+    captures: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     backward: bool = True,
     offset_tensors: bool = False,
 ) -> Path:
@@ -84,17 +84,20 @@ def save(
         too, with the schedule of the nearest one; of a key set, sizes may decide which kernels there are.
     dtypes: of q, k and v. head_dims: instead of those of the shapes.
     schedule: decisions over the specs', the records' and the model's. db: path of the record database, None for the user's.
-    captures: by name, where made-up ones would not do: their dtypes are those that the kernels take.
+    captures: by name, where made-up ones would not do: their dtypes are those that the kernels take, and lengths (k_len, k_offset, cu_q
+        and cu_k) are never made up. Several of them are several calls: [{}, {"k_len": lengths}] for batches with padding or without.
     backward: kernels of gradients too. offset_tensors: kernels also for calls whose q_offset is a tensor.
 
     Two builds of the same are equal to the byte. Returns the folder. Raises PackError, SpecError, InputError, ScheduleError.
     """
-    given, directions = captures or {}, DIRECTIONS if backward else DIRECTIONS[:1]
+    several = [captures or {}] if captures is None or isinstance(captures, Mapping) else captures
+    directions = DIRECTIONS if backward else DIRECTIONS[:1]
     calls = [
         Workload(name, spec, shape, _short(dtype), {n: x for n, x in given.items() if _takes(spec, n)}, directions)
         for name, spec in _named(specs).items()
         for shape in _shapes(shapes, head_dims)
         for dtype in dtypes
+        for given in several
     ]
     return save_workloads(calls, folder, targets=targets, schedule=schedule, db=db, offset_tensors=offset_tensors)
 
@@ -201,6 +204,12 @@ def with_inner(spec: Spec) -> PlainSpec:
     return plain_spec(spec, {role: plain_spec(own) for role, own in sorted(inner_specs(spec).items())})
 
 
+def _forget_inner(spec: Spec) -> None:
+    forget_inner(spec)
+    for own in spec.keys.specs if isinstance(spec.keys, Union) else ():
+        _forget_inner(own)
+
+
 def _plain_keys(keys: KeySet | None) -> KeySet | None:
     """A key set whose own specs, if it has some, are plain data."""
     return Union.of(keys.pieces, tuple(map(with_inner, keys.specs))) if isinstance(keys, Union) else keys
@@ -257,6 +266,7 @@ class _Attend:
 
     def _render(self, kernel: str, site: Any = None) -> Source:
         head_dim, head_dim_v = self.dims
+        aligned = all(dim % 16 == 0 for dim in self.dims)  # else not even contiguous rows are; see `is_aligned`
         return render(
             self.spec,
             self.facts,
@@ -265,6 +275,7 @@ class _Attend:
             head_dim_v=head_dim_v,
             dtype=self.call.q.dtype,
             schedule=self.schedule,
+            aligned=aligned,
             offset_tensor=self.by_offset,
             site=site,
         )
@@ -281,6 +292,7 @@ class _Builder:
     kernels: dict[str, Kernel] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     specs: dict[str, Spec] = field(default_factory=dict)
+    plain: dict[str, PlainSpec] = field(default_factory=dict)
     schedules: list[dict[str, Any]] = field(default_factory=list)
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)
     launches: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -288,6 +300,8 @@ class _Builder:
     def add(self, workload: Workload, targets: Iterable[str]) -> None:
         """The kernels of such calls."""
         spec, shape = workload.spec, workload.shape
+        if workload.name not in self.specs:  # a pack has what its own calls need, whatever else this process has called
+            _forget_inner(spec)
         if self.specs.setdefault(workload.name, spec).key != spec.key:
             raise PackError(f"specs: expected a name for each, got two specs called {workload.name!r}")
         dtype = getattr(torch, workload.dtype or "bfloat16")
@@ -304,13 +318,14 @@ class _Builder:
                     self._attend(call, target, isinstance(call.q_offset, torch.Tensor), backward)
                 if backward:
                     self._delta(q, v, target)
+        self.plain[workload.name] = with_inner(spec)
 
     @property
     def manifest(self) -> dict[str, Any]:
         """All but the kernels' records."""
         found = {}
         for name, spec in sorted(self.specs.items()):
-            found[name] = {"text": spec.text, "plain": put_spec(with_inner(spec))}
+            found[name] = {"text": spec.text, "plain": put_spec(self.plain[name])}
         return {
             "specs": found,
             "plain": put_spec(replace(PLAIN, known=facts(Spec()).call)),

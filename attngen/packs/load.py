@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from attngen.analysis.call_facts import CallFacts
 from attngen.analysis.capture_sites import CAPTURED, CaptureSite
 from attngen.backends.launcher import Launcher
 from attngen.errors import AttngenWarning, InputError, PackError, ScheduleError
@@ -28,7 +27,7 @@ from attngen.language.call import Call
 from attngen.language.plain import PlainSpec
 from attngen.language.schedule import Schedule
 from attngen.packs import driver, format
-from attngen.packs.plain import NUMBER, TEXT, TRUTH, get_spec
+from attngen.packs.plain import NUMBER, TEXT, TRUTH, Missing, get_spec
 from attngen.packs.record import Argument
 from attngen.plan.grid import Grid
 from attngen.runtime.callable import Attention
@@ -36,10 +35,6 @@ from attngen.runtime.executor import Executor, check_positive_params
 
 GUARDED = "_guarded"
 NEEDED_BY_THE_COMPILER = ("attngen", "triton", "sympy", "jinja2")
-
-
-class Missing(PackError):
-    """A call that the pack has no kernel for."""
 
 
 def load(folder: Path | str, *, links: bool = False) -> LoadedPack:
@@ -148,10 +143,10 @@ class Contents:
         specs = {}
         for name, data in whole["specs"].items():
             both = _fields(data, ("text", "plain"))
-            specs[name] = _known(get_spec(both["plain"]))
+            specs[name] = get_spec(both["plain"])
             if specs[name].text != both["text"]:
                 raise PackError(f"specs: {name}: expected its text twice, got two")
-        return cls(pack, specs, _known(get_spec(whole["plain"])), TRUTH.get(None, whole["backward"]), choices, kernels)
+        return cls(pack, specs, get_spec(whole["plain"]), TRUTH.get(None, whole["backward"]), choices, kernels)
 
     @cached_property
     def targets(self) -> tuple[str, ...]:
@@ -168,12 +163,6 @@ class Contents:
         raise Missing(
             f"{self.pack.folder} has kernels for {', '.join(self.targets)}, and {device} is sm_{here[0]}{here[1]}"
         )
-
-
-def _known(spec: PlainSpec) -> PlainSpec:
-    if not isinstance(spec.known, CallFacts) or any(own.known is None for own in spec.inner.values()):
-        raise PackError(f"expected facts of every spec, got none of {spec.text!r:.60}")
-    return spec
 
 
 def _list(data: Any) -> list[Any]:
@@ -367,9 +356,10 @@ class PackedLauncher(Launcher):
 
 
 def _laid_out(x: torch.Tensor) -> torch.Tensor:
-    """With rows of whole vectors."""
+    """With rows of whole vectors, where its head dim is one."""
     steps = [step for step, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
-    right = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in steps)
+    whole = x.stride(-1) == 1 and all(step % 16 == 0 for step in steps)
+    right = x.data_ptr() % 16 == 0 and (whole or x.shape[-1] % 16 != 0)
     return x if right else x.contiguous().clone() if x.is_contiguous() else x.contiguous()
 
 
@@ -508,5 +498,20 @@ class PackedAttention(Attention):
                 lines.append(f"{target} {dtype} D{dims[0]} Dv{dims[1]} {sizes}: {choice.origin}: {choice.schedule}")
         return "\n".join(lines)
 
+    def __reduce__(self) -> Any:
+        pack = self.contents.pack
+        return _reloaded, (str(pack.folder.absolute()), pack.digest, self.name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedAttention:
+        return self  # immutable but for caches
+
     def __repr__(self) -> str:
         return f"<{self.name} of {self.contents.pack.folder}>"
+
+
+def _reloaded(folder: str, digest: str, name: str) -> PackedAttention:
+    """A pickled attention: of the same pack, in the same place."""
+    found = load(folder, links=True)
+    if found.pack.digest != digest:
+        raise PackError(f"{folder}: expected the pack that was pickled, {digest[:12]}, got {found.pack.digest[:12]}")
+    return found[name]

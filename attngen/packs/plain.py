@@ -6,13 +6,14 @@ Programs share parts, so that all nodes of a spec stand in one table, in which e
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
-from functools import partial
 from typing import Any
 
+from attngen.analysis import summaries
 from attngen.analysis.call_facts import CallFacts, WalkFacts
 from attngen.analysis.capture_sites import CaptureSite, SinkSlope
+from attngen.analysis.scalars import BEGIN, BLOCK, END, FIRST, LAST
 from attngen.analysis.summaries import Summary
 from attngen.analysis.tile_program import TileProgram
 from attngen.errors import PackError, SpecError
@@ -20,10 +21,29 @@ from attngen.language import keyset, lists
 from attngen.language.indices import Doubtful
 from attngen.language.keysets.union import Union
 from attngen.language.plain import PlainParam, PlainSpec, PlainTensor
-from attngen.language.programs import OPERATIONS, Node
+from attngen.language.programs import OPERATIONS, Node, names_in, takes
+
+
+class Missing(PackError):
+    """A call that the pack has nothing for."""
+
+
+class Inner(dict[str, PlainSpec]):
+    """The specs that a key set's calls are made of, by role."""
+
+    def __missing__(self, role: str) -> PlainSpec:
+        known = ", ".join(self) or "none"
+        raise Missing(
+            f"such a call needs an attention {role}, and the pack has {known}: sizes and captures of a call decide; build it with "
+            f"a shape and captures like these"
+        )
+
 
 LEAVES = {"bool": bool, "int": int, "real": float, "integer": str, "number": str}
 MOST_NODES = 100_000
+DEEPEST = 200  # what walks programs, and hashes what holds them, calls itself
+LARGEST, LARGEST_POWER = 2**62, 64  # of a whole number in a program, and of an exponent
+KINDS = ("float", "int", "bool")
 
 
 class Codec:
@@ -66,11 +86,11 @@ def _fixed(*own: Codec) -> Codec:
     return Codec(lambda table, value: [c.put(table, x) for c, x in zip(own, value, strict=True)], get)
 
 
-def _named(own: Codec) -> Codec:
+def _named(own: Codec, make: Callable[[Any], Any] = dict) -> Codec:
     def get(table: Any, data: Any) -> Any:
         if not isinstance(data, dict):
             raise PackError(f"expected an object, got {data!r:.60}")
-        return {name: own.get(table, item) for name, item in data.items()}
+        return make({name: own.get(table, item) for name, item in data.items()})
 
     return Codec(lambda table, value: {name: own.put(table, item) for name, item in value.items()}, get)
 
@@ -99,6 +119,15 @@ REAL = Codec(lambda table, value: float(value), lambda table, data: float(_check
 TEXTS = _many(TEXT)
 
 
+def _one_of(*texts: str) -> Codec:
+    def get(table: Any, data: Any) -> str:
+        if data not in texts:
+            raise PackError(f"expected one of {', '.join(texts)}, got {data!r:.60}")
+        return str(data)
+
+    return Codec(lambda table, value: value, get)
+
+
 class Table:
     """The nodes of a spec, each after its arguments."""
 
@@ -106,6 +135,7 @@ class Table:
         self.rows: list[list[Any]] = []
         self.places: dict[Node, int] = {}
         self.nodes: list[Node] = []
+        self.depths: list[int] = []
 
     def put(self, node: Node) -> int:
         """The place of a node, entered if it is not there."""
@@ -127,20 +157,24 @@ class Table:
         return table
 
     def _node(self, row: Any) -> Node:
-        if not (isinstance(row, list) and len(row) == 4 and isinstance(row[3], list)):
+        if not (isinstance(row, list) and len(row) == 4 and isinstance(row[0], str) and isinstance(row[3], list)):
             raise PackError(f"nodes: expected [operation, value, kind, arguments], got {row!r:.60}")
         op, value, kind, places = row
         args = tuple(self.get(place) for place in places)
+        self.depths.append(1 + max((self.depths[place] for place in places), default=0))
         if op in LEAVES:
             right = type(value) is LEAVES[op] and not args and kind == ""
+            right = right and (op != "int" or abs(value) <= LARGEST)
         elif op == "load":
-            right = isinstance(value, str) and kind in ("float", "int", "bool")
+            right = isinstance(value, str) and kind in KINDS
         elif op == "power":
-            right = type(value) in (int, float) and len(args) == 1 and kind == ""
+            right = type(value) in (int, float) and abs(value) <= LARGEST_POWER and kind == ""
         else:
-            right = isinstance(op, str) and op in OPERATIONS and value is None and bool(args) and kind == ""
-        if not right:
+            right = op in OPERATIONS and value is None and kind == ""
+        if not right or (op in OPERATIONS and not takes(op, len(args))):
             raise PackError(f"nodes: expected an operation of a program, got {row!r:.60}")
+        if self.depths[-1] > DEEPEST:
+            raise PackError(f"nodes: expected programs at most {DEEPEST} deep")
         return Node(op, args, value, kind)
 
     def get(self, place: Any) -> Node:
@@ -153,7 +187,9 @@ class Table:
 NODE = Codec(lambda table, value: table.put(value), lambda table, data: table.get(data))
 SPANS = _many(_fixed(NODE, NODE))
 PROGRAM = _record(TileProgram, lines=_many(_fixed(TEXT, NODE)), full=SPANS, partial=SPANS, summarised=TRUTH)
-SUMMARY = _record(Summary, kind=TEXT, tile=NODE, walked=NODE, strict=TRUTH, real=TRUTH, symbols=TEXTS)
+SUMMARY = _record(
+    Summary, kind=_one_of(*summaries.KINDS), tile=NODE, walked=NODE, strict=TRUTH, real=TRUTH, symbols=TEXTS
+)
 WALK = _record(WalkFacts, summaries=_many(SUMMARY), divisors=_many(TEXT, frozenset), by_batch=TRUTH, by_head=TRUTH)
 SITES = _named(
     _many(
@@ -162,7 +198,7 @@ SITES = _named(
             tensor=TEXT,
             number=NUMBER,
             deterministic=TRUTH,
-            kind=TEXT,
+            kind=_one_of("total", "rows", "keys", "bins", "atomic", "pairs"),
             dims=_many(NUMBER),
             indices=_many(NODE),
             by_batch=TRUTH,
@@ -222,8 +258,8 @@ SPEC = _record(
     PlainSpec,
     key=TEXT,
     text=TEXT,
-    tensors=_named(_record(PlainTensor, name=TEXT, ndim=NUMBER, kind=TEXT)),
-    params=_named(_record(PlainParam, name=TEXT, number_kind=TEXT)),
+    tensors=_named(_record(PlainTensor, name=TEXT, ndim=NUMBER, kind=_one_of(*KINDS))),
+    params=_named(_record(PlainParam, name=TEXT, number_kind=_one_of("int", "float"))),
     scale=_maybe(REAL),
     mask=NODE,
     mask_text=TEXT,
@@ -234,13 +270,13 @@ SPEC = _record(
     keys=_maybe(Codec(_put_keys, _get_keys)),
     lists=_maybe(Codec(lambda table, value: value.text, lambda table, data: _parsed(lists.parse, data))),
     page_size=_maybe(NUMBER),
-    plain_dims=_named(_many(_fixed(NUMBER, TEXT))),
+    plain_dims=_named(_many(_fixed(NUMBER, _one_of(*"bhijr")))),
     mask_reads=TEXTS,
     sink_reads=TEXTS,
     mask_params=TEXTS,
     ranges=Codec(_put_ranges, _get_ranges),
-    known=_maybe(FACTS),
-    inner=_named(_INNER),
+    known=FACTS,
+    inner=_named(_INNER, Inner),
     name=TEXT,
 )
 
@@ -256,8 +292,52 @@ def get_spec(data: Any) -> PlainSpec:
     """What `put_spec` gave. PackError."""
     if not isinstance(data, dict) or set(data) != {"nodes", "spec"}:
         raise PackError(f"expected a spec with its nodes, got {data!r:.60}")
-    found: PlainSpec = SPEC.get(Table.read(data["nodes"]), data["spec"])
+    table = Table.read(data["nodes"])
+    found: PlainSpec = SPEC.get(table, data["spec"])
+    check_names(found, table.nodes)
     return found
 
 
-get_number, get_text = partial(NUMBER.get, None), partial(TEXT.get, None)
+def check_names(spec: PlainSpec, nodes: Sequence[Node]) -> None:
+    """PackError unless all that a spec's programs name is declared, and all its declarations fit each other."""
+    tensors, params, known = spec.tensors, {*spec.params}, spec.known
+    for node in nodes:
+        if node.op == "load" and (node.value not in tensors or tensors[node.value].ndim != len(node.args)):
+            raise PackError(f"nodes: expected a load of a declared tensor, got {node!r:.60}")
+    own = [(x.name, name) for declared in (tensors, spec.params) for name, x in declared.items()]
+    own += [(x.name, x.name) for ranges in spec.ranges.values() for x in ranges]
+    sites = [site for found in (known.sites, known.atomic_sites) for own_sites in found.values() for site in own_sites]
+    learned = [*known.sites, *known.atomic_sites, *known.slopes, *(site.tensor for site in sites)]
+    read = {*spec.mask_reads, *spec.sink_reads, *learned, *(x.name for ranges in spec.ranges.values() for x in ranges)}
+    numbers = {*spec.mask_params, *known.positive, *([] if spec.dropout_param is None else [spec.dropout_param])}
+    dims = [(name, dim) for name, own_dims in spec.plain_dims.items() for dim, _ in own_dims]
+    dims += [(site.tensor, dim) for site in sites for dim in site.dims]
+    if (
+        any(name != called for name, called in own)
+        or not read <= {*tensors}
+        or not numbers <= params
+        or {*spec.plain_dims} != {*tensors}
+        or any(not 0 <= dim < tensors[name].ndim for name, dim in dims)
+    ):
+        raise PackError(f"specs: expected declarations of all that {spec.text!r:.60} reads")
+    places = {"b", "h", "i", "j", "q_offset"} | params
+    _check_scope([spec.mask, *([] if spec.sink is None else [spec.sink])], places)
+    _check_scope([x for ranges in spec.ranges.values() for d in ranges for x in (*d.indices, d.used)], places)
+    _check_scope([index for site in sites for index in site.indices], places)
+    _check_scope([x for loads in known.slopes.values() for load in loads for x in (*load.indices, load.slope)], places)
+    for walk, program in ((known.walk_keys, known.program_keys), (known.walk_queries, known.program_queries)):
+        _check_scope([x for summary in walk.summaries for x in (summary.tile, summary.walked)], places)
+        scope = {"b", "h", "q_offset", FIRST, LAST, BEGIN, END, BLOCK} | params | {*walk.symbols}
+        for name, node in program.lines:
+            _check_scope([node], scope)
+            scope.add(name)
+        _check_scope([node for both in (*program.full, *program.partial) for node in both], scope)
+
+
+def _check_scope(programs: Iterable[Node], names: Collection[str]) -> None:
+    for node in programs:
+        unknown = names_in(node) - {*names}
+        if unknown:
+            raise PackError(
+                f"nodes: expected a program of {', '.join(sorted(names))}, got {', '.join(sorted(unknown))}"
+            )

@@ -234,6 +234,13 @@ def inner_specs(spec: Spec) -> dict[str, Spec]:
     return {repr(role): inner for (key, role), inner in list(_INNER.items()) if key == spec.key}
 
 
+def forget_inner(spec: Spec) -> None:
+    """What `inner_specs` finds are then those of calls that are planned from now on."""
+    for key in list(_INNER):
+        if key[0] == spec.key:
+            _INNER.pop(key, None)
+
+
 _INNER: dict[Any, Spec] = {}  # equal whoever makes them, so that threads may
 MOST_INNER = 1024
 

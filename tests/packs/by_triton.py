@@ -1,6 +1,6 @@
 """Compile and launch kernels by Triton itself, without attngen: `python by_triton.py JOBS`, a file of JSON.
 
-A job: file, symbol (a generated source), signature, divisible (places of arguments), options, arch; programs, stream, values.
+A job: file, symbol (a generated source), signature, divisible and ones (places of arguments), options, arch; programs, stream, values.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ def compiled(job: dict[str, Any]) -> Any:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     attributes = {(place,): [["tt.divisibility", 16]] for place in job["divisible"]}
-    source = ASTSource(getattr(module, job["symbol"]), job["signature"], {}, attributes)
+    constants = {(place,): 1 for place in job.get("ones", ())}
+    kinds = {
+        name: "constexpr" if (place,) in constants else kind
+        for place, (name, kind) in enumerate(job["signature"].items())
+    }
+    source = ASTSource(getattr(module, job["symbol"]), kinds, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", job["arch"], 32), options=job["options"])
 
 
