@@ -50,7 +50,7 @@ class Sources(Protocol):
         """What `start` wants to know besides."""
 
     def start(self, source: Any, programs: int, arguments: list[Any], options: Any) -> None:
-        """One launch, on the current device."""
+        """One launch, on the device of its tensors, the first of which is the first argument."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,11 +241,10 @@ class Launcher:
             arguments[ready.offset] = offset.to(torch.int32) if isinstance(offset, torch.Tensor) else offset
         if ready.scale is not None:
             arguments[ready.scale] = call.scale
-        with torch.cuda.device_of(q):  # Triton takes the current device, whichever the pointers are of
-            self.sources.start(ready.source, ready.programs, arguments, ready.options)
-            if ready.again is not None:
-                source, programs = ready.again
-                self.sources.start(source, programs, [*arguments, ready.programs], ready.options)
+        self.sources.start(ready.source, ready.programs, arguments, ready.options)
+        if ready.again is not None:
+            source, programs = ready.again
+            self.sources.start(source, programs, [*arguments, ready.programs], ready.options)
 
     def _made_ready(
         self,

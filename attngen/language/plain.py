@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from attngen.language.indices import Doubtful
@@ -65,7 +66,7 @@ class PlainSpec:
     inner: Mapping[str, PlainSpec] = field(default_factory=dict)
     name: str = ""
 
-    @property
+    @cached_property
     def call_params(self) -> dict[str, PlainParam]:
         """The numbers that a call may give by name."""
         return {**self.params, "scale": _SCALE}

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -67,7 +67,8 @@ def write(
     """
     folder = Path(os.path.abspath(folder))
     whole = _manifest_of(folder, manifest, kernels, attngen)
-    _check_kernels(folder, whole[KERNELS], files)
+    records = {name: _record(folder / MANIFEST, name, record) for name, record in whole[KERNELS].items()}
+    _check_kernels(folder, records.values(), files)
     try:
         _check_replaceable(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +103,7 @@ def read(folder: Path | str, *, links: bool = False) -> Pack:
         kernel.file: _content(folder / kernel.file, MOST_BYTES, links)
         for kernel in sorted(kernels.values(), key=lambda kernel: kernel.file)
     }
-    _check_kernels(folder, records, files)
+    _check_kernels(folder, kernels.values(), files)
     rest = {name: value for name, value in whole.items() if name not in OWN_FIELDS}
     return Pack(folder, whole["attngen"], whole["digest"], kernels, rest, files)
 
@@ -167,9 +168,8 @@ def _record(path: Path, name: str, record: object) -> Kernel:
     return Kernel.from_json(record, f"{path}, kernel {name}")
 
 
-def _check_kernels(folder: Path, records: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
-    """Every record alone and against its cubin, and no cubin without a record."""
-    kernels = [_record(folder / MANIFEST, name, record) for name, record in records.items()]
+def _check_kernels(folder: Path, kernels: Collection[Kernel], files: Mapping[str, bytes]) -> None:
+    """Every record against its cubin, and no cubin without a record."""
     _check_names(folder, {kernel.file for kernel in kernels}, files)
     for kernel in kernels:
         content, where = files[kernel.file], str(folder / kernel.file)
@@ -254,7 +254,9 @@ def _canonical(value: object) -> str:
 
 
 def _digest(whole: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_canonical(whole).encode("ascii")).hexdigest()
+    """Of the same without white space, which json writes ten times as fast."""
+    text = json.dumps(whole, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def _depth_is_sound(value: object) -> bool:

@@ -447,7 +447,8 @@ class PackedAttention(Attention):
             attention = self._compiler(f"{q.device} runs no kernels")
             return attention(q, k, v, return_lse=return_lse, q_offset=q_offset, plan=plan, **captures)
         try:
-            self._check_gradients(q, k, v, captures)
+            if not self.contents.backward:
+                self._check_gradients(q, k, v, captures)
             return super().__call__(q, k, v, return_lse=return_lse, q_offset=q_offset, plan=plan, **captures)
         except Missing as missing:
             attention = self._compiler(str(missing))
@@ -457,7 +458,7 @@ class PackedAttention(Attention):
             return attention(q, k, v, return_lse=return_lse, q_offset=q_offset, plan=plan, **captures)
 
     def _check_gradients(self, *values: Any) -> None:
-        if self.contents.backward or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return
         *rows, captures = values
         if any(isinstance(x, torch.Tensor) and x.requires_grad for x in (*rows, *captures.values())):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +16,7 @@ import torch
 
 import attngen as ag
 from attngen.packs import build
-from tests.packs.stub import HERE, Stub, lines_of
+from tests.packs.stub import HERE, TREE, Stub, lines_of
 
 slope, doc, width = ag.Tensor("slope", 1), ag.Tensor("doc", 2, dtype=torch.int32), ag.Param("width")
 FIVE = {
@@ -88,3 +91,74 @@ def test_five_specs_are_launched_as_triton_does(stub: Stub, tmp_path: Path, monk
     for name, kernels in found.items():
         assert {"forward", "delta", "delta_of_out", "dq", "dkv"} <= {*kernels}, name
     assert "capture" in found["cap and slopes"] and "tables" in found["documents"]
+
+
+BUILDING = """
+import sys
+import torch
+import attngen as ag
+
+spec = ag.Spec(mask=ag.causal(), score=ag.soft_cap(20.0))
+if "busy" in sys.argv[2]:  # a process that has called other things before
+    q = torch.randn(1, 2, 40, 16)
+    ag.compile(spec, backend="cpu")(q, q, q, k_offset=3)
+specs = {"capped": spec, "sparse": ag.Spec(keys=ag.block_sparse(64), mask=ag.causal())}
+ag.save(specs, sys.argv[1], targets=["sm_80"], shapes=["B1 Hq2 Hkv1 N128 D64"])
+"""
+
+
+@pytest.mark.slow
+def test_two_builds_are_equal_to_the_byte_and_say_nothing_of_the_machine(tmp_path: Path):
+    built = []
+    for name in ("tidy", "busy"):
+        place = tmp_path / name
+        place.mkdir()
+        caches = {"ATTNGEN_CACHE_DIR": str(place / "cache"), "TRITON_CACHE_DIR": str(place / "triton")}
+        environment = os.environ | caches | {"PYTHONPATH": str(TREE), "PYTHONHASHSEED": str(len(built))}
+        command = [sys.executable, "-c", BUILDING, str(place / "pack"), name]
+        subprocess.run(command, cwd=place, env=environment, check=True)
+        built.append({path.relative_to(place): path.read_bytes() for path in sorted((place / "pack").rglob("*.*"))})
+    assert built[0] == built[1] and len(built[0]) > 10
+    machine = {
+        str(tmp_path),
+        str(TREE),
+        str(Path.home()),
+        sys.prefix,
+        str(Path(torch.__file__).parent),
+        "tidy",
+        "attngen/",
+    }
+    for path, content in built[0].items():
+        assert not [name for name in machine if name.encode() in content], path
+
+
+TIMED = """
+import sys, time
+import torch
+import attngen as ag
+from attngen.packs import driver
+
+driver.launches_on, driver.index_of = (lambda device: True), (lambda device: 0)
+driver.current_stream = lambda device: 0
+attend = ag.load(sys.argv[1])
+driver._library().cuCtxPushCurrent_v2(driver.primary_context(0))  # as torch does on a GPU
+q, k, v = (torch.randn(2, heads, 512, 128, dtype=torch.bfloat16) for heads in (8, 2, 2))
+
+
+def host_time(calls):
+    start = time.process_time()
+    for _ in range(calls):
+        attend(q, k, v)
+    return (time.process_time() - start) / calls
+
+
+print(host_time(1), min(host_time(500) for _ in range(20)))
+"""
+
+
+@pytest.mark.slow
+def test_host_time_of_a_call(stub: Stub, tmp_path: Path):
+    """The launch itself takes no time here. Processor time, the least of many: other processes are no part of it."""
+    ag.save(FIVE["causal"], tmp_path / "pack", targets=["sm_90"], shapes=[SHAPE], backward=False)
+    first, then = map(float, stub.run("-c", TIMED, tmp_path / "pack", environment=stub.environment()).split())
+    assert first < 20e-3 and then < 30e-6

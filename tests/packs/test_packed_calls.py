@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import attngen as ag
-from tests.check import LIMITS, relative
+from tests.check import LIMITS, check, relative
 from tests.keys_cases import inputs
 from tests.keys_work import case as listed_case
 from tests.packs.interpreted import Interpreted, interpreted_packs, pack_of
@@ -112,6 +112,17 @@ def test_masks_and_scores(name: str, interpreted: Interpreted, tmp_path: Path):
         torch.manual_seed(0)
         agree(spec, packed, *inputs(size, dim_v=32), {**captures(size), "q_offset": size[5]})
     assert {"forward", "dq", "dkv"} <= {*interpreted.started}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dim", [24, pytest.param(16, marks=pytest.mark.slow)])
+def test_dtypes_and_head_dims(dtype: torch.dtype, dim: int, interpreted: Interpreted, tmp_path: Path):
+    """Several in one pack, and one whose contiguous rows are not aligned."""
+    spec, captures = MASKS["cap and slopes"]
+    shapes = [f"B1 Hq2 Hkv1 N64 D{own}" for own in (16, 24)]
+    packed = pack_of(tmp_path / "pack", spec, shapes, dtypes=[torch.float32, torch.float16])
+    q, k, v = (x.to(dtype) for x in inputs(SHORT, dim=dim, dim_v=dim))
+    check(spec, packed, q, k, v, captures(SHORT))
 
 
 # -- key sets ---------------------------------------------------------------------------------------------------------

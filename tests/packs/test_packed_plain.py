@@ -6,14 +6,18 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 
 import attngen as ag
-from tests.packs.interpreted import SMALL
+from attngen.packs.format import MANIFEST
+from tests.packs.interpreted import SMALL, Interpreted, interpreted_packs
 from tests.packs.mutations import STRANGE, _at, _places, seal
 
 TREES = ("specs", "plain", "schedules", "choices", "launches", "backward")

@@ -70,7 +70,8 @@ class Rendered:
     def start(self, source: Source, programs: int, arguments: list[Any], options: dict[str, Any]) -> None:
         """One launch. ScheduleError if it needs more than a program can have."""
         try:
-            _start(source, programs, arguments, options)
+            with torch.cuda.device_of(arguments[0]):  # Triton takes the current device, whichever the pointers are of
+                _start(source, programs, arguments, options)
         except Exception as error:
             if type(error).__name__ == "OutOfResources":
                 raise ScheduleError(f"{source.name}: {error}; choose smaller blocks or fewer stages") from error
