@@ -35,6 +35,7 @@ from attngen.lowering.render import GUARDED, may_need_guard
 from attngen.lowering.signature import CAPTURED, Arg
 from attngen.lowering.tables import render_tables
 from attngen.packs import format
+from attngen.packs.contents import POINTERS
 from attngen.packs.elf import read_cubin
 from attngen.packs.plain import put_spec
 from attngen.packs.record import SHARED_LIMITS, Argument, Kernel
@@ -50,15 +51,6 @@ from attngen.store.workload import DIRECTIONS, Workload
 from attngen.tuning.attends import example
 
 PROCESSORS = 128  # of a GPU that is known by its architecture alone
-POINTERS = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.bool: "*i1",
-}
-
 Specs = Spec | str | Mapping[str, Spec | str] | Sequence[Spec]
 
 

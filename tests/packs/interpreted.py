@@ -19,7 +19,7 @@ from attngen.backends.interpret import interpreting
 from attngen.backends.triton.launch import _start
 from attngen.language.call import Call
 from attngen.lowering import Source
-from attngen.packs import build, driver, load
+from attngen.packs import build, driver, kernels
 from attngen.packs.record import Argument, Kernel
 
 SMALL = ag.Schedule(block_m=32, block_n=32, num_warps=4, num_stages=1)
@@ -64,7 +64,9 @@ class Interpreted:
         self.sources[kernel.file] = source, ones
         return name
 
-    def start(self, packed: Any, found: load.PackedKernel, programs: int, arguments: list[Any], options: Any) -> None:
+    def start(
+        self, packed: Any, found: kernels.PackedKernel, programs: int, arguments: list[Any], options: Any
+    ) -> None:
         """In the place of `Packed.start`, which launches."""
         source, ones = self.sources[found.launch.function.kernel.file]
         given = dict(zip((arg.name for arg in found.args), arguments, strict=True))
@@ -103,7 +105,7 @@ def interpreted_packs() -> Iterator[Interpreted]:
         put(driver, "capability", lambda device: (9, 0))
         put(driver, "Function", _Function)
         put(driver, "Launch", _Launch)
-        put(load.Packed, "start", lambda packed, *given: found.start(packed, *given))
+        put(kernels.Packed, "start", lambda packed, *given: found.start(packed, *given))
         put(Call, "waits", False)  # as on a GPU: nobody looks at values to decide sizes
         yield found
 
