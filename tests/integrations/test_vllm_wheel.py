@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 
 from attngen.errors import InputError
 from attngen.integrations.vllm import BACKEND, TESTED, register
-from tests.integrations.serving_cases import CASES, Inputs, dense, distance
-from tests.integrations.vllm_cases import common_metadata, config_of, run
+from tests.integrations.serving_cases import CASES, Case, Inputs, dense, distance
+from tests.integrations.vllm_cases import cache_of, common_metadata, config_of, run
 from tests.integrations.vllm_wheel import wheel_paths
 
 pytestmark = pytest.mark.vllm
@@ -103,9 +104,56 @@ def test_vllm_is_told_what_works(backend, change, reason):
 
 
 def test_blocks_are_cut_into_pages(backend):
-    sizes = backend.get_supported_kernel_block_sizes()
+    from vllm.v1.worker.utils import select_common_block_size
+
     assert backend.supports_block_size(544) and not backend.supports_block_size(24)
-    assert max(size for size in sizes if 544 % size == 0) == 32
+    assert [select_common_block_size(size, [backend]) for size in (16, 48, 256, 512, 544)] == [16, 16, 256, 256, 32]
+
+
+def test_vllm_wraps_encoders(backend, classes):
+    from vllm.model_executor.layers.attention.encoder_only_attention import create_encoder_only_attention_backend
+
+    wrapped = create_encoder_only_attention_backend(backend)
+    case = Case(requests=((0, 11), (0, 3), (0, 11)), window=5, causal=False)
+    inputs = Inputs.of(case)
+    builder = wrapped.get_builder_cls()(SimpleNamespace(block_size=16), ["layer"], config_of(), torch.device("cpu"))
+    impl = wrapped.get_impl_cls()(4, 32, case.scale, 2, sliding_window=5, attn_type="encoder_only")
+    metadata, out = (
+        builder.build(0, common_metadata(classes, replace(case, causal=True), inputs)),
+        torch.empty_like(inputs.q),
+    )
+    impl.forward(None, inputs.q, inputs.k, inputs.v, torch.empty(0), metadata, out)
+    assert distance(out, dense(case, inputs)) < 1e-5
+
+
+def test_vllm_wraps_cross_attention(backend, classes):
+    """Its builder gives seq_lens and slots of the encoder, its layer writes the cache by itself."""
+    from vllm.model_executor.layers.attention.cross_attention import create_cross_attention_backend
+
+    wrapped = create_cross_attention_backend(backend)
+    case = Case(requests=((9, 0), (40, 0)), causal=False)
+    inputs, q, starts = Inputs.of(case), torch.randn(13, 4, 32), torch.tensor([0, 12, 13], dtype=torch.int32)
+    common = common_metadata(classes, case, inputs).replace(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts.clone(),
+        num_actual_tokens=13,
+        max_query_len=12,
+        seq_lens=starts.diff(),
+        seq_lens_cpu_upper_bound=starts.diff(),
+        encoder_seq_lens=torch.tensor(case.lengths, dtype=torch.int32),
+        encoder_seq_lens_cpu=torch.tensor(case.lengths, dtype=torch.int32).numpy(),
+    )
+    builder = wrapped.get_builder_cls()(SimpleNamespace(block_size=16), ["layer"], config_of(), torch.device("cpu"))
+    impl = wrapped.get_impl_cls()(4, 32, case.scale, 2, attn_type="encoder_decoder")
+    k, v = (torch.cat(parts) for parts in zip(*inputs.old, strict=True))
+    layer, out = SimpleNamespace(kv_sharing_target_layer_name=None), torch.empty_like(q)
+    impl.forward(layer, q, k, v, cache_of(case, inputs), builder.build(0, common), out)
+    for rows, keys in zip((slice(0, 12), slice(12, 13)), inputs.old, strict=True):
+        wide = (t.double().transpose(0, 1).repeat_interleave(2, 0) for t in keys)
+        want = torch.nn.functional.scaled_dot_product_attention(
+            q[rows].double().transpose(0, 1), *wide, scale=case.scale
+        )
+        assert distance(out[rows], want.transpose(0, 1)) < 1e-5
 
 
 def test_what_the_builder_says_of_itself(backend, classes):

@@ -11,8 +11,21 @@ from pathlib import Path
 
 from attngen.integrations.vllm import TESTED
 
-FOLDER = "ATTNGEN_VLLM_DIR"  # environment variable: where the wheel is kept between runs, 336 MB and 130 MB unpacked
-NEEDED = ("aiohttp", "cbor2", "openai", "oss-harmony", "pyzmq", "requests", "urllib3")
+FOLDER = "ATTNGEN_VLLM_DIR"  # environment variable: where the wheel is kept between runs, 336 MB and 200 MB unpacked
+NEEDED = (
+    *("aiohttp", "cachetools", "cbor2", "cloudpickle", "fastapi", "msgspec", "openai", "opentelemetry-exporter-otlp"),
+    *(
+        "opentelemetry-sdk",
+        "oss-harmony",
+        "partial-json-parser",
+        "prometheus-client",
+        "py-cpuinfo",
+        "pybase64",
+        "pyzmq",
+    ),
+    *("requests", "urllib3", "uvloop"),
+)
+ALONE = ("apache-tvm-ffi", "einops", "llguidance", "xgrammar")  # not what they need, which is torch and is here
 
 
 def wheel_paths() -> list[str]:
@@ -23,6 +36,7 @@ def wheel_paths() -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)
         _pip("download", f"vllm=={TESTED}", "--no-deps", "--dest", str(folder))
         _pip("install", "--target", str(requirements), "--upgrade", *NEEDED)
+        _pip("install", "--target", str(requirements), "--no-deps", *ALONE)
         _unpack(next(folder.glob("vllm-*.whl")), source)
         done.touch()
     return [str(source), str(requirements)]
