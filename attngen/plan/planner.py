@@ -323,9 +323,14 @@ MODULES = (  # of `attngen.plan.keysets`
 def family_of(keys: KeySet) -> Family:
     """The planner of a key set."""
     if not any(kind in FAMILIES for kind in type(keys).__mro__):
-        for module in MODULES:  # they register themselves
-            importlib.import_module(f"{__package__}.keysets.{module}")
+        register_families()
     return next(FAMILIES[kind] for kind in type(keys).__mro__ if kind in FAMILIES)
+
+
+def register_families() -> None:
+    """Import all planners. For whoever has a key set and may be traced later: nobody can import then."""
+    for module in MODULES:  # they register themselves
+        importlib.import_module(f"{__package__}.keysets.{module}")
 
 
 def bound(

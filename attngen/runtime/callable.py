@@ -19,6 +19,7 @@ from attngen.language.plain import PLAIN
 from attngen.plan.forward import bound, family_of, forward_plan
 from attngen.plan.keysets.ragged import LENGTHS, ragged_of
 from attngen.plan.plan import Sizes
+from attngen.plan.planner import register_families
 from attngen.runtime import operators
 from attngen.runtime.executable import Executable
 from attngen.runtime.executor import Executor
@@ -43,6 +44,8 @@ class Attention:
         self._executables: dict[Any, Executable] = {}
         self._known: dict[Any, Known] = {}
         operators.register(handle, self)
+        if spec.keys is not None:
+            register_families()
 
     def __call__(
         self,
