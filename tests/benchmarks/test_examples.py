@@ -133,10 +133,11 @@ def test_example(name: str, tmp_path: Path):
     assert figures, "a verdict without figures"
 
 
-# A result that is off by a thousandth, which the oracles and PyTorch are not.
+# A result that is off by a thousandth, which the oracles and PyTorch are not; of another column, since models norm what is a factor.
 OFF = (
     "from attngen.runtime import operators; right = operators.apply; "
-    "operators.apply = lambda *given: tuple(x * 1.001 for x in right(*given))"
+    "off = lambda out, lse: (out + 0.001 * out.flip(-1), lse * 1.001); "
+    "operators.apply = lambda *given: off(*right(*given))"
 )
 # The ring compares attngen with itself, in processes that would all be off; the tour takes long.
 FAILING = sorted({*SCRIPTS} - {"ring", "tour"})

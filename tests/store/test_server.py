@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import attngen as ag
 from attngen.cli.main import app
+from attngen.cli.options import console
 from attngen.errors import StoreError
 from attngen.store import Store, StoreWarning, better, engine_url, open_store
 from tests.postgres import empty_database, running_server  # noqa: F401  (fixtures)
@@ -128,5 +129,6 @@ def test_commands(database, tmp_path, monkeypatch):
     assert "1 records removed" in run("db", "rm", "--db", named, "--spec", "i >= j", "--yes")
     assert "1 records merged" in run("db", "import", "--db", named, str(tmp_path / "a.jsonl"))
     monkeypatch.setenv("ATTNGEN_DB", named)
-    assert "1 records in postgresql://postgres:***@" in run("doctor", env={"COLUMNS": "400"})
+    monkeypatch.setattr(console, "_width", 400)  # whatever the terminal
+    assert "1 records in postgresql://postgres:***@" in run("doctor")
     assert not any("secret" in text for text in shown)

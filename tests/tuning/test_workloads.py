@@ -224,7 +224,7 @@ def test_a_list_that_was_interrupted_goes_on(cache):
         "[[attention]]\nname = 'causal'\nmask = 'i >= j'\n[[attention]]\nname = 'full'\nmask = 'j >= 0'\n"
     )
     db = cache / "records.db"
-    command = [sys.executable, "-m", "attngen", "tune", str(cache / "list.toml"), "--trials", "6", "--db", str(db)]
+    command = [sys.executable, "-m", "attngen", "tune", str(cache / "list.toml"), "--trials", "30", "--db", str(db)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     store, end = Store(db), time.monotonic() + 240
     while process.poll() is None and time.monotonic() < end:
