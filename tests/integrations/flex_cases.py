@@ -15,6 +15,7 @@ import torch
 from torch.nn.attention.flex_attention import and_masks, noop_mask, or_masks
 
 B, H, N, D = 2, 4, 72, 16
+REAL = torch.float64  # of captured tensors
 Case = tuple[Any, Any, dict[str, torch.Tensor]]
 CASES: dict[str, Callable[[], Case]] = {}
 
@@ -25,7 +26,7 @@ def case(make: Callable[[], Case]) -> Callable[[], Case]:
 
 
 def randn(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape) + 7))
+    return torch.randn(*shape, dtype=REAL, generator=torch.Generator().manual_seed(sum(shape) + 7))
 
 
 def learned(*shape: int) -> torch.Tensor:
@@ -289,7 +290,7 @@ def infinite_tensor():
 
 @case
 def alibi():
-    slopes = torch.exp2(-torch.arange(1, H + 1, dtype=torch.float64)).requires_grad_()
+    slopes = torch.exp2(-torch.arange(1, H + 1, dtype=REAL)).requires_grad_()
 
     def score(score, b, h, q_idx, kv_idx):
         return score + (kv_idx - q_idx) * slopes[h]
