@@ -353,3 +353,10 @@ def dense_environment(call: Call) -> dict[str, Any]:
         "j": torch.arange(call.n_k, device=device).view(1, 1, 1, -1),
         "q_offset": offset,
     }
+
+
+def is_aligned(tensor: torch.Tensor) -> bool:
+    """Unit stride along the head dim and every other stride a multiple of 16, so that rows load in whole vectors."""
+    *outer, last = tensor.stride()
+    steps = [stride for stride, size in zip(outer, tensor.shape, strict=False) if size > 1]
+    return (last == 1 or tensor.shape[-1] == 1) and all(s % 16 == 0 for s in steps) and tensor.data_ptr() % 16 == 0

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 
 from attngen.errors import InputError
 
+TESTED = {"vllm": "0.33.0", "sglang": "0.5.23"}  # the versions that attngen was tested with
 
-def require_names(library: str, tested: str, names: Mapping[str, tuple[str, ...]]) -> None:
-    """That a library has these names, by module. tested: the version that attngen was tested with. Raises InputError that names the
-    first one missing, and the version to install.
-    """
+
+def require_names(library: str, names: Mapping[str, tuple[str, ...]]) -> None:
+    """That a library has these names, by module. Raises InputError that names the first one missing, and the version to install."""
+    tested = TESTED[library]
     fix = f'pip install "{library}=={tested}", or a later attngen'
     for module, wanted in names.items():
         try:

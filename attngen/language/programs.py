@@ -75,15 +75,11 @@ def _(expr: Node) -> Node:
     return expr
 
 
+@lru_cache(maxsize=8192)
 def names_in(node: Node) -> frozenset[str]:
     """Names of the symbols in a program; captured tensors are none."""
-    return _names_in(node)
-
-
-@lru_cache(maxsize=8192)
-def _names_in(node: Node) -> frozenset[str]:
     own = {node.value} if node.op in ("integer", "number") else set()
-    return frozenset(own.union(*map(_names_in, node.args)))
+    return frozenset(own.union(*map(names_in, node.args)))
 
 
 def evaluate(
@@ -112,9 +108,7 @@ def _value(node: Node, env: Mapping[str, Value], cache: dict[Any, Value], real: 
 def tensor_of(value: Value, device: torch.device) -> torch.Tensor:
     """A value as a tensor there. A number is made on the device: copying it there would wait for it."""
     if isinstance(value, torch.Tensor):
-        if value.device == device or value.dim():
-            return value.to(device)
-        if value.device.type != "cpu":
+        if value.device == device or value.dim() or value.device.type != "cpu":
             return value.to(device)
         return torch.full((), value.item(), dtype=value.dtype, device=device)
     return torch.full((), value, device=device)

@@ -35,7 +35,7 @@ from attngen.lowering.render import GUARDED, may_need_guard
 from attngen.lowering.signature import CAPTURED, Arg
 from attngen.lowering.tables import render_tables
 from attngen.packs import format
-from attngen.packs.contents import POINTERS
+from attngen.packs.contents import POINTERS, dtype_name
 from attngen.packs.elf import read_cubin
 from attngen.packs.plain import put_spec
 from attngen.packs.record import SHARED_LIMITS, Argument, Kernel
@@ -85,7 +85,7 @@ def save(
     several = [captures or {}] if captures is None or isinstance(captures, Mapping) else captures
     directions = DIRECTIONS if backward else DIRECTIONS[:1]
     calls = [
-        Workload(name, spec, shape, _short(dtype), {n: x for n, x in given.items() if _takes(spec, n)}, directions)
+        Workload(name, spec, shape, dtype_name(dtype), {n: x for n, x in given.items() if _takes(spec, n)}, directions)
         for name, spec in _named(specs).items()
         for shape in _shapes(shapes, head_dims)
         for dtype in dtypes
@@ -362,13 +362,13 @@ class _Builder:
         choice = {
             "spec": key,
             "target": target.name,
-            "dtype": _short(dtype),
+            "dtype": dtype_name(dtype),
             "dims": [*dims],
             "bucket": [*bucket],
             "schedule": self._schedule(schedule),
             "origin": origin,
         }
-        self.choices[json.dumps([key, target.name, _short(dtype), dims, bucket])] = choice
+        self.choices[json.dumps([key, target.name, dtype_name(dtype), dims, bucket])] = choice
 
     def _schedule(self, schedule: Schedule) -> int:
         decided = schedule.decided()
@@ -377,7 +377,7 @@ class _Builder:
         return self.schedules.index(decided)
 
     def _compiled(self, key: str, kernel: str, attend: _Attend, source: Source, site: CaptureSite | None) -> None:
-        where = [key, kernel, attend.target.name, _short(attend.call.q.dtype), [*attend.dims]]
+        where = [key, kernel, attend.target.name, dtype_name(attend.call.q.dtype), [*attend.dims]]
         rest = [self._schedule(attend.schedule), attend.by_offset, attend.kinds, _identity(site)]
         identity = json.dumps([*where, *rest])
         if identity in self.launches:
@@ -452,7 +452,3 @@ def _is_divisible(arg: Arg) -> bool:
 
 def _identity(site: CaptureSite | None) -> Any:
     return None if site is None else [site.tensor, site.number, site.deterministic]
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

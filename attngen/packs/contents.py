@@ -28,6 +28,11 @@ POINTERS = {
 Dims = tuple[int, int]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As a manifest has it: bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class Choice:
     """A schedule for calls of about these sizes."""

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from attngen.analysis.capture_sites import CAPTURED, CaptureSite
-from attngen.backends.launcher import Launcher
+from attngen.backends.launcher import Launcher, is_aligned
 from attngen.errors import PackError
 from attngen.language.call import Call
 from attngen.language.schedule import Schedule
 from attngen.packs import driver, format
-from attngen.packs.contents import POINTERS, Contents
+from attngen.packs.contents import POINTERS, Contents, dtype_name
 from attngen.packs.plain import Missing
 from attngen.packs.record import Argument
 from attngen.plan.grid import Grid
@@ -80,7 +80,7 @@ class Packed:
         site: CaptureSite | None = None,
     ) -> PackedKernel:
         """The kernel, loaded on the call's device. Missing."""
-        dims, dtype = (int(call.q.shape[3]), int(call.v.shape[3])), str(call.q.dtype).removeprefix("torch.")
+        dims, dtype = (int(call.q.shape[3]), int(call.v.shape[3])), dtype_name(call.q.dtype)
         where = call.spec.key, kernel, self.contents.target_of(call.q.device), dtype, dims
         by_offset = isinstance(call.q_offset, torch.Tensor)
         own = None if site is None else (site.tensor, site.number, site.deterministic)
@@ -114,7 +114,7 @@ class Packed:
 
     def plain(self, device: torch.device, head_dim: int, dtype: torch.dtype) -> tuple[Schedule, Any]:
         """How delta is computed."""
-        plain, short = self.contents.plain, str(dtype).removeprefix("torch.")
+        plain, short = self.contents.plain, dtype_name(dtype)
         found = self.contents.choices.get((plain.key, self.contents.target_of(device), short, (head_dim, head_dim)))
         if not found:
             raise Missing(f"no kernel of a backward for {short}, head dim {head_dim} of v")
@@ -155,7 +155,5 @@ class PackedLauncher(Launcher):
 
 def _laid_out(x: torch.Tensor) -> torch.Tensor:
     """With rows of whole vectors, where its head dim is one."""
-    steps = [step for step, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
-    whole = x.stride(-1) == 1 and all(step % 16 == 0 for step in steps)
-    right = x.data_ptr() % 16 == 0 and (whole or x.shape[-1] % 16 != 0)
-    return x if right else x.clone(memory_format=torch.contiguous_format)
+    any_strides = x.shape[-1] % 16 != 0 and x.data_ptr() % 16 == 0
+    return x if any_strides or is_aligned(x) else x.clone(memory_format=torch.contiguous_format)

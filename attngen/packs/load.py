@@ -26,7 +26,7 @@ from attngen.language.call import Call
 from attngen.language.plain import PlainSpec
 from attngen.language.schedule import Schedule
 from attngen.packs import driver, format
-from attngen.packs.contents import Choice, Contents
+from attngen.packs.contents import Choice, Contents, dtype_name
 from attngen.packs.kernels import Packed, PackedLauncher
 from attngen.packs.plain import Missing
 from attngen.runtime.callable import Attention
@@ -117,7 +117,7 @@ class Choices:
 
     def _nearest(self, call: Call, sizes: tuple[int, ...]) -> Specialised:
         target, dims = self.contents.target_of(call.q.device), (int(call.q.shape[3]), int(call.v.shape[3]))
-        dtype = str(call.q.dtype).removeprefix("torch.")
+        dtype = dtype_name(call.q.dtype)
         choices = self.contents.choices.get((call.spec.key, target, dtype, dims))
         if not choices:
             known = sorted({f"{key[2]} {key[3][0]}" for key in self.contents.choices if key[0] == call.spec.key})

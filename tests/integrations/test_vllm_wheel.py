@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from attngen.errors import InputError
-from attngen.integrations.vllm import BACKEND, TESTED, register
+from attngen.integrations.interface import TESTED
+from attngen.integrations.vllm import BACKEND, register
 from tests.integrations.serving_cases import CASES, Case, Inputs, dense, distance
 from tests.integrations.vllm_cases import cache_of, common_metadata, config_of, run
 from tests.integrations.vllm_wheel import wheel_paths
@@ -58,7 +59,7 @@ def test_half_types(backend, classes, dtype, bound):
 def test_the_version(classes):
     from importlib.metadata import version
 
-    assert version("vllm") == TESTED
+    assert version("vllm") == TESTED["vllm"]
 
 
 CONFIGURATION: dict[str, Any] = {

@@ -9,7 +9,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from attngen.integrations.vllm import TESTED
+from attngen.integrations.interface import TESTED
 
 FOLDER = "ATTNGEN_VLLM_DIR"  # environment variable: where the wheel is kept between runs, 336 MB and 200 MB unpacked
 NEEDED = (
@@ -30,11 +30,11 @@ ALONE = ("apache-tvm-ffi", "einops", "llguidance", "xgrammar")  # not what they 
 
 def wheel_paths() -> list[str]:
     """What to add to sys.path. The first call fetches it, with pip."""
-    folder = Path(os.environ.get(FOLDER) or Path(tempfile.gettempdir()) / "attngen-vllm") / TESTED
+    folder = Path(os.environ.get(FOLDER) or Path(tempfile.gettempdir()) / "attngen-vllm") / TESTED["vllm"]
     source, requirements, done = folder / "source", folder / "requirements", folder / "done"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _pip("download", f"vllm=={TESTED}", "--no-deps", "--dest", str(folder))
+        _pip("download", f"vllm=={TESTED['vllm']}", "--no-deps", "--dest", str(folder))
         _pip("install", "--target", str(requirements), "--upgrade", *NEEDED)
         _pip("install", "--target", str(requirements), "--no-deps", *ALONE)
         _unpack(next(folder.glob("vllm-*.whl")), source)

@@ -14,7 +14,7 @@ from attngen.analysis import Facts
 from attngen.analysis import facts as analyse
 from attngen.analysis.capture_sites import EDGE_WEIGHTS, CaptureSite
 from attngen.analysis.sites import EDGES, Site, sites
-from attngen.backends.launcher import TABLES, Launcher
+from attngen.backends.launcher import TABLES, Launcher, is_aligned
 from attngen.backends.work import table_tiles
 from attngen.errors import ScheduleError
 from attngen.language.call import Call
@@ -114,13 +114,6 @@ def _allocating(kernel: Any, arguments: list[Any], options: dict[str, Any]) -> N
 
 def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-def is_aligned(tensor: torch.Tensor) -> bool:
-    """Unit stride along the head dim and every other stride a multiple of 16, so that rows load in whole vectors."""
-    *outer, last = tensor.stride()
-    steps = [stride for stride, size in zip(outer, tensor.shape, strict=False) if size > 1]
-    return (last == 1 or tensor.shape[-1] == 1) and all(s % 16 == 0 for s in steps) and tensor.data_ptr() % 16 == 0
 
 
 @lru_cache(maxsize=1024)

@@ -9,7 +9,6 @@ from typing import Any
 
 from attngen.integrations.interface import require_names
 
-TESTED = "0.5.23"
 NAME = "attngen"
 _CHOICES, _REGISTRY = "sglang.srt.arg_groups.choices", "sglang.srt.layers.attention.attention_registry"
 
@@ -20,7 +19,7 @@ def register() -> None:
     Raises InputError without SGLang, and for a version whose interface is another.
     """
     choices = ("ATTENTION_BACKEND_CHOICES", "add_attention_backend_choices")
-    require_names("sglang", TESTED, {_CHOICES: choices, _REGISTRY: ("register_attention_backend",)})
+    require_names("sglang", {_CHOICES: choices, _REGISTRY: ("register_attention_backend",)})
     from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 

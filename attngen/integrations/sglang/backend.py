@@ -12,7 +12,6 @@ from attngen.errors import InputError
 from attngen.integrations.interface import require_names
 from attngen.integrations.layers import SINKS, Layer
 from attngen.integrations.serving import Batch, Kind, attention_of, table_width
-from attngen.integrations.sglang import TESTED
 
 _INTERFACE: Mapping[str, tuple[str, ...]] = {
     "sglang.srt.layers.attention.base_attn_backend": ("AttentionBackend",),
@@ -20,7 +19,7 @@ _INTERFACE: Mapping[str, tuple[str, ...]] = {
     "sglang.srt.mem_cache.memory_pool": ("KVWriteLoc",),
     "sglang.srt.model_executor.forward_batch_info": ("ForwardMode",),
 }
-require_names("sglang", TESTED, _INTERFACE)
+require_names("sglang", _INTERFACE)
 
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend  # noqa: E402  not before it is known to be the interface
 from sglang.srt.layers.radix_attention import AttentionType  # noqa: E402

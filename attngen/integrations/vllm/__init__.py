@@ -11,7 +11,6 @@ import warnings
 from attngen.errors import AttngenWarning, InputError
 from attngen.integrations.interface import require_names
 
-TESTED = "0.33.0"
 BACKEND = "attngen.integrations.vllm.backend.Backend"
 _REGISTRY = "vllm.v1.attention.backends.registry"
 
@@ -21,7 +20,7 @@ def register() -> None:
 
     Raises InputError without vLLM, for a version whose interface is another, or if CUSTOM is somebody else's.
     """
-    require_names("vllm", TESTED, {_REGISTRY: ("AttentionBackendEnum", "register_backend")})
+    require_names("vllm", {_REGISTRY: ("AttentionBackendEnum", "register_backend")})
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     custom = AttentionBackendEnum.CUSTOM

@@ -11,13 +11,12 @@ from attngen.errors import InputError
 from attngen.integrations.interface import require_names
 from attngen.integrations.layers import SINKS, Layer
 from attngen.integrations.serving import SLOPE, Batch, Kind, attend_packed, attention_of, table_width, write_pages
-from attngen.integrations.vllm import TESTED
 
 _INTERFACE = (
     *("AttentionBackend", "AttentionCGSupport", "AttentionImpl", "AttentionMetadataBuilder"),
     *("AttentionType", "CommonAttentionMetadata"),
 )
-require_names("vllm", TESTED, {"vllm.v1.attention.backend": _INTERFACE})
+require_names("vllm", {"vllm.v1.attention.backend": _INTERFACE})
 
 from vllm.v1.attention.backend import (  # noqa: E402  not before it is known to be the interface
     AttentionBackend,
