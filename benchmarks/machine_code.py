@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 import attngen as ag
+from attngen.analysis import facts as analyse
 from attngen.backends.triton.machine_code import Cycles
 from attngen.backends.triton.modelled import L2_BYTES, Resources
 from attngen.inspect.cross import Compiled, cross_compile
@@ -51,17 +52,23 @@ SPECS: dict[str, ag.Spec] = {
 }
 
 
-def candidates(kernel: str) -> Iterator[Tile]:
+def candidates(name: str, kernel: str) -> Iterator[Tile]:
     """Tiles that may be good: a group of four warps has 64 resident rows, as its products have; in the forward, which holds
     least, twice as many too.
     """
+    only_edges = not analyse(SPECS[name]).walk_of(kernel).needs_tables
     for (resident, warps), walked, less in itertools.product(((128, 8), (64, 4), (128, 4)), (128, 64, 32, 16), (0, 1)):
         if kernel == "dkv" and resident == 16 * warps and walked <= resident // 2:
-            yield Tile(walked, resident, warps, 2 - less)
+            found = Tile(walked, resident, warps, 2 - less)
         elif kernel == "dq" and resident == 16 * warps and 32 <= walked <= resident:
-            yield Tile(resident, walked, warps, 2 - less)
+            found = Tile(resident, walked, warps, 2 - less)
         elif kernel == "forward" and 32 <= walked <= 16 * warps:
-            yield Tile(resident, walked, warps, 3 - less)
+            found = Tile(resident, walked, warps, 3 - less)
+        else:
+            continue
+        yield found
+        if only_edges and found.num_stages > 1:
+            yield replace(found, pipeline_edges=True)
 
 
 def compiled(spec: ag.Spec, kernel: str, tile: Tile, target: str, head_dim: int) -> Compiled:
@@ -140,7 +147,7 @@ def tiles(
     work = [(name, own, d) for name in spec for d in head_dim for own in kernel]
     found = []
     for case in track(work, "compiling", console=Console(stderr=True)):
-        wanted = [tile for tile in candidates(case[1]) if there is None or there.has(case, tile)]
+        wanted = [tile for tile in candidates(*case[:2]) if there is None or there.has(case, tile)]
         ranked = (line for line in (there or here).ranked(case, wanted) if here.fits(case, line[1]))
         best = next(ranked, None)
         if best is None:
@@ -165,7 +172,8 @@ class Log:
 
     def _place(self, case: Case, tile: Tile) -> str:
         name, kernel, d = case
-        return json.dumps([self.target, name, d, kernel, tile.block_m, tile.block_n, tile.num_warps, tile.num_stages])
+        own = (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, bool(tile.pipeline_edges))
+        return json.dumps([self.target, name, d, kernel, *own])
 
     def has(self, case: Case, tile: Tile) -> bool:
         """Whether the tile was compiled."""

@@ -165,6 +165,7 @@ class Launcher:
         }
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (call.q, call.k, call.v))
         made = {"lse": lse.contiguous(), "delta": delta.contiguous(), "dq": dq, "dk": dk, "dv": dv}
+        made["level"] = torch.empty_like(made["lse"])
         if facts.restores(call.q.dtype):
             made["excess"] = torch.empty_like(made["lse"])
             self._launch("excess", call, facts, schedule, walks["dq"], made)

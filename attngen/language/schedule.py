@@ -36,6 +36,8 @@ class Tile:
     persistent: so many programs per multiprocessor, each of which takes one output after the other; 0: a program per output.
     order: of the outputs: "by_head", or "longest_first": the last query tiles (those that see most keys under a causal mask)
         of as many heads as fit the second-level cache, then the ones before them.
+    pipeline_edges: where only a few tiles at the edges of intervals are partial, their loop has num_stages too. It loads ahead, and
+        the loop over full tiles may take fewer instructions beside it, but some kernels spill; False: one stage.
     Raises ScheduleError for values no target can have.
     """
 
@@ -47,6 +49,7 @@ class Tile:
     warp_specialize: bool = _UNDECIDED
     persistent: int = _UNDECIDED
     order: str = _UNDECIDED
+    pipeline_edges: bool = _UNDECIDED
 
     def __post_init__(self) -> None:
         for name, value in self.decided().items():
@@ -235,6 +238,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {  # field -> whether a v
     "warp_specialize": _FLAG,
     "persistent": (_between(0, 32), "0 to 32"),
     "order": _one_of(ORDERS),
+    "pipeline_edges": _FLAG,
     "split": (_is_split, f'1 to {MOST_SPLITS}, or "stream"'),
     "programs": (_between(1, 65536), "1 to 65536"),
     "pack": _FLAG,
@@ -255,4 +259,5 @@ def _text(decided: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in decided.items()) or "undecided"
 
 
-PLAIN = Tile(tma=False, warp_specialize=False, persistent=0, order="by_head")  # what undecided special forms mean
+# What undecided special forms mean.
+PLAIN = Tile(tma=False, warp_specialize=False, persistent=0, order="by_head", pipeline_edges=False)

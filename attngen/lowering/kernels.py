@@ -16,7 +16,7 @@ import sympy
 from attngen import debug
 from attngen.analysis import WEIGHT
 from attngen.analysis.sites import Site
-from attngen.language.expression import B, H, I, J, S, Uniform
+from attngen.language.expression import B, H, I, J, Load, S, Sigmoid, Uniform
 from attngen.lowering import passes
 from attngen.lowering.axes import Roles
 from attngen.lowering.printer import Printer, chain
@@ -75,6 +75,7 @@ _PLACES = {"decode": DECODE, "owner": OWNER, "program": PROGRAM, "group": GROUP,
 @dataclass(frozen=True)
 class Step:
     """One of the two loops. tile: the statements that find a tile and its rows. pairs: what a step computes for its pairs.
+    steep: whether finite logits may have an infinite slope.
 
     Items are what the outline uses of `pairs`: "valid" (which pairs attend), "x" (the logits), "keep" (which survive dropout),
     "keep_scale" (what their weight is multiplied by), "slope" (what dS is multiplied by), "bin" (a captured element's place).
@@ -86,6 +87,7 @@ class Step:
     range: Value
     tile: Statements
     pairs: Statements
+    steep: bool
 
     def __getitem__(self, key: str) -> Value | None:
         found = next((s for s in self.pairs if s.target.name == key), None)
@@ -138,8 +140,9 @@ class Body:
 class Lowering:
     """Makes the body of one kernel. See `render` for what it is made from.
 
-    blocks: rows and keys of a tile. names: what the kernel calls captured tensors, params and tables. split: "split" or
-    "stream" where programs share outputs. guarded: whether the outline goes through the programs of an earlier launch.
+    blocks: rows and keys of a tile. names: what the kernel calls captured tensors, params and tables. one_loop,
+    pipeline_edges: as in `Tile` (`warp_specialize`). split: "split" or "stream" where programs share outputs. guarded:
+    whether the outline goes through the programs of an earlier launch.
     """
 
     spec: Any
@@ -151,6 +154,7 @@ class Lowering:
     site: Site | None = None
     offset_tensor: bool = False
     one_loop: bool = False
+    pipeline_edges: bool = False
     split: str = ""
     guarded: bool = False
 
@@ -160,8 +164,9 @@ class Lowering:
             self.spec, self.facts, self.roles, self._printer(), self.names, self.blocks, self.one_loop, self.split
         )
         visits = walk.loops() if self.walks else (None, None)
-        few_partial = visits[0] is not None and not walk.tables and self.spec.lists is None
-        ranges = [self._range(found, bool(partial), few_partial) for partial, found in enumerate(visits)]
+        only_edges = visits[0] is not None and not walk.tables and self.spec.lists is None
+        ahead = (True, not only_edges or self.pipeline_edges)
+        ranges = [self._range(found, pipelined) for found, pipelined in zip(visits, ahead, strict=True)]
         loops = [loop for loop in (owner, self._heads, *ranges) if loop is not None]
         wanted = {*_READS[self._row], *_STEP_READS, *reads, *self._walked_reads}
         for loop in loops:
@@ -169,8 +174,16 @@ class Lowering:
         before = self._places(decode, owner, walk, visits)
         places = passed(before, wanted, self.names, f"{self.kernel}, rows along {self.roles.resident.axis}")
         steps = [
-            Step(bool(partial), self._comment(bool(partial)), found.variable, bounds, places[at], places[at + 1])
-            for partial, (found, bounds, at) in enumerate(zip(visits, ranges, (FULL, PARTIAL), strict=True))
+            Step(
+                partial,
+                self._comment(partial),
+                found.variable,
+                bounds,
+                tile=places[PARTIAL if partial else FULL],
+                pairs=places[PARTIAL_PAIRS if partial else FULL_PAIRS],
+                steep=_steep(self._slope),
+            )
+            for partial, found, bounds in zip((False, True), visits, ranges, strict=True)
             if found is not None and bounds is not None
         ]
         rows, facts = self.roles.resident.axis, self.facts
@@ -206,6 +219,13 @@ class Lowering:
     def walks(self) -> bool:
         """Whether the kernel visits tiles."""
         return self.kernel not in ("merge", "delta", "delta_of_out")
+
+    @property
+    def _ends_add_nothing(self) -> bool:
+        """Whether walked rows past the end may take part where the mask lets them, since they are loaded as zeros: dV += P^T 0,
+        dK += dS^T 0. Their P is exp(0) if the logits are those of q and k alone. (After 0 * inf the guarded kernel looks.)
+        """
+        return self.kernel == "dkv" and not self.guarded and self.facts.form == "folded"
 
     @property
     def _meets_sink(self) -> bool:
@@ -253,6 +273,8 @@ class Lowering:
             inside = printer.spread(name("inside", walked.axis, "bool"))
             if spec.mask == sympy.true:
                 out.append(_inline("valid", inside))
+            elif self._ends_add_nothing:
+                out.append(assign("valid", printer.operand(spec.mask)))
             else:
                 out.append(
                     assign("valid", chain([("", printer.operand(spec.mask), AND), (" & ", inside, XOR)], AND, "bool"))
@@ -273,14 +295,14 @@ class Lowering:
             out.append(_inline("bin", printer.flat(self.site.load, self.site.dims)))
         return tuple(out)
 
-    def _range(self, visits: Visits | None, partial: bool, few_partial: bool) -> Value | None:
-        """With closed-form intervals only the edges are partial: a few tiles, for which a pipeline's prologue costs more
-        registers than it hides."""
+    def _range(self, visits: Visits | None, pipelined: bool) -> Value | None:
+        """With closed-form intervals only the edges are partial: a few tiles, for which a pipeline's prologue often costs more
+        registers than it hides (`Tile.pipeline_edges`)."""
         if visits is None:
             return None
         if self.one_loop:
             return Call("tl.range", visits.bounds, named=(("warp_specialize", Number("True")),))
-        if partial and few_partial:
+        if not pipelined:
             return Call("tl.range", visits.bounds, named=(("num_stages", Number("1")),))
         return Call("range", visits.bounds)
 
@@ -360,6 +382,19 @@ def passed(places: list[Statements], wanted: Iterable[str], names: Mapping[str, 
 
 # Known only inside a step; the outline makes them.
 _LOOP_VARIABLES = frozenset({"s", "step", "tile", "start"})
+
+
+def _steep(slope: Any) -> bool:
+    """Whether it may be infinite for finite logits and captures: false only for what is made of functions that never are."""
+    if slope.is_Pow and slope.exp.is_Integer and slope.exp > 0:
+        return _steep(slope.base)
+    tame = (
+        slope.is_Atom
+        or slope.is_Add
+        or slope.is_Mul
+        or isinstance(slope, (Load, Sigmoid, sympy.tanh, sympy.sin, sympy.cos))
+    )
+    return not tame or any(_steep(arg) for arg in slope.args)
 
 
 def _inline(target: str, value: Value) -> Assign:

@@ -44,9 +44,10 @@ class Outline:
 
     about: the file's docstring. split: "split" or "stream" where several programs share an output. one_loop: full and partial
     tiles go through one loop. by_rows: keys are listed row by row, `list_head` is whose list it is. precision: of float32
-    products, else nothing. d, dv: the slices of the head dims. large: the size of an lse from which on it is exact
-    no more. bins: how many elements of a captured tensor a pair may reach. looks: whether it marks results that are not finite;
-    guarded: whether it does again what was marked, and keeps what masked pairs hold out of all sums.
+    products, else nothing. rows: what it takes of each row, see `signature.Takes`. d, dv: the slices of the head dims. large:
+    the size of an lse from which on it is exact no more. bins: how many elements of a captured tensor a pair may reach.
+    looks: whether it marks results that are not finite; guarded: whether it does again what was marked, and keeps what masked
+    pairs hold out of all sums.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Outline:
     list_head: str
     page_size: int | None
     precision: str
+    rows: tuple[str, ...]
     head_dim_v: int
     d: tuple[Chunk, ...]
     dv: tuple[Chunk, ...]
@@ -136,6 +138,7 @@ def render(
         site=site,
         offset_tensor=offset_tensor,
         one_loop=one_loop,
+        pipeline_edges=tile.pipeline_edges and not guarded,
         split=split if kernel == "forward" else "",
         guarded=guarded,
     )
@@ -169,6 +172,7 @@ def render(
         list_head="h" if by_rows and spec.lists.by_query_head else "kv_head",
         page_size=spec.page_size if lowering.walks else None,
         precision=schedule.precision if lowering.walks and single else "",
+        rows=signature.takes(kernel, restores=restores, site=site).rows,
         head_dim_v=head_dim_v,
         d=chunks(head_dim),
         dv=chunks(head_dim_v),

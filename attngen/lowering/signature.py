@@ -56,7 +56,8 @@ class Takes:
     """One kernel's row of the table.
 
     tensors: [B, heads, n, d], in the order of the arguments: of a gradient kernel first the two that stay, then the two that
-    are walked, then its results. rows: float32 [B, heads, n_q], contiguous. more_rows: what it takes besides
+    are walked, then its results. rows: float32 [B, heads, n_q], contiguous; `level` is lse as a loop wants it, which dq leaves for
+    the kernels behind it: in the unit of the logits, and inf for a row without a key. more_rows: what it takes besides
     where a large lse lacks something (`Facts.restores`). stream_k: what tells the programs of a split forward which tiles
     are theirs. made: int32 results that no gradient meets. scaled: whether it computes logits.
     """
@@ -98,20 +99,20 @@ TABLE = {
     "dq": Takes(
         "backward: a query tile walks its keys and sums dQ",
         ("q", "do", "k", "v", "dq"),
-        ("lse", "delta"),
+        ("lse", "delta", "level"),
         more_rows=("excess",),
     ),
     "dkv": Takes(
         "backward: a key tile walks its queries and sums dK and dV",
         ("k", "v", "q", "do", "dk", "dv"),
-        ("lse", "delta"),
+        ("level", "delta"),
         more_rows=("excess",),
     ),
     "capture": Takes(
-        "backward: the gradient of a captured tensor", ("q", "do", "k", "v"), ("lse", "delta"), more_rows=("excess",)
+        "backward: the gradient of a captured tensor", ("q", "do", "k", "v"), ("level", "delta"), more_rows=("excess",)
     ),
     "capture by keys": Takes(
-        "backward: the gradient of a captured tensor", ("k", "v", "q", "do"), ("lse", "delta"), more_rows=("excess",)
+        "backward: the gradient of a captured tensor", ("k", "v", "q", "do"), ("level", "delta"), more_rows=("excess",)
     ),
 }
 LONGEST = 10  # characters of a captured tensor's or param's name that the kernel keeps, for lines that fit
@@ -121,7 +122,7 @@ LONGEST_TABLE = 16
 _WORDS = """
     a acc after alpha any b bad batch before begin begins beta beyond bin BLOCK bound c CHUNK count d delta dk dlse do dp dq
     ds dv e edge edges empty end excess first firsts floor full g grad group h half HEAD head heads hi high hit hole i
-    inside j k keep key kv l lane LANES LARGE large largest last launched LIMIT listed live LN lo LOG2E low LOWEST lse
+    inside j k keep key kv l lane LANES LARGE large largest last launched level LIMIT listed live LN lo LOG2E low LOWEST lse
     m made masked maxima members mix n near nearest norm number odd other out output owners p PAGE page pages pair
     part partial place places power PRECISION program programs q query range rest rounding row rows run s same scale section
     share sink size skip slot split splits start starts state states step steps stop strange tanh threshold tile tiles
@@ -185,7 +186,7 @@ def arguments(
     partial = kernel == "forward" and split == "split"  # merge writes out and lse
     tensors = [name for name in known.tensors if not (partial and name == "out")]
     out = [Arg(name, "tensor", name, "*q", comment=f"[{', '.join(_dims(name, spec))}]") for name in tensors]
-    out += [Arg(name, "tensor", name, "*fp32", comment="[B, heads, n_q]") for name in known.rows if not partial]
+    out += [Arg(name, "tensor", name, "*fp32", comment=_row_comment(name)) for name in known.rows if not partial]
     if split:
         out += _STATES
         out += [Arg(name, "tensor", name, "*i32") for name in known.stream_k if split == "stream"]
@@ -247,6 +248,10 @@ def _captured(name: str, called: str, ndim: int, reads: set[str]) -> list[Arg]:
     ]
     sizes = [dim for dim in range(ndim) if f"{called}_size_{dim}" in reads]
     return out + [Arg(f"{called}_size_{dim}", "size", name, "i32", dim, specialize=False) for dim in sizes]
+
+
+def _row_comment(name: str) -> str:
+    return "[B, heads, n_q]" + (": lse as P needs it" if name == "level" else "")
 
 
 def _dims(tensor: str, spec: Any) -> tuple[str, ...]:

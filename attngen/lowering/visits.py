@@ -242,10 +242,10 @@ class TileWalk:
             assert part is not None
             return Visits("step", (part.count,), part.find)
         first, count = segments[0]
-        start, length = self._scalar(first), self._scalar(count)
-        # Not up to a stop: with a count Triton's pipeline takes fewer registers.
-        bounds = (length,) if first == 0 else (start, start + length)
-        return Visits("tile", bounds)
+        if first == 0:
+            return Visits("tile", (self._scalar(count),))
+        # Counted from 0: Triton's pipeline takes fewer registers than from one tile to another.
+        return Visits("step", (self._scalar(count),), (assign("tile", self._scalar(first) + STEP),))
 
     def _part(self, noun: str, segments: Segments, named: Mapping[str, str]) -> Part | None:
         """Several segments as one loop over `step`: how many tiles they have together, and which is step's."""

@@ -82,11 +82,15 @@ def read_tiles(path: Path) -> list[tuple[Entry, Tile, dict[str, object]]]:
         if content["attngen_tiles"] != FORMAT:
             raise StoreError(f"{path}: expected tiles of format {FORMAT}, got {content['attngen_tiles']!r}")
         return [
-            ((line["form"], line["kernel"], line["head_dim"]), Tile(*line["tile"]), line["found"])
-            for line in content["tiles"]
+            ((line["form"], line["kernel"], line["head_dim"]), _tile(line), line["found"]) for line in content["tiles"]
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path}: expected a file of tiles, got {error!r}") from error
+
+
+def _tile(line: dict[str, Any]) -> Tile:
+    block_m, block_n, num_warps, num_stages = line["tile"]
+    return Tile(block_m, block_n, num_warps, num_stages, pipeline_edges="pipeline_edges" in line["forms"])
 
 
 def write_tiles(path: Path, found: list[tuple[Entry, Tile, dict[str, object]]]) -> None:
@@ -98,6 +102,7 @@ def write_tiles(path: Path, found: list[tuple[Entry, Tile, dict[str, object]]]) 
                 "kernel": kernel,
                 "head_dim": head_dim,
                 "tile": [tile.block_m, tile.block_n, tile.num_warps, tile.num_stages],
+                "forms": ["pipeline_edges"] if tile.pipeline_edges else [],
                 "found": about,
             }
         )

@@ -73,12 +73,14 @@ class Space:
 
 def special_forms(spec: Spec, shape: Shape, target: Target, piece: str) -> dict[str, tuple[Any, ...]]:
     """What this spec and target allow besides tiles: tensor descriptors, specialised warps, persistent programs, the order of
-    outputs, and for few query rows packed heads and split keys.
+    outputs, loading ahead at the edges of intervals, and for few query rows packed heads and split keys.
     """
     forms: dict[str, tuple[Any, ...]] = {}
     for prefix in PIECES[piece]:
         forms |= {f"{prefix}tma": (False, True)} if target.has_descriptors else {}
         forms |= {f"{prefix}persistent": (0, 1, 2), f"{prefix}order": ("by_head", "longest_first")}
+        if spec.lists is None and not facts(spec).walk_of(KERNEL_OF[prefix]).needs_tables:
+            forms[f"{prefix}pipeline_edges"] = (False, True)
     if piece == "forward":
         group = shape.heads_q // max(shape.heads_kv, 1)
         if target.has_descriptors and not why_not_specialised(spec):

@@ -113,15 +113,18 @@ def test_every_case_has_both_sides(case):
 
 
 def test_the_best_tiles_are_written_beside_what_was_not_searched(monkeypatch, tmp_path):
+    """A tile that loads ahead at the edges is a candidate of its own; one that spills is none."""
+
     def made(name, kernel, tile, target, head_dim):
-        rest = 1000.0 - tile.block_m - tile.block_n
+        rest = 1000.0 - 100 * bool(tile.pipeline_edges) - tile.block_m - tile.block_n
         return {"registers": 100, "spills": int(tile.block_n == 128), "shared": 1, "loops": [(rest, rest)] * 2}
 
     monkeypatch.setattr("benchmarks.machine_code.tried", made)
-    path, kept = tmp_path / "tiles.json", (("mask other; score s", "dq", 64), Tile(64, 32, 4, 1))
+    path, kept = tmp_path / "tiles.json", (("mask other; score s", "dq", 64), Tile(64, 32, 4, 1, pipeline_edges=False))
     write_tiles(path, [(*kept, {}), ((form_of(SPECS["causal"]), "dq", 64), Tile(16, 16, 4, 1), {})])
     options = ["--head-dim", "64", "--spec", "causal", "--spec", "documents", "--kernel", "dq", "--out", str(path)]
     assert CliRunner().invoke(app, ["tiles", *options]).exit_code == 0
     found = {entry: tile for entry, tile, _ in read_tiles(path)}
     assert len(found) == 3 and found[kept[0]] == kept[1]
-    assert found[form_of(SPECS["causal"]), "dq", 64].block_n == 64  # those of 128 spill
+    assert found[form_of(SPECS["causal"]), "dq", 64].pipeline_edges
+    assert not found[form_of(SPECS["documents"]), "dq", 64].pipeline_edges  # all its partial loops load ahead

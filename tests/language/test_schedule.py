@@ -22,6 +22,7 @@ VALUES = {
     "warp_specialize": (False, True),
     "persistent": (0, 32),
     "order": ("by_head", "longest_first"),
+    "pipeline_edges": (False, True),
     "split": (1, 7, "stream"),
     "programs": (1, 65536),
     "pack": (False, True),
@@ -60,7 +61,7 @@ def test_a_tile_is_whole_or_says_what_is_open() -> None:
     whole = ag.Tile(64, 32, 4, 2)
     schedule = ag.Schedule(forward=whole, dq=ag.Tile(block_m=64), dkv=ag.Tile(num_warps=8), dkv_block_n=32)
     tile = schedule.tile("forward")
-    assert tile == replace(whole, tma=False, warp_specialize=False, persistent=0, order="by_head")
+    assert tile == replace(whole, tma=False, warp_specialize=False, persistent=0, order="by_head", pipeline_edges=False)
     assert schedule.dkv == ag.Tile(block_n=32, num_warps=8)
     with pytest.raises(ag.ScheduleError, match="dq_block_n, dq_num_warps, dq_num_stages not decided: complete"):
         schedule.tile("dq")

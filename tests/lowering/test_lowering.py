@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,10 +141,41 @@ def test_head_dims_are_split_not_padded(head_dim: int, widths: list[int]) -> Non
 # -- source -----------------------------------------------------------------------------------------------------------
 
 
+def plain_schedule() -> Schedule:
+    return complete(ag.Spec(), Gpu.named("sm_90"), 64, 64, torch.bfloat16, SMALL)
+
+
 def source(spec: ag.Spec, kernel: str = "forward", **options: Any) -> Any:
-    schedule = complete(spec, Gpu.named("sm_90"), 64, 64, torch.bfloat16, SMALL)
-    sizes = dict(head_dim=64, head_dim_v=64, dtype=torch.bfloat16, schedule=schedule)
+    sizes = dict(head_dim=64, head_dim_v=64, dtype=torch.bfloat16, schedule=plain_schedule())
     return render(spec, facts(spec), kernel, **{**sizes, **options})
+
+
+def test_the_loop_over_edges_loads_ahead_where_a_tile_says_so() -> None:
+    for kernel, prefix in (("forward", ""), ("dq", "dq_"), ("dkv", "dkv_")):
+        plain = source(ag.Spec(mask=ag.causal()), kernel)
+        schedule = replace(plain_schedule(), **{f"{prefix}pipeline_edges": True})
+        ahead = source(ag.Spec(mask=ag.causal()), kernel, schedule=schedule)
+        assert plain.text.count("num_stages=1)") == ahead.text.count("num_stages=1)") + 1
+        assert plain.text.replace("tl.range(", "range(").replace(", num_stages=1)", ")") == ahead.text
+        again = source(ag.Spec(mask=ag.causal()), f"{kernel}_guarded", schedule=schedule)
+        assert again.text == source(ag.Spec(mask=ag.causal()), f"{kernel}_guarded").text  # it may not spill
+
+
+@pytest.mark.parametrize(
+    ("score", "masked"),
+    [
+        (ag.soft_cap(30.0), False),
+        (lambda s, b, h, i, j: s * ag.sigmoid(s), False),
+        (lambda s, b, h, i, j: s / (i - j), True),
+        (lambda s, b, h, i, j: ag.exp(s), True),
+    ],
+)
+def test_gradients_are_masked_where_their_slope_may_be_infinite(score: Any, masked: bool) -> None:
+    """Elsewhere P = 0 does it."""
+    for kernel in ("dq", "dkv"):
+        text = source(ag.Spec(mask="i > j", score=score), kernel).text
+        assert ("ds = tl.where(valid, ds, 0.0)" in text) == masked
+        assert "ds = tl.where(valid, ds, 0.0)" in source(ag.Spec(mask="i > j", score=score), f"{kernel}_guarded").text
 
 
 def test_a_file_is_written_once_and_named_by_its_content(tmp_path: Path) -> None:

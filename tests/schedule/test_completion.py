@@ -24,7 +24,7 @@ def test_the_first_who_decides_wins_and_the_model_fills_the_rest() -> None:
     spec = ag.Spec(mask=ag.causal())
     schedule = complete(spec, H100, 64, 128, torch.bfloat16, pins, None, tuned)
     default = default_tile(spec, H100, "forward", 128, torch.bfloat16)
-    assert schedule.forward == ag.Tile(32, default.block_n, 4, default.num_stages, False, False, 0, "by_head")
+    assert schedule.forward == ag.Tile(32, default.block_n, 4, default.num_stages, False, False, 0, "by_head", False)
     assert schedule.dq.tma is True and schedule.dkv.tma is False and schedule.split == 3
     assert schedule.deterministic is True and schedule.precision == "ieee"
     assert all(getattr(schedule, kernel) == schedule.tile(kernel) for kernel in KERNELS)

@@ -44,7 +44,10 @@ def test_everything_else_does():
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path: Path):
-    found = [(("mask: true", "forward", 64), Tile(64, 64, 4, 2), {"cycles": 1.5})]
+    tiles = Tile(64, 64, 4, 2, pipeline_edges=False), Tile(32, 64, 4, 2, pipeline_edges=True)
+    found = [
+        (("mask: true", kernel, 64), tile, {"cycles": 1.5}) for kernel, tile in zip(("dkv", "dq"), tiles, strict=True)
+    ]
     write_tiles(tmp_path / "tiles-sm_90.json", found)
     assert read_tiles(tmp_path / "tiles-sm_90.json") == found
 

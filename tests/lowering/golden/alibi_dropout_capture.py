@@ -50,7 +50,7 @@ def capture(
     do,  # [B, heads, n_q, Dv]
     k,  # [B, heads // group, n_k, D]
     v,  # [B, heads // group, n_k, Dv]
-    lse,  # [B, heads, n_q]
+    level,  # [B, heads, n_q]: lse as P needs it
     delta,  # [B, heads, n_q]
     excess,  # [B, heads, n_q]
     grad,  # [B, heads, tiles]
@@ -103,13 +103,12 @@ def capture(
     k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
     v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
     total = 0.0
-    lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
+    level_head = level + (b.to(tl.int64) * heads + h) * n_q
     delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
     excess_head = excess + (b.to(tl.int64) * heads + h) * n_q
-    lse_row = tl.load(lse_head + row, mask=row_in, other=float("-inf"))  # [BLOCK_M]
-    lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
-    excess_row = tl.load(excess_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
+    level_row = tl.load(level_head + row, mask=row_in, other=float("inf"))  # [BLOCK_M]
     delta_row = tl.load(delta_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
+    excess_row = tl.load(excess_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
 
     # this tile's first and last row, as positions
     first = query_tile * BLOCK_M + q_offset
@@ -132,7 +131,8 @@ def capture(
         s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
         keep = uniform(hash_4[:, None] ^ j[None, :].to(tl.uint32)) >= 0.1
         x = slope_h * (j[None, :] - i[:, None]).to(tl.float32) + scale * s
-        p = tl.exp2((x - lse_row[:, None]) * LOG2E - excess_row[:, None])
+        power = (x - level_row[:, None]) * LOG2E - excess_row[:, None]
+        p = tl.exp2(power)
         v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :])
         dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
         dp = tl.where(keep, dp * 1.1111111111111112, 0.0)
@@ -140,7 +140,8 @@ def capture(
         total += tl.sum(tl.sum(ds, 1), 0)
 
     # partial key tiles: only some pairs attend
-    for tile in tl.range(unmasked_stop, unmasked_stop + partial_count, num_stages=1):
+    for step in tl.range(partial_count, num_stages=1):
+        tile = unmasked_stop + step
         j = tile * BLOCK_N + lane_n  # [BLOCK_N]
         rows = j.to(tl.int64)[:, None]
         inside = j < n_k  # [BLOCK_N]
@@ -149,7 +150,9 @@ def capture(
         valid = (i[:, None] >= j[None, :]) & inside[None, :]
         keep = uniform(hash_4[:, None] ^ j[None, :].to(tl.uint32)) >= 0.1
         x = slope_h * (j[None, :] - i[:, None]).to(tl.float32) + scale * s
-        p = tl.exp2((x - lse_row[:, None]) * LOG2E - excess_row[:, None])
+        power = (x - level_row[:, None]) * LOG2E - excess_row[:, None]
+        power = tl.where(valid, power, float("-inf"))
+        p = tl.exp2(power)
         v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
         dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
         dp = tl.where(keep, dp * 1.1111111111111112, 0.0)

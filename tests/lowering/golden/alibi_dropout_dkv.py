@@ -52,7 +52,7 @@ def dkv(
     do,  # [B, heads, n_q, Dv]
     dk,  # [B, heads // group, n_k, D]
     dv,  # [B, heads // group, n_k, Dv]
-    lse,  # [B, heads, n_q]
+    level,  # [B, heads, n_q]: lse as P needs it
     delta,  # [B, heads, n_q]
     excess,  # [B, heads, n_q]
     odd,  # [programs]: what is not finite there
@@ -115,7 +115,7 @@ def dkv(
         hash_3 = mix(hash_2 ^ h.to(tl.uint32))
         q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
         do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h
-        lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
+        level_head = level + (b.to(tl.int64) * heads + h) * n_q
         delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
         excess_head = excess + (b.to(tl.int64) * heads + h) * n_q
 
@@ -143,20 +143,21 @@ def dkv(
         partial_count = after_full + before_full
 
         # full query tiles: every pair attends, so no mask
-        for tile in range(full_first, full_first + full_count):
+        for step in range(full_count):
+            tile = full_first + step
             row = tile * BLOCK_M + lane_m  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
             i = row + q_offset  # [BLOCK_M]
-            lse_row = tl.load(lse_head + row)  # [BLOCK_M]
-            lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
-            excess_row = tl.load(excess_head + row)  # [BLOCK_M]
+            level_row = tl.load(level_head + row)  # [BLOCK_M]
             delta_row = tl.load(delta_head + row)  # [BLOCK_M]
+            excess_row = tl.load(excess_head + row)  # [BLOCK_M]
             q_0 = tl.load(q_head + rows * q_stride_n + d_0[None, :])
             s = tl.dot(k_0, tl.trans(q_0), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             hash_4 = mix(hash_3 ^ i.to(tl.uint32))  # [BLOCK_M]
             keep = uniform(hash_4[None, :] ^ j[:, None].to(tl.uint32)) >= 0.1
             x = slope_h * (j[:, None] - i[None, :]).to(tl.float32) + scale * s
-            p = tl.exp2((x - lse_row[None, :]) * LOG2E - excess_row[None, :])
+            power = (x - level_row[None, :]) * LOG2E - excess_row[None, :]
+            p = tl.exp2(power)
             do_0 = tl.load(do_head + rows * do_stride_n + d_0[None, :])
             dp = tl.dot(v_0, tl.trans(do_0), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             dp = tl.where(keep, dp * 1.1111111111111112, 0.0)
@@ -173,23 +174,22 @@ def dkv(
             rows = row.to(tl.int64)[:, None]
             inside = row < n_q  # [BLOCK_M]
             i = row + q_offset  # [BLOCK_M]
-            lse_row = tl.load(lse_head + row, mask=inside, other=0.0)  # [BLOCK_M]
-            lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
-            excess_row = tl.load(excess_head + row, mask=inside, other=0.0)  # [BLOCK_M]
+            level_row = tl.load(level_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             delta_row = tl.load(delta_head + row, mask=inside, other=0.0)  # [BLOCK_M]
+            excess_row = tl.load(excess_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             q_0 = tl.load(q_head + rows * q_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             s = tl.dot(k_0, tl.trans(q_0), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             valid = (j[:, None] <= i[None, :]) & inside[None, :]
             hash_4 = mix(hash_3 ^ i.to(tl.uint32))  # [BLOCK_M]
             keep = uniform(hash_4[None, :] ^ j[:, None].to(tl.uint32)) >= 0.1
             x = slope_h * (j[:, None] - i[None, :]).to(tl.float32) + scale * s
-            p = tl.exp2((x - lse_row[None, :]) * LOG2E - excess_row[None, :])
+            power = (x - level_row[None, :]) * LOG2E - excess_row[None, :]
+            power = tl.where(valid, power, float("-inf"))
+            p = tl.exp2(power)
             do_0 = tl.load(do_head + rows * do_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             dp = tl.dot(v_0, tl.trans(do_0), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             dp = tl.where(keep, dp * 1.1111111111111112, 0.0)
             ds = p * (dp - delta_row[None, :])
-            p = tl.where(valid, p, 0.0)
-            ds = tl.where(valid, ds, 0.0)
             p = tl.where(keep, p * 1.1111111111111112, 0.0)
             dv_0 = tl.dot(p.to(do_0.dtype), do_0, dv_0, input_precision=PRECISION)
             dk_0 = tl.dot(ds.to(q_0.dtype), q_0, dk_0, input_precision=PRECISION)

@@ -34,6 +34,7 @@ def dq_guarded(
     dq,  # [B, heads, n_q, D]
     lse,  # [B, heads, n_q]
     delta,  # [B, heads, n_q]
+    level,  # [B, heads, n_q]: lse as P needs it
     odd,  # [programs]: what is not finite there
     q_stride_b,
     q_stride_h,
@@ -96,8 +97,10 @@ def dq_guarded(
             dq_0 = tl.zeros([BLOCK_M, 64], tl.float32)
             lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
             delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
-            lse_2 = tl.load(lse_head + row, mask=row_in, other=float("-inf")) * LOG2E  # [BLOCK_M]
-            lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+            level_head = level + (b.to(tl.int64) * heads + h) * n_q
+            lse_row = tl.load(lse_head + row, mask=row_in, other=float("-inf"))  # [BLOCK_M]
+            level_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row * LOG2E)
+            tl.store(level_head + row, level_row, mask=row_in)  # for the kernels behind this one
             delta_row = tl.load(delta_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
 
             # this tile's first and last row, as positions
@@ -119,21 +122,25 @@ def dq_guarded(
                 rows = j.to(tl.int64)[:, None]
                 k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :])
                 s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
-                p = tl.exp2(s * scale2 - lse_2[:, None])
+                power = s * scale2 - level_row[:, None]
+                p = tl.exp2(power)
                 v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :])
                 dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
                 ds = p * (dp - delta_row[:, None])
                 dq_0 = tl.dot(ds.to(k_0.dtype), k_0, dq_0)
 
             # partial key tiles: only some pairs attend
-            for tile in tl.range(unmasked_stop, unmasked_stop + partial_count, num_stages=1):
+            for step in tl.range(partial_count, num_stages=1):
+                tile = unmasked_stop + step
                 j = tile * BLOCK_N + lane_n  # [BLOCK_N]
                 rows = j.to(tl.int64)[:, None]
                 inside = j < n_k  # [BLOCK_N]
                 k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
                 s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
                 valid = (i[:, None] >= j[None, :]) & inside[None, :]
-                p = tl.exp2(s * scale2 - lse_2[:, None])
+                power = s * scale2 - level_row[:, None]
+                power = tl.where(valid, power, float("-inf"))
+                p = tl.exp2(power)
                 v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
                 dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
                 ds = p * (dp - delta_row[:, None])

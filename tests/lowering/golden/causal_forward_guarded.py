@@ -119,7 +119,8 @@ def forward_guarded(
                 acc_0 = tl.dot(p.to(v_0.dtype), v_0, acc_0 * alpha[:, None])
 
             # partial key tiles: only some pairs attend
-            for tile in tl.range(unmasked_stop, unmasked_stop + partial_count, num_stages=1):
+            for step in tl.range(partial_count, num_stages=1):
+                tile = unmasked_stop + step
                 j = tile * BLOCK_N + lane_n  # [BLOCK_N]
                 rows = j.to(tl.int64)[:, None]
                 inside = j < n_k  # [BLOCK_N]

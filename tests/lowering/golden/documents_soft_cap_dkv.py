@@ -52,7 +52,7 @@ def dkv(
     do,  # [B, heads, n_q, Dv]
     dk,  # [B, heads // group, n_k, D]
     dv,  # [B, heads // group, n_k, Dv]
-    lse,  # [B, heads, n_q]
+    level,  # [B, heads, n_q]: lse as P needs it
     delta,  # [B, heads, n_q]
     odd,  # [programs]: what is not finite there
     k_stride_b,
@@ -131,7 +131,7 @@ def dkv(
         h = kv_head * group + g
         q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
         do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h
-        lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
+        level_head = level + (b.to(tl.int64) * heads + h) * n_q
         delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
 
         # this tile's first and last key, as positions
@@ -173,11 +173,11 @@ def dkv(
         partial_count = after_full + before_full
 
         # full query tiles: every pair attends, so no mask
-        for tile in range(full_first, full_first + full_count):
+        for step in range(full_count):
+            tile = full_first + step
             row = tile * BLOCK_M + lane_m  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
-            lse_2 = tl.load(lse_head + row) * LOG2E  # [BLOCK_M]
-            lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+            level_row = tl.load(level_head + row)  # [BLOCK_M]
             delta_row = tl.load(delta_head + row)  # [BLOCK_M]
             q_0 = tl.load(q_head + rows * q_stride_n + d_0[None, :])
             q_1 = tl.load(q_head + rows * q_stride_n + d_1[None, :])
@@ -186,7 +186,8 @@ def dkv(
             s = s * scale
             pair_term = tanh(0.03333333333333333 * s)  # [BLOCK_N, BLOCK_M]
             x = 30.0 * LOG2E * pair_term
-            p = tl.exp2(x - lse_2[None, :])
+            power = x - level_row[None, :]
+            p = tl.exp2(power)
             do_0 = tl.load(do_head + rows * do_stride_n + e_0[None, :])
             do_1 = tl.load(do_head + rows * do_stride_n + e_1[None, :])
             dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]
@@ -206,8 +207,7 @@ def dkv(
             inside = row < n_q  # [BLOCK_M]
             i = row + q_offset  # [BLOCK_M]
             i_safe = tl.minimum(row, n_q - 1) + q_offset  # [BLOCK_M]
-            lse_2 = tl.load(lse_head + row, mask=inside, other=0.0) * LOG2E  # [BLOCK_M]
-            lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+            level_row = tl.load(level_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             delta_row = tl.load(delta_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             q_0 = tl.load(q_head + rows * q_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             q_1 = tl.load(q_head + rows * q_stride_n + d_1[None, :], mask=inside[:, None], other=0.0)
@@ -219,14 +219,14 @@ def dkv(
             valid = pair_ok & inside[None, :]
             pair_term = tanh(0.03333333333333333 * s)  # [BLOCK_N, BLOCK_M]
             x = 30.0 * LOG2E * pair_term
-            p = tl.exp2(x - lse_2[None, :])
+            power = x - level_row[None, :]
+            power = tl.where(valid, power, float("-inf"))
+            p = tl.exp2(power)
             do_0 = tl.load(do_head + rows * do_stride_n + e_0[None, :], mask=inside[:, None], other=0.0)
             do_1 = tl.load(do_head + rows * do_stride_n + e_1[None, :], mask=inside[:, None], other=0.0)
             dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]
             dp = tl.dot(v_1, tl.trans(do_1), dp)
             ds = p * (dp - delta_row[None, :]) * (1.0 - pair_term * pair_term)
-            p = tl.where(valid, p, 0.0)
-            ds = tl.where(valid, ds, 0.0)
             dv_0 = tl.dot(p.to(do_0.dtype), do_0, dv_0)
             dv_1 = tl.dot(p.to(do_1.dtype), do_1, dv_1)
             dk_0 = tl.dot(ds.to(q_0.dtype), q_0, dk_0)

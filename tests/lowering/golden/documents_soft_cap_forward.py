@@ -157,7 +157,8 @@ def forward(
     partial_count = after_full + before_full
 
     # full key tiles: every pair attends, so no mask
-    for tile in range(full_first, full_first + full_count):
+    for step in range(full_count):
+        tile = full_first + step
         j = tile * BLOCK_N + lane_n  # [BLOCK_N]
         rows = j.to(tl.int64)[:, None]
         k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :])

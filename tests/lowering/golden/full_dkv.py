@@ -30,7 +30,7 @@ def dkv(
     do,  # [B, heads, n_q, Dv]
     dk,  # [B, heads // group, n_k, D]
     dv,  # [B, heads // group, n_k, Dv]
-    lse,  # [B, heads, n_q]
+    level,  # [B, heads, n_q]: lse as P needs it
     delta,  # [B, heads, n_q]
     k_stride_b,
     k_stride_h,
@@ -83,7 +83,7 @@ def dkv(
         h = kv_head * group + g
         q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
         do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h
-        lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
+        level_head = level + (b.to(tl.int64) * heads + h) * n_q
         delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
 
         # query tiles with a row that attends some key of this tile
@@ -99,12 +99,12 @@ def dkv(
         for tile in range(unmasked_stop):
             row = tile * BLOCK_M + lane_m  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
-            lse_2 = tl.load(lse_head + row) * LOG2E  # [BLOCK_M]
-            lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+            level_row = tl.load(level_head + row)  # [BLOCK_M]
             delta_row = tl.load(delta_head + row)  # [BLOCK_M]
             q_0 = tl.load(q_head + rows * q_stride_n + d_0[None, :])
             s = tl.dot(k_0, tl.trans(q_0))  # [BLOCK_N, BLOCK_M]
-            p = tl.exp2(s * scale2 - lse_2[None, :])
+            power = s * scale2 - level_row[None, :]
+            p = tl.exp2(power)
             do_0 = tl.load(do_head + rows * do_stride_n + d_0[None, :])
             dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]
             ds = p * (dp - delta_row[None, :])
@@ -112,21 +112,21 @@ def dkv(
             dk_0 = tl.dot(ds.to(q_0.dtype), q_0, dk_0)
 
         # partial query tiles: it reaches past the end
-        for tile in tl.range(unmasked_stop, unmasked_stop + partial_count, num_stages=1):
+        for step in tl.range(partial_count, num_stages=1):
+            tile = unmasked_stop + step
             row = tile * BLOCK_M + lane_m  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
             inside = row < n_q  # [BLOCK_M]
-            lse_2 = tl.load(lse_head + row, mask=inside, other=0.0) * LOG2E  # [BLOCK_M]
-            lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+            level_row = tl.load(level_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             delta_row = tl.load(delta_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             q_0 = tl.load(q_head + rows * q_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             s = tl.dot(k_0, tl.trans(q_0))  # [BLOCK_N, BLOCK_M]
-            p = tl.exp2(s * scale2 - lse_2[None, :])
+            power = s * scale2 - level_row[None, :]
+            power = tl.where(inside[None, :], power, float("-inf"))
+            p = tl.exp2(power)
             do_0 = tl.load(do_head + rows * do_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]
             ds = p * (dp - delta_row[None, :])
-            p = tl.where(inside[None, :], p, 0.0)
-            ds = tl.where(inside[None, :], ds, 0.0)
             dv_0 = tl.dot(p.to(do_0.dtype), do_0, dv_0)
             dk_0 = tl.dot(ds.to(q_0.dtype), q_0, dk_0)
 

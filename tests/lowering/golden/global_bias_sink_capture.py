@@ -38,7 +38,7 @@ def capture(
     do,  # [B, heads, n_q, Dv]
     k,  # [B, heads // group, n_k, D]
     v,  # [B, heads // group, n_k, Dv]
-    lse,  # [B, heads, n_q]
+    level,  # [B, heads, n_q]: lse as P needs it
     delta,  # [B, heads, n_q]
     excess,  # [B, heads, n_q]
     grad,  # [B or 1, heads or 1, n_q, n_k]
@@ -98,13 +98,12 @@ def capture(
         do_0 = tl.load(do_rows + d_0[None, :], mask=row_in[:, None], other=0.0)  # [BLOCK_M, 64]
         k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
         v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
-        lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
+        level_head = level + (b.to(tl.int64) * heads + h) * n_q
         delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
         excess_head = excess + (b.to(tl.int64) * heads + h) * n_q
-        lse_row = tl.load(lse_head + row, mask=row_in, other=float("-inf"))  # [BLOCK_M]
-        lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
-        excess_row = tl.load(excess_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
+        level_row = tl.load(level_head + row, mask=row_in, other=float("inf"))  # [BLOCK_M]
         delta_row = tl.load(delta_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
+        excess_row = tl.load(excess_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
         grad_head = grad + b.to(tl.int64) * grad_stride_b + h.to(tl.int64) * grad_stride_h
         grad_rows = grad_head + row.to(tl.int64)[:, None] * n_k
 
@@ -175,7 +174,8 @@ def capture(
             bias_at_at = bias_at[:, None] + j[None, :].to(tl.int64) * bias_stride_2  # [BLOCK_M, BLOCK_N]
             bias_h_i_j = tl.load(bias_at_at).to(tl.float32)  # [BLOCK_M, BLOCK_N]
             x = bias_h_i_j + scale * s
-            p = tl.exp2((x - lse_row[:, None]) * LOG2E - excess_row[:, None])
+            power = (x - level_row[:, None]) * LOG2E - excess_row[:, None]
+            p = tl.exp2(power)
             v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :])
             dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
             ds = p * (dp - delta_row[:, None])
@@ -202,7 +202,9 @@ def capture(
             bias_at_at = bias_at[:, None] + j_safe[None, :].to(tl.int64) * bias_stride_2
             bias_h_i_j = tl.load(bias_at_at).to(tl.float32)  # [BLOCK_M, BLOCK_N]
             x = bias_h_i_j + scale * s
-            p = tl.exp2((x - lse_row[:, None]) * LOG2E - excess_row[:, None])
+            power = (x - level_row[:, None]) * LOG2E - excess_row[:, None]
+            power = tl.where(valid, power, float("-inf"))
+            p = tl.exp2(power)
             v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
             ds = p * (dp - delta_row[:, None])

@@ -61,7 +61,7 @@ def dkv(
     do,  # [B, heads, n_q, Dv]
     dk,  # [B, heads // group, n_k, D]
     dv,  # [B, heads // group, n_k, Dv]
-    lse,  # [B, heads, n_q]
+    level,  # [B, heads, n_q]: lse as P needs it
     delta,  # [B, heads, n_q]
     excess,  # [B, heads, n_q]
     odd,  # [programs]: what is not finite there
@@ -151,7 +151,7 @@ def dkv(
         do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h
         do_columns_0 = e_0[None, :] * do_stride_d
         do_columns_1 = e_1[None, :] * do_stride_d
-        lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
+        level_head = level + (b.to(tl.int64) * heads + h) * n_q
         delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
         excess_head = excess + (b.to(tl.int64) * heads + h) * n_q
 
@@ -224,10 +224,9 @@ def dkv(
             row = tile * BLOCK_M + lane_m  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
             i = row + q_offset  # [BLOCK_M]
-            lse_row = tl.load(lse_head + row)  # [BLOCK_M]
-            lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
-            excess_row = tl.load(excess_head + row)  # [BLOCK_M]
+            level_row = tl.load(level_head + row)  # [BLOCK_M]
             delta_row = tl.load(delta_head + row)  # [BLOCK_M]
+            excess_row = tl.load(excess_head + row)  # [BLOCK_M]
             q_0 = tl.load(q_head + rows * q_stride_n + q_columns_0)
             q_1 = tl.load(q_head + rows * q_stride_n + q_columns_1, mask=d_in_1[None, :], other=0.0)
             s = tl.dot(k_0, tl.trans(q_0))  # [BLOCK_N, BLOCK_M]
@@ -235,7 +234,8 @@ def dkv(
             bias_at_at = bias_at[:, None] + i[None, :].to(tl.int64) * bias_stride_1  # [BLOCK_N, BLOCK_M]
             bias_h_i_j = tl.load(bias_at_at).to(tl.float32)  # [BLOCK_N, BLOCK_M]
             x = bias_h_i_j + scale * s
-            p = tl.exp2((x - lse_row[None, :]) * LOG2E - excess_row[None, :])
+            power = (x - level_row[None, :]) * LOG2E - excess_row[None, :]
+            p = tl.exp2(power)
             do_0 = tl.load(do_head + rows * do_stride_n + do_columns_0)
             do_1 = tl.load(do_head + rows * do_stride_n + do_columns_1, mask=e_in_1[None, :], other=0.0)
             dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]
@@ -259,10 +259,9 @@ def dkv(
             inside = row < n_q  # [BLOCK_M]
             i = row + q_offset  # [BLOCK_M]
             i_safe = tl.minimum(row, n_q - 1) + q_offset  # [BLOCK_M]
-            lse_row = tl.load(lse_head + row, mask=inside, other=0.0)  # [BLOCK_M]
-            lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
-            excess_row = tl.load(excess_head + row, mask=inside, other=0.0)  # [BLOCK_M]
+            level_row = tl.load(level_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             delta_row = tl.load(delta_head + row, mask=inside, other=0.0)  # [BLOCK_M]
+            excess_row = tl.load(excess_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             q_0 = tl.load(q_head + rows * q_stride_n + q_columns_0, mask=inside[:, None], other=0.0)
             q_in_1 = inside[:, None] & d_in_1[None, :]
             q_1 = tl.load(q_head + rows * q_stride_n + q_columns_1, mask=q_in_1, other=0.0)
@@ -275,15 +274,15 @@ def dkv(
             bias_at_at = bias_at[:, None] + i_safe[None, :].to(tl.int64) * bias_stride_1
             bias_h_i_j = tl.load(bias_at_at).to(tl.float32)  # [BLOCK_N, BLOCK_M]
             x = bias_h_i_j + scale * s
-            p = tl.exp2((x - lse_row[None, :]) * LOG2E - excess_row[None, :])
+            power = (x - level_row[None, :]) * LOG2E - excess_row[None, :]
+            power = tl.where(valid, power, float("-inf"))
+            p = tl.exp2(power)
             do_0 = tl.load(do_head + rows * do_stride_n + do_columns_0, mask=inside[:, None], other=0.0)
             do_in_1 = inside[:, None] & e_in_1[None, :]
             do_1 = tl.load(do_head + rows * do_stride_n + do_columns_1, mask=do_in_1, other=0.0)
             dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]
             dp = tl.dot(v_1, tl.trans(do_1), dp)
             ds = p * (dp - delta_row[None, :])
-            p = tl.where(valid, p, 0.0)
-            ds = tl.where(valid, ds, 0.0)
             dv_0 = tl.dot(p.to(do_0.dtype), do_0, dv_0)
             dv_1 = tl.dot(p.to(do_1.dtype), do_1, dv_1)
             dk_0 = tl.dot(ds.to(q_0.dtype), q_0, dk_0)

@@ -40,7 +40,7 @@ def dkv(
     do,  # [B, heads, n_q, Dv]
     dk,  # [B, heads // group, n_k, D]
     dv,  # [B, heads // group, n_k, Dv]
-    lse,  # [B, heads, n_q]
+    level,  # [B, heads, n_q]: lse as P needs it
     delta,  # [B, heads, n_q]
     excess,  # [B, heads, n_q]
     odd,  # [programs]: what is not finite there
@@ -108,7 +108,7 @@ def dkv(
         h = kv_head * group + g
         q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
         do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h
-        lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
+        level_head = level + (b.to(tl.int64) * heads + h) * n_q
         delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
         excess_head = excess + (b.to(tl.int64) * heads + h) * n_q
 
@@ -138,20 +138,19 @@ def dkv(
             weight = tl.load(weights + place, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
             i = row + q_offset  # [BLOCK_M]
-            lse_row = tl.load(lse_head + row, mask=inside, other=0.0)  # [BLOCK_M]
-            lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
-            excess_row = tl.load(excess_head + row, mask=inside, other=0.0)  # [BLOCK_M]
+            level_row = tl.load(level_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             delta_row = tl.load(delta_head + row, mask=inside, other=0.0)  # [BLOCK_M]
+            excess_row = tl.load(excess_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             q_0 = tl.load(q_head + rows * q_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             s = tl.dot(k_0, tl.trans(q_0))  # [BLOCK_N, BLOCK_M]
             valid = (j[:, None] <= i[None, :]) & inside[None, :]
             x = weight[None, :] + scale * s
-            p = tl.exp2((x - lse_row[None, :]) * LOG2E - excess_row[None, :])
+            power = (x - level_row[None, :]) * LOG2E - excess_row[None, :]
+            power = tl.where(valid, power, float("-inf"))
+            p = tl.exp2(power)
             do_0 = tl.load(do_head + rows * do_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]
             ds = p * (dp - delta_row[None, :])
-            p = tl.where(valid, p, 0.0)
-            ds = tl.where(valid, ds, 0.0)
             dv_0 = tl.dot(p.to(do_0.dtype), do_0, dv_0)
             dk_0 = tl.dot(ds.to(q_0.dtype), q_0, dk_0)
 

@@ -39,6 +39,7 @@ def dq(
     dq,  # [B, heads, n_q, D]
     lse,  # [B, heads, n_q]
     delta,  # [B, heads, n_q]
+    level,  # [B, heads, n_q]: lse as P needs it
     excess,  # [B, heads, n_q]
     odd,  # [programs]: what is not finite there
     q_stride_b,
@@ -100,11 +101,13 @@ def dq(
     dq_0 = tl.zeros([BLOCK_M, 64], tl.float32)
     lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
     delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
+    level_head = level + (b.to(tl.int64) * heads + h) * n_q
     excess_head = excess + (b.to(tl.int64) * heads + h) * n_q
     lse_row = tl.load(lse_head + row, mask=row_in, other=float("-inf"))  # [BLOCK_M]
-    lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
-    excess_row = tl.load(excess_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
+    level_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
+    tl.store(level_head + row, level_row, mask=row_in)  # for the kernels behind this one
     delta_row = tl.load(delta_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
+    excess_row = tl.load(excess_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
 
     # where this query's list starts, and how long it is
     run = query_runs + b.to(tl.int64) * query_runs_stride_b
@@ -132,11 +135,12 @@ def dq(
         s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
         valid = (i[:, None] >= j[None, :]) & inside[None, :]
         x = weight[None, :] + scale * s
-        p = tl.exp2((x - lse_row[:, None]) * LOG2E - excess_row[:, None])
+        power = (x - level_row[:, None]) * LOG2E - excess_row[:, None]
+        power = tl.where(valid, power, float("-inf"))
+        p = tl.exp2(power)
         v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
         dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
         ds = p * (dp - delta_row[:, None])
-        ds = tl.where(valid, ds, 0.0)
         dq_0 = tl.dot(ds.to(k_0.dtype), k_0, dq_0)
 
     # not a number, maybe by 0 * inf of a pair that does not attend: the guarded kernel does it again

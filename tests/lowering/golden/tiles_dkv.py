@@ -36,7 +36,7 @@ def dkv(
     do,  # [B, heads, n_q, Dv]
     dk,  # [B, heads // group, n_k, D]
     dv,  # [B, heads // group, n_k, Dv]
-    lse,  # [B, heads, n_q]
+    level,  # [B, heads, n_q]: lse as P needs it
     delta,  # [B, heads, n_q]
     odd,  # [programs]: what is not finite there
     k_stride_b,
@@ -97,7 +97,7 @@ def dkv(
         h = kv_head * group + g
         q_head = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
         do_head = do + b.to(tl.int64) * do_stride_b + h.to(tl.int64) * do_stride_h
-        lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
+        level_head = level + (b.to(tl.int64) * heads + h) * n_q
         delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
 
         # where this tile's list of query tiles starts, and how long it is
@@ -116,12 +116,12 @@ def dkv(
             tile = tl.load(listed + step // 2).to(tl.int32) * 2 + step % 2
             row = tile * BLOCK_M + lane_m  # [BLOCK_M]
             rows = row.to(tl.int64)[:, None]
-            lse_2 = tl.load(lse_head + row) * LOG2E  # [BLOCK_M]
-            lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+            level_row = tl.load(level_head + row)  # [BLOCK_M]
             delta_row = tl.load(delta_head + row)  # [BLOCK_M]
             q_0 = tl.load(q_head + rows * q_stride_n + d_0[None, :])
             s = tl.dot(k_0, tl.trans(q_0))  # [BLOCK_N, BLOCK_M]
-            p = tl.exp2(s * scale2 - lse_2[None, :])
+            power = s * scale2 - level_row[None, :]
+            p = tl.exp2(power)
             do_0 = tl.load(do_head + rows * do_stride_n + d_0[None, :])
             dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]
             ds = p * (dp - delta_row[None, :])
@@ -135,18 +135,17 @@ def dkv(
             rows = row.to(tl.int64)[:, None]
             inside = row < n_q  # [BLOCK_M]
             i = row + q_offset  # [BLOCK_M]
-            lse_2 = tl.load(lse_head + row, mask=inside, other=0.0) * LOG2E  # [BLOCK_M]
-            lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)
+            level_row = tl.load(level_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             delta_row = tl.load(delta_head + row, mask=inside, other=0.0)  # [BLOCK_M]
             q_0 = tl.load(q_head + rows * q_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             s = tl.dot(k_0, tl.trans(q_0))  # [BLOCK_N, BLOCK_M]
-            valid = (j[:, None] <= i[None, :]) & inside[None, :]
-            p = tl.exp2(s * scale2 - lse_2[None, :])
+            valid = j[:, None] <= i[None, :]
+            power = s * scale2 - level_row[None, :]
+            power = tl.where(valid, power, float("-inf"))
+            p = tl.exp2(power)
             do_0 = tl.load(do_head + rows * do_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]
             ds = p * (dp - delta_row[None, :])
-            p = tl.where(valid, p, 0.0)
-            ds = tl.where(valid, ds, 0.0)
             dv_0 = tl.dot(p.to(do_0.dtype), do_0, dv_0)
             dk_0 = tl.dot(ds.to(q_0.dtype), q_0, dk_0)
 
