@@ -24,7 +24,7 @@ from attngen.backends.triton.modelled import L2_BYTES, Resources
 from attngen.inspect.cross import Compiled, cross_compile
 from attngen.language.schedule import KERNELS, PREFIXES, Tile
 from attngen.schedule import Target
-from attngen.schedule.shipped import FOLDER, form_of, read_tiles, write_tiles
+from attngen.schedule.shipped import FOLDER, form_of, read_tiles, triton_version, write_tiles
 from attngen.tuning.model import PRODUCTS, TILE_OVERHEAD
 from benchmarks import beside_flex, public_choices
 from benchmarks.suite import write_json
@@ -141,8 +141,10 @@ def tiles(
 ) -> None:
     """Find the default tiles of an architecture, and write them to its file in `tuning_db/`; other entries there stay.
 
-    What ships spills under no supported Triton: run it under the newest with --log, then under the oldest with --beside.
+    What ships spills under no supported Triton: run it under the newest with --log, then under the oldest with --beside. Where
+    the oldest takes another tile, both ship.
     """
+    since = ".".join(triton_version().split(".")[:2])
     here, there = Log(log, target), None if beside is None else Log(beside, target)
     work = [(name, own, d) for name in spec for d in head_dim for own in kernel]
     found = []
@@ -155,10 +157,13 @@ def tiles(
             continue
         modelled, tile, made = best
         name, own, d = case
-        found.append(((form_of(SPECS[name]), own, d), tile, {"cycles": modelled, "registers": made["registers"]}))
+        found.append(((form_of(SPECS[name]), own, d, since), tile, {"cycles": modelled, "registers": made["registers"]}))
         typer.echo(f"{name:20} {own:8} {d:4} {modelled:7.1f} {made['registers']} {tile}")
     path, searched = out or FOLDER / f"tiles-{target}.json", {(form_of(SPECS[name]), own, d) for name, own, d in work}
-    kept = [line for line in read_tiles(path) if line[0] not in searched] if path.is_file() else []
+    known, oldest = read_tiles(path) if path.is_file() else [], {entry[:3]: tile for entry, tile, _ in found}
+    kept = [line for line in known if line[0][:3] not in searched]
+    if beside is not None:  # what the newer Triton takes instead
+        kept += [(e, tile, about) for e, tile, about in known if e[3] != since and oldest.get(e[:3], tile) != tile]
     write_tiles(path, [*kept, *found])
 
 

@@ -2,7 +2,8 @@
 `python -m benchmarks.machine_code tiles`.
 
 What a kernel needs depends on the form of its spec, hardly on its numbers and not on its names: a window of 512 and one of
-4096, a soft cap of 30 and one of 50 share an entry.
+4096, a soft cap of 30 and one of 50 share an entry. Where the best tile spills under an older Triton, that has an entry of
+its own.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import cache, lru_cache
+from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,7 +26,8 @@ from attngen.language.spec import Spec
 FORMAT = 1
 FOLDER = Path(__file__).parent.parent / "tuning_db"
 
-Entry = tuple[str, str, int]  # the form of a spec, a kernel, the larger head dim
+Entry = tuple[str, str, int, str]  # the form of a spec, a kernel, the larger head dim, the Triton from which on ("3.6")
+Found = tuple[Entry, Tile, dict[str, object]]  # the last: what was found about the tile
 
 
 @lru_cache(maxsize=512)
@@ -69,20 +72,39 @@ def family_of(target: str) -> str:
 
 
 @cache
-def _tiles(path: Path) -> Mapping[Entry, Tile]:
+def _tiles(path: Path) -> Mapping[tuple[str, str, int], Tile]:
     if not path.is_file():
         return MappingProxyType({})
-    return MappingProxyType({entry: tile for entry, tile, _ in read_tiles(path)})
+    return MappingProxyType(tiles_under(triton_version(), read_tiles(path)))
 
 
-def read_tiles(path: Path) -> list[tuple[Entry, Tile, dict[str, object]]]:
+def tiles_under(triton: str, found: list[Found]) -> dict[tuple[str, str, int], Tile]:
+    """For each form, kernel and head dim the tile that a version of Triton takes: the newest entry that is not newer than it."""
+    by_age = sorted(found, key=lambda line: _minor(line[0][3]))
+    return {entry[:3]: tile for entry, tile, _ in by_age if _minor(entry[3]) <= _minor(triton)}
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")[:2]))
+
+
+def triton_version() -> str:
+    """The installed one; where there is none, as where kernels come from packs, the newest of all."""
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "999.0"
+
+
+def read_tiles(path: Path) -> list[Found]:
     """Entries, their tiles, and what was found about them. StoreError for a file that is none of these."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["attngen_tiles"] != FORMAT:
             raise StoreError(f"{path}: expected tiles of format {FORMAT}, got {content['attngen_tiles']!r}")
         return [
-            ((line["form"], line["kernel"], line["head_dim"]), _tile(line), line["found"]) for line in content["tiles"]
+            ((line["form"], line["kernel"], line["head_dim"], line["triton"]), _tile(line), line["found"])
+            for line in content["tiles"]
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path}: expected a file of tiles, got {error!r}") from error
@@ -93,7 +115,7 @@ def _tile(line: dict[str, Any]) -> Tile:
     return Tile(block_m, block_n, num_warps, num_stages, pipeline_edges="pipeline_edges" in line["forms"])
 
 
-def write_tiles(path: Path, found: list[tuple[Entry, Tile, dict[str, object]]]) -> None:
+def write_tiles(path: Path, found: list[Found]) -> None:
     """One entry a line, sorted, so that a review shows which changed."""
     lines = [
         json.dumps(
@@ -101,11 +123,12 @@ def write_tiles(path: Path, found: list[tuple[Entry, Tile, dict[str, object]]]) 
                 "form": form,
                 "kernel": kernel,
                 "head_dim": head_dim,
+                "triton": triton,
                 "tile": [tile.block_m, tile.block_n, tile.num_warps, tile.num_stages],
                 "forms": ["pipeline_edges"] if tile.pipeline_edges else [],
                 "found": about,
             }
         )
-        for (form, kernel, head_dim), tile, about in sorted(found, key=lambda line: line[0])
+        for (form, kernel, head_dim, triton), tile, about in sorted(found, key=lambda line: line[0])
     ]
     path.write_text(f'{{"attngen_tiles": {FORMAT}, "tiles": [\n' + ",\n".join(lines) + "\n]}\n", encoding="utf-8")

@@ -120,11 +120,30 @@ def test_the_best_tiles_are_written_beside_what_was_not_searched(monkeypatch, tm
         return {"registers": 100, "spills": int(tile.block_n == 128), "shared": 1, "loops": [(rest, rest)] * 2}
 
     monkeypatch.setattr("benchmarks.machine_code.tried", made)
-    path, kept = tmp_path / "tiles.json", (("mask other; score s", "dq", 64), Tile(64, 32, 4, 1, pipeline_edges=False))
-    write_tiles(path, [(*kept, {}), ((form_of(SPECS["causal"]), "dq", 64), Tile(16, 16, 4, 1), {})])
+    path, kept = tmp_path / "tiles.json", (("mask other; score s", "dq", 64, "3.6"), Tile(64, 32, 4, 1, pipeline_edges=False))
+    write_tiles(path, [(*kept, {}), ((form_of(SPECS["causal"]), "dq", 64, "3.5"), Tile(16, 16, 4, 1), {})])
     options = ["--head-dim", "64", "--spec", "causal", "--spec", "documents", "--kernel", "dq", "--out", str(path)]
     assert CliRunner().invoke(app, ["tiles", *options]).exit_code == 0
-    found = {entry: tile for entry, tile, _ in read_tiles(path)}
-    assert len(found) == 3 and found[kept[0]] == kept[1]
+    found = {entry[:3]: tile for entry, tile, _ in read_tiles(path)}
+    assert len(read_tiles(path)) == 3 and found[kept[0][:3]] == kept[1]
     assert found[form_of(SPECS["causal"]), "dq", 64].pipeline_edges
     assert not found[form_of(SPECS["documents"]), "dq", 64].pipeline_edges  # all its partial loops load ahead
+
+
+def test_both_tiles_are_written_where_an_older_triton_takes_another(monkeypatch, tmp_path):
+    """The newest wants 64 resident rows, which spill under the oldest."""
+
+    def made(name, kernel, tile, target, head_dim):
+        spills = int(tile.block_m == 64 and triton == "3.6.0")
+        return {"registers": 100, "spills": spills, "shared": 1, "loops": [(100.0, 500.0 if tile.block_m == 64 else 5e4)] * 2}
+
+    monkeypatch.setattr("benchmarks.machine_code.tried", made)
+    monkeypatch.setattr("benchmarks.machine_code.triton_version", lambda: triton)
+    path, spec = tmp_path / "tiles.json", form_of(SPECS["causal"])
+    options = ["tiles", "--head-dim", "64", "--spec", "causal", "--kernel", "dq", "--out", str(path)]
+    for triton, more in (("3.9.0", ["--log", "new"]), ("3.6.0", ["--beside", "new"])):
+        more[1] = str(tmp_path / more[1])
+        assert CliRunner().invoke(app, [*options, *more]).exit_code == 0
+    found = {entry: tile for entry, tile, _ in read_tiles(path)}
+    assert found.keys() == {(spec, "dq", 64, "3.6"), (spec, "dq", 64, "3.9")}
+    assert found[spec, "dq", 64, "3.9"].block_m == 64 != found[spec, "dq", 64, "3.6"].block_m

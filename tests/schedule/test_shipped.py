@@ -11,11 +11,15 @@ import attngen as ag
 from attngen.inspect.cross import cross_compile
 from attngen.language.schedule import KERNELS, Tile
 from attngen.schedule import Target, complete, shipped
-from attngen.schedule.shipped import FOLDER, form_of, read_tiles, write_tiles
+from attngen.schedule.shipped import FOLDER, form_of, read_tiles, tiles_under, triton_version, write_tiles
 from benchmarks.machine_code import SPECS
 
 FILES = sorted(FOLDER.glob("tiles-*.json"))
-ENTRIES = [(path.stem.removeprefix("tiles-"), *entry[0], entry[1]) for path in FILES for entry in read_tiles(path)]
+ENTRIES = [
+    (path.stem.removeprefix("tiles-"), *entry, tile)
+    for path in FILES
+    for entry, tile in tiles_under(triton_version(), read_tiles(path)).items()
+]
 
 
 def windowed(width: int, name: str) -> ag.Spec:
@@ -46,7 +50,7 @@ def test_everything_else_does():
 def test_a_file_is_read_as_it_was_written(tmp_path: Path):
     tiles = Tile(64, 64, 4, 2, pipeline_edges=False), Tile(32, 64, 4, 2, pipeline_edges=True)
     found = [
-        (("mask: true", kernel, 64), tile, {"cycles": 1.5}) for kernel, tile in zip(("dkv", "dq"), tiles, strict=True)
+        (("mask: true", kernel, 64, "3.6"), tile, {"cycles": 1.5}) for kernel, tile in zip(("dkv", "dq"), tiles, strict=True)
     ]
     write_tiles(tmp_path / "tiles-sm_90.json", found)
     assert read_tiles(tmp_path / "tiles-sm_90.json") == found
@@ -63,7 +67,7 @@ def test_a_file_that_is_none_is_named(content: str, tmp_path: Path):
 
 def test_the_default_is_the_shipped_tile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     spec, tile = ag.Spec(mask=ag.causal() & ag.window(700)), Tile(32, 64, 4, 2)
-    write_tiles(tmp_path / "tiles-sm_80.json", [((form_of(spec), "dkv", 64), tile, {})])
+    write_tiles(tmp_path / "tiles-sm_80.json", [((form_of(spec), "dkv", 64, "3.6"), tile, {})])
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
 
     def chosen(target: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 64, **pins: int) -> Tile:
@@ -75,6 +79,14 @@ def test_the_default_is_the_shipped_tile(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert chosen("sm_80", dkv_num_stages=1).num_stages == 1
     others = chosen("sm_90"), chosen("sm_80", torch.float32), chosen("sm_80", head_dim=128)
     assert not any(all(getattr(other, name) == getattr(tile, name) for name in shared) for other in others)
+
+
+def test_an_older_triton_has_its_own_tile_where_the_best_spills_there():
+    wide, narrow, other = Tile(32, 128, 8, 2), Tile(16, 64, 4, 1), Tile(64, 64, 4, 1)
+    found = [(("x", "dkv", 128, "3.10"), wide, {}), (("x", "dkv", 128, "3.6"), narrow, {}), (("y", "dq", 64, "3.6"), other, {})]
+    for triton, tile in (("3.6.0", narrow), ("3.9.0", narrow), ("3.10.0+git1", wide), ("4.0.0", wide)):
+        assert tiles_under(triton, found) == {("x", "dkv", 128): tile, ("y", "dq", 64): other}
+    assert tiles_under("3.5.1", found) == {}
 
 
 def test_common_specs_have_tiles():
