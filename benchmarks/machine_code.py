@@ -157,7 +157,9 @@ def tiles(
             continue
         modelled, tile, made = best
         name, own, d = case
-        found.append(((form_of(SPECS[name]), own, d, since), tile, {"cycles": modelled, "registers": made["registers"]}))
+        found.append(
+            ((form_of(SPECS[name]), own, d, since), tile, {"cycles": modelled, "registers": made["registers"]})
+        )
         typer.echo(f"{name:20} {own:8} {d:4} {modelled:7.1f} {made['registers']} {tile}")
     path, searched = out or FOLDER / f"tiles-{target}.json", {(form_of(SPECS[name]), own, d) for name, own, d in work}
     known, oldest = read_tiles(path) if path.is_file() else [], {entry[:3]: tile for entry, tile, _ in found}

@@ -121,7 +121,7 @@ LONGEST_TABLE = 16
 # The first words of every variable that an outline or a fixed statement makes.
 _WORDS = """
     a acc after alpha any b bad batch before begin begins beta beyond bin BLOCK bound c CHUNK count d delta dk dlse do dp dq
-    ds dv e edge edges empty end excess first firsts floor full g grad group h half HEAD head heads hi high hit hole i
+    ds dv e edge edges empty end excess exponent first firsts floor full g grad group h half HEAD head heads hi high hit hole i
     inside j k keep key kv l lane LANES LARGE large largest last launched level LIMIT listed live LN lo LOG2E low LOWEST lse
     m made masked maxima members mix n near nearest norm number odd other out output owners p PAGE page pages pair
     part partial place places power PRECISION program programs q query range rest rounding row rows run s same scale section

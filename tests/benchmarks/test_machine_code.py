@@ -120,7 +120,10 @@ def test_the_best_tiles_are_written_beside_what_was_not_searched(monkeypatch, tm
         return {"registers": 100, "spills": int(tile.block_n == 128), "shared": 1, "loops": [(rest, rest)] * 2}
 
     monkeypatch.setattr("benchmarks.machine_code.tried", made)
-    path, kept = tmp_path / "tiles.json", (("mask other; score s", "dq", 64, "3.6"), Tile(64, 32, 4, 1, pipeline_edges=False))
+    path, kept = (
+        tmp_path / "tiles.json",
+        (("mask other; score s", "dq", 64, "3.6"), Tile(64, 32, 4, 1, pipeline_edges=False)),
+    )
     write_tiles(path, [(*kept, {}), ((form_of(SPECS["causal"]), "dq", 64, "3.5"), Tile(16, 16, 4, 1), {})])
     options = ["--head-dim", "64", "--spec", "causal", "--spec", "documents", "--kernel", "dq", "--out", str(path)]
     assert CliRunner().invoke(app, ["tiles", *options]).exit_code == 0
@@ -135,7 +138,12 @@ def test_both_tiles_are_written_where_an_older_triton_takes_another(monkeypatch,
 
     def made(name, kernel, tile, target, head_dim):
         spills = int(tile.block_m == 64 and triton == "3.6.0")
-        return {"registers": 100, "spills": spills, "shared": 1, "loops": [(100.0, 500.0 if tile.block_m == 64 else 5e4)] * 2}
+        return {
+            "registers": 100,
+            "spills": spills,
+            "shared": 1,
+            "loops": [(100.0, 500.0 if tile.block_m == 64 else 5e4)] * 2,
+        }
 
     monkeypatch.setattr("benchmarks.machine_code.tried", made)
     monkeypatch.setattr("benchmarks.machine_code.triton_version", lambda: triton)

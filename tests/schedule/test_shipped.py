@@ -50,7 +50,8 @@ def test_everything_else_does():
 def test_a_file_is_read_as_it_was_written(tmp_path: Path):
     tiles = Tile(64, 64, 4, 2, pipeline_edges=False), Tile(32, 64, 4, 2, pipeline_edges=True)
     found = [
-        (("mask: true", kernel, 64, "3.6"), tile, {"cycles": 1.5}) for kernel, tile in zip(("dkv", "dq"), tiles, strict=True)
+        (("mask: true", kernel, 64, "3.6"), tile, {"cycles": 1.5})
+        for kernel, tile in zip(("dkv", "dq"), tiles, strict=True)
     ]
     write_tiles(tmp_path / "tiles-sm_90.json", found)
     assert read_tiles(tmp_path / "tiles-sm_90.json") == found
@@ -83,7 +84,11 @@ def test_the_default_is_the_shipped_tile(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_an_older_triton_has_its_own_tile_where_the_best_spills_there():
     wide, narrow, other = Tile(32, 128, 8, 2), Tile(16, 64, 4, 1), Tile(64, 64, 4, 1)
-    found = [(("x", "dkv", 128, "3.10"), wide, {}), (("x", "dkv", 128, "3.6"), narrow, {}), (("y", "dq", 64, "3.6"), other, {})]
+    found = [
+        (("x", "dkv", 128, "3.10"), wide, {}),
+        (("x", "dkv", 128, "3.6"), narrow, {}),
+        (("y", "dq", 64, "3.6"), other, {}),
+    ]
     for triton, tile in (("3.6.0", narrow), ("3.9.0", narrow), ("3.10.0+git1", wide), ("4.0.0", wide)):
         assert tiles_under(triton, found) == {("x", "dkv", 128): tile, ("y", "dq", 64): other}
     assert tiles_under("3.5.1", found) == {}

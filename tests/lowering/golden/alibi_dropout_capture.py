@@ -131,8 +131,8 @@ def capture(
         s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
         keep = uniform(hash_4[:, None] ^ j[None, :].to(tl.uint32)) >= 0.1
         x = slope_h * (j[None, :] - i[:, None]).to(tl.float32) + scale * s
-        power = (x - level_row[:, None]) * LOG2E - excess_row[:, None]
-        p = tl.exp2(power)
+        exponent = (x - level_row[:, None]) * LOG2E - excess_row[:, None]
+        p = tl.exp2(exponent)
         v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :])
         dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
         dp = tl.where(keep, dp * 1.1111111111111112, 0.0)
@@ -150,9 +150,9 @@ def capture(
         valid = (i[:, None] >= j[None, :]) & inside[None, :]
         keep = uniform(hash_4[:, None] ^ j[None, :].to(tl.uint32)) >= 0.1
         x = slope_h * (j[None, :] - i[:, None]).to(tl.float32) + scale * s
-        power = (x - level_row[:, None]) * LOG2E - excess_row[:, None]
-        power = tl.where(valid, power, float("-inf"))
-        p = tl.exp2(power)
+        exponent = (x - level_row[:, None]) * LOG2E - excess_row[:, None]
+        exponent = tl.where(valid, exponent, float("-inf"))
+        p = tl.exp2(exponent)
         v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
         dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
         dp = tl.where(keep, dp * 1.1111111111111112, 0.0)

@@ -156,8 +156,8 @@ def dkv(
             hash_4 = mix(hash_3 ^ i.to(tl.uint32))  # [BLOCK_M]
             keep = uniform(hash_4[None, :] ^ j[:, None].to(tl.uint32)) >= 0.1
             x = slope_h * (j[:, None] - i[None, :]).to(tl.float32) + scale * s
-            power = (x - level_row[None, :]) * LOG2E - excess_row[None, :]
-            p = tl.exp2(power)
+            exponent = (x - level_row[None, :]) * LOG2E - excess_row[None, :]
+            p = tl.exp2(exponent)
             do_0 = tl.load(do_head + rows * do_stride_n + d_0[None, :])
             dp = tl.dot(v_0, tl.trans(do_0), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             dp = tl.where(keep, dp * 1.1111111111111112, 0.0)
@@ -183,9 +183,9 @@ def dkv(
             hash_4 = mix(hash_3 ^ i.to(tl.uint32))  # [BLOCK_M]
             keep = uniform(hash_4[None, :] ^ j[:, None].to(tl.uint32)) >= 0.1
             x = slope_h * (j[:, None] - i[None, :]).to(tl.float32) + scale * s
-            power = (x - level_row[None, :]) * LOG2E - excess_row[None, :]
-            power = tl.where(valid, power, float("-inf"))
-            p = tl.exp2(power)
+            exponent = (x - level_row[None, :]) * LOG2E - excess_row[None, :]
+            exponent = tl.where(valid, exponent, float("-inf"))
+            p = tl.exp2(exponent)
             do_0 = tl.load(do_head + rows * do_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             dp = tl.dot(v_0, tl.trans(do_0), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             dp = tl.where(keep, dp * 1.1111111111111112, 0.0)

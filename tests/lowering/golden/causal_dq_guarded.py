@@ -122,8 +122,8 @@ def dq_guarded(
                 rows = j.to(tl.int64)[:, None]
                 k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :])
                 s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
-                power = s * scale2 - level_row[:, None]
-                p = tl.exp2(power)
+                exponent = s * scale2 - level_row[:, None]
+                p = tl.exp2(exponent)
                 v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :])
                 dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
                 ds = p * (dp - delta_row[:, None])
@@ -138,9 +138,9 @@ def dq_guarded(
                 k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
                 s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
                 valid = (i[:, None] >= j[None, :]) & inside[None, :]
-                power = s * scale2 - level_row[:, None]
-                power = tl.where(valid, power, float("-inf"))
-                p = tl.exp2(power)
+                exponent = s * scale2 - level_row[:, None]
+                exponent = tl.where(valid, exponent, float("-inf"))
+                p = tl.exp2(exponent)
                 v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
                 dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
                 ds = p * (dp - delta_row[:, None])

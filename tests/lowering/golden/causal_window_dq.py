@@ -124,8 +124,8 @@ def dq(
         rows = j.to(tl.int64)[:, None]
         k_0 = tl.load(k_head + rows * k_stride_n + d_0[None, :])
         s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
-        power = s * scale2 - level_row[:, None]
-        p = tl.exp2(power)
+        exponent = s * scale2 - level_row[:, None]
+        p = tl.exp2(exponent)
         v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :])
         dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
         ds = p * (dp - delta_row[:, None])
@@ -142,9 +142,9 @@ def dq(
         s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
         pair_ok = (first_key[:, None] <= j[None, :]) & (i[:, None] >= j[None, :])  # [BLOCK_M, BLOCK_N]
         valid = pair_ok & (last_key[:, None] >= j[None, :]) & inside[None, :]
-        power = s * scale2 - level_row[:, None]
-        power = tl.where(valid, power, float("-inf"))
-        p = tl.exp2(power)
+        exponent = s * scale2 - level_row[:, None]
+        exponent = tl.where(valid, exponent, float("-inf"))
+        p = tl.exp2(exponent)
         v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
         dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
         ds = p * (dp - delta_row[:, None])

@@ -186,8 +186,8 @@ def dkv(
             s = s * scale
             pair_term = tanh(0.03333333333333333 * s)  # [BLOCK_N, BLOCK_M]
             x = 30.0 * LOG2E * pair_term
-            power = x - level_row[None, :]
-            p = tl.exp2(power)
+            exponent = x - level_row[None, :]
+            p = tl.exp2(exponent)
             do_0 = tl.load(do_head + rows * do_stride_n + e_0[None, :])
             do_1 = tl.load(do_head + rows * do_stride_n + e_1[None, :])
             dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]
@@ -219,9 +219,9 @@ def dkv(
             valid = pair_ok & inside[None, :]
             pair_term = tanh(0.03333333333333333 * s)  # [BLOCK_N, BLOCK_M]
             x = 30.0 * LOG2E * pair_term
-            power = x - level_row[None, :]
-            power = tl.where(valid, power, float("-inf"))
-            p = tl.exp2(power)
+            exponent = x - level_row[None, :]
+            exponent = tl.where(valid, exponent, float("-inf"))
+            p = tl.exp2(exponent)
             do_0 = tl.load(do_head + rows * do_stride_n + e_0[None, :], mask=inside[:, None], other=0.0)
             do_1 = tl.load(do_head + rows * do_stride_n + e_1[None, :], mask=inside[:, None], other=0.0)
             dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]

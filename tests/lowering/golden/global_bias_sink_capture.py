@@ -174,8 +174,8 @@ def capture(
             bias_at_at = bias_at[:, None] + j[None, :].to(tl.int64) * bias_stride_2  # [BLOCK_M, BLOCK_N]
             bias_h_i_j = tl.load(bias_at_at).to(tl.float32)  # [BLOCK_M, BLOCK_N]
             x = bias_h_i_j + scale * s
-            power = (x - level_row[:, None]) * LOG2E - excess_row[:, None]
-            p = tl.exp2(power)
+            exponent = (x - level_row[:, None]) * LOG2E - excess_row[:, None]
+            p = tl.exp2(exponent)
             v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :])
             dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
             ds = p * (dp - delta_row[:, None])
@@ -202,9 +202,9 @@ def capture(
             bias_at_at = bias_at[:, None] + j_safe[None, :].to(tl.int64) * bias_stride_2
             bias_h_i_j = tl.load(bias_at_at).to(tl.float32)  # [BLOCK_M, BLOCK_N]
             x = bias_h_i_j + scale * s
-            power = (x - level_row[:, None]) * LOG2E - excess_row[:, None]
-            power = tl.where(valid, power, float("-inf"))
-            p = tl.exp2(power)
+            exponent = (x - level_row[:, None]) * LOG2E - excess_row[:, None]
+            exponent = tl.where(valid, exponent, float("-inf"))
+            p = tl.exp2(exponent)
             v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
             ds = p * (dp - delta_row[:, None])

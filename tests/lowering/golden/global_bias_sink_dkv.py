@@ -234,8 +234,8 @@ def dkv(
             bias_at_at = bias_at[:, None] + i[None, :].to(tl.int64) * bias_stride_1  # [BLOCK_N, BLOCK_M]
             bias_h_i_j = tl.load(bias_at_at).to(tl.float32)  # [BLOCK_N, BLOCK_M]
             x = bias_h_i_j + scale * s
-            power = (x - level_row[None, :]) * LOG2E - excess_row[None, :]
-            p = tl.exp2(power)
+            exponent = (x - level_row[None, :]) * LOG2E - excess_row[None, :]
+            p = tl.exp2(exponent)
             do_0 = tl.load(do_head + rows * do_stride_n + do_columns_0)
             do_1 = tl.load(do_head + rows * do_stride_n + do_columns_1, mask=e_in_1[None, :], other=0.0)
             dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]
@@ -274,9 +274,9 @@ def dkv(
             bias_at_at = bias_at[:, None] + i_safe[None, :].to(tl.int64) * bias_stride_1
             bias_h_i_j = tl.load(bias_at_at).to(tl.float32)  # [BLOCK_N, BLOCK_M]
             x = bias_h_i_j + scale * s
-            power = (x - level_row[None, :]) * LOG2E - excess_row[None, :]
-            power = tl.where(valid, power, float("-inf"))
-            p = tl.exp2(power)
+            exponent = (x - level_row[None, :]) * LOG2E - excess_row[None, :]
+            exponent = tl.where(valid, exponent, float("-inf"))
+            p = tl.exp2(exponent)
             do_0 = tl.load(do_head + rows * do_stride_n + do_columns_0, mask=inside[:, None], other=0.0)
             do_in_1 = inside[:, None] & e_in_1[None, :]
             do_1 = tl.load(do_head + rows * do_stride_n + do_columns_1, mask=do_in_1, other=0.0)

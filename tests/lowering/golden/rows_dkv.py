@@ -145,9 +145,9 @@ def dkv(
             s = tl.dot(k_0, tl.trans(q_0))  # [BLOCK_N, BLOCK_M]
             valid = (j[:, None] <= i[None, :]) & inside[None, :]
             x = weight[None, :] + scale * s
-            power = (x - level_row[None, :]) * LOG2E - excess_row[None, :]
-            power = tl.where(valid, power, float("-inf"))
-            p = tl.exp2(power)
+            exponent = (x - level_row[None, :]) * LOG2E - excess_row[None, :]
+            exponent = tl.where(valid, exponent, float("-inf"))
+            p = tl.exp2(exponent)
             do_0 = tl.load(do_head + rows * do_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]
             ds = p * (dp - delta_row[None, :])

@@ -135,9 +135,9 @@ def dq(
         s = tl.dot(q_0, tl.trans(k_0))  # [BLOCK_M, BLOCK_N]
         valid = (i[:, None] >= j[None, :]) & inside[None, :]
         x = weight[None, :] + scale * s
-        power = (x - level_row[:, None]) * LOG2E - excess_row[:, None]
-        power = tl.where(valid, power, float("-inf"))
-        p = tl.exp2(power)
+        exponent = (x - level_row[:, None]) * LOG2E - excess_row[:, None]
+        exponent = tl.where(valid, exponent, float("-inf"))
+        p = tl.exp2(exponent)
         v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
         dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
         ds = p * (dp - delta_row[:, None])

@@ -120,8 +120,8 @@ def dkv(
             delta_row = tl.load(delta_head + row)  # [BLOCK_M]
             q_0 = tl.load(q_head + rows * q_stride_n + d_0[None, :])
             s = tl.dot(k_0, tl.trans(q_0))  # [BLOCK_N, BLOCK_M]
-            power = s * scale2 - level_row[None, :]
-            p = tl.exp2(power)
+            exponent = s * scale2 - level_row[None, :]
+            p = tl.exp2(exponent)
             do_0 = tl.load(do_head + rows * do_stride_n + d_0[None, :])
             dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]
             ds = p * (dp - delta_row[None, :])
@@ -140,9 +140,9 @@ def dkv(
             q_0 = tl.load(q_head + rows * q_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             s = tl.dot(k_0, tl.trans(q_0))  # [BLOCK_N, BLOCK_M]
             valid = j[:, None] <= i[None, :]
-            power = s * scale2 - level_row[None, :]
-            power = tl.where(valid, power, float("-inf"))
-            p = tl.exp2(power)
+            exponent = s * scale2 - level_row[None, :]
+            exponent = tl.where(valid, exponent, float("-inf"))
+            p = tl.exp2(exponent)
             do_0 = tl.load(do_head + rows * do_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
             dp = tl.dot(v_0, tl.trans(do_0))  # [BLOCK_N, BLOCK_M]
             ds = p * (dp - delta_row[None, :])
