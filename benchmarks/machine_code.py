@@ -23,7 +23,9 @@ from attngen.backends.triton.machine_code import Cycles
 from attngen.backends.triton.modelled import L2_BYTES, Resources
 from attngen.inspect.cross import Compiled, cross_compile
 from attngen.language.schedule import KERNELS, PREFIXES, Tile
+from attngen.runtime.first_tiles import MOST_HELD
 from attngen.schedule import Target
+from attngen.schedule.legality import registers_held
 from attngen.schedule.shipped import FOLDER, form_of, read_tiles, triton_version, write_tiles
 from attngen.tuning.model import PRODUCTS, TILE_OVERHEAD
 from benchmarks import beside_flex, public_choices
@@ -31,6 +33,7 @@ from benchmarks.suite import write_json
 from benchmarks.workload import pairs, tile_counts
 
 Case = tuple[str, str, int]  # a name of SPECS, a kernel, a head dim
+FINALISTS = 3  # tiles that are compiled in special forms too
 TCGEN05 = (
     4096  # multiply-adds of half types a cycle and multiprocessor of sm_100, whose products don't say their shapes
 )
@@ -52,11 +55,10 @@ SPECS: dict[str, ag.Spec] = {
 }
 
 
-def candidates(name: str, kernel: str) -> Iterator[Tile]:
+def candidates(kernel: str, head_dim: int) -> Iterator[Tile]:
     """Tiles that may be good: a group of four warps has 64 resident rows, as its products have; in the forward, which holds
-    least, twice as many too.
+    least, twice as many too. None holds more registers than a search at a first call would try.
     """
-    only_edges = not analyse(SPECS[name]).walk_of(kernel).needs_tables
     for (resident, warps), walked, less in itertools.product(((128, 8), (64, 4), (128, 4)), (128, 64, 32, 16), (0, 1)):
         if kernel == "dkv" and resident == 16 * warps and walked <= resident // 2:
             found = Tile(walked, resident, warps, 2 - less)
@@ -66,9 +68,19 @@ def candidates(name: str, kernel: str) -> Iterator[Tile]:
             found = Tile(resident, walked, warps, 3 - less)
         else:
             continue
-        yield found
-        if only_edges and found.num_stages > 1:
-            yield replace(found, pipeline_edges=True)
+        if registers_held(kernel, found.block_m, found.block_n, 32 * warps, head_dim, head_dim) <= MOST_HELD:
+            yield replace(found, pipeline_edges=False)
+
+
+def search(log: Log, case: Case) -> None:
+    """Compile the candidates; the best also with loops that load ahead at the edges, where that is a choice."""
+    name, kernel, head_dim = case
+    ranked = log.ranked(case, candidates(kernel, head_dim))
+    if analyse(SPECS[name]).walk_of(kernel).needs_tables:  # where all partial loops load ahead
+        return
+    for _, tile, _ in ranked[:FINALISTS]:
+        if tile.num_stages > 1:
+            log.made(case, replace(tile, pipeline_edges=True))
 
 
 def compiled(spec: ag.Spec, kernel: str, tile: Tile, target: str, head_dim: int) -> Compiled:
@@ -149,8 +161,10 @@ def tiles(
     work = [(name, own, d) for name in spec for d in head_dim for own in kernel]
     found = []
     for case in track(work, "compiling", console=Console(stderr=True)):
-        wanted = [tile for tile in candidates(*case[:2]) if there is None or there.has(case, tile)]
-        ranked = (line for line in (there or here).ranked(case, wanted) if here.fits(case, line[1]))
+        if there is None:
+            search(here, case)
+        source = there or here
+        ranked = (line for line in source.ranked(case, source.tiles(case)) if here.fits(case, line[1]))
         best = next(ranked, None)
         if best is None:
             typer.echo(f"{' '.join(map(str, case))}: no tile without spills", err=True)
@@ -182,9 +196,14 @@ class Log:
         own = (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, bool(tile.pipeline_edges))
         return json.dumps([self.target, name, d, kernel, *own])
 
-    def has(self, case: Case, tile: Tile) -> bool:
-        """Whether the tile was compiled."""
-        return self._place(case, tile) in self.known
+    def tiles(self, case: Case) -> list[Tile]:
+        """Those that were compiled."""
+        places = map(json.loads, self.known)
+        return [
+            Tile(*own, pipeline_edges=edges)
+            for t, n, d, k, *own, edges in places
+            if (t, n, k, d) == (self.target, *case)
+        ]
 
     def made(self, case: Case, tile: Tile) -> dict[str, Any]:
         """What compiling it found, see `tried`."""
