@@ -56,6 +56,13 @@ def build(
     context: Annotated[list[int] | None, typer.Option(help="With --model: a length; give it several times.")] = None,
     backward: Annotated[bool, typer.Option(help="Kernels of gradients too.")] = True,
     offset_tensors: Annotated[bool, typer.Option(help="Also for calls whose q_offset is a tensor.")] = False,
+    search: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds to find tiles by compiling for each attention without a record or a tile that ships; 0: safe tiles. "
+            "Default: ATTNGEN_SEARCH_SECONDS, or 2."
+        ),
+    ] = None,
     db: Database = None,
 ) -> None:
     """Build kernels ahead, for GPUs that need not be here: a folder that ag.load runs without the compiler."""
@@ -66,7 +73,7 @@ def build(
         calls += _of_model(model, batch or [1], context or [4096], backward)
     if not calls:
         raise InputError("SPEC", "a spec, or --model config.json", "neither", "see attngen build --help")
-    how: dict[str, Any] = {"targets": target, "offset_tensors": offset_tensors, "db": db}
+    how: dict[str, Any] = {"targets": target, "offset_tensors": offset_tensors, "search": search, "db": db}
     with console.status(f"compiling for {', '.join(target)}"):
         if format is Format.HF_KERNELS:
             pack = read(save_repository(calls, out, **how) / VARIANT / PACK)

@@ -16,6 +16,7 @@ from attngen.backends.triton.compiling import compile_source
 from attngen.backends.triton.machine_code import MachineCode
 from attngen.lowering import Source, render
 from attngen.plan.launches import backward_launches, forward_launches
+from attngen.runtime import first_tiles
 from attngen.runtime.attention import CompiledAttention
 from attngen.schedule import Schedule, Target, complete, fit
 from attngen.schedule.choice import choose_elsewhere
@@ -109,11 +110,13 @@ def cross_compile_call(
     """The kernels of each attention that such a call is made of, as it would run on a GPU that is not here.
 
     target: "H100", "sm_90", ... Schedules are those of the GPU's records, tuned there or modelled (`ag.tune(target=)`), else the
-    model's. Plans as on a GPU, where no size depends on a value. Raises InputError, ScheduleError.
+    model's, with the search that a first call there would do. Plans as on a GPU, where no size depends on a value. Raises InputError, ScheduleError.
     """
     found = []
     for step, call in attention.attends(q, k, v, q_offset=q_offset, patient=False, **captures):
-        schedule, origin = choose_elsewhere(call, analyse(call.spec), target, attention.pins, attention.db)
+        schedule, origin = choose_elsewhere(
+            call, analyse(call.spec), target, attention.pins, attention.db, first_tiles.search
+        )
         kernels = cross_compile(
             call.spec,
             target,

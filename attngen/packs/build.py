@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,10 @@ from attngen.packs.record import SHARED_LIMITS, Argument, Kernel
 from attngen.plan.keysets.ragged import LENGTHS
 from attngen.plan.launches import backward_launches, forward_launches
 from attngen.plan.planner import forget_inner, inner_specs
+from attngen.runtime import first_tiles
 from attngen.runtime.attention import compile as compile_spec
 from attngen.schedule import KERNELS, Schedule, Target
-from attngen.schedule.choice import choose_elsewhere, complete_for, on_gpu, shape_bucket
+from attngen.schedule.choice import Finder, choose_elsewhere, complete_for, on_gpu, shape_bucket
 from attngen.schedule.identities import find_gpu
 from attngen.store import Shape
 from attngen.store.workload import DIRECTIONS, Workload
@@ -67,6 +68,7 @@ def save(
     captures: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     backward: bool = True,
     offset_tensors: bool = False,
+    search: float | None = None,
 ) -> Path:
     """Build a pack: a folder of compiled kernels, which `ag.load` runs without a compiler. No GPU is needed.
 
@@ -79,8 +81,11 @@ def save(
     captures: by name, where made-up ones would not do: their dtypes are those that the kernels take, and lengths (k_len, k_offset, cu_q
         and cu_k) are never made up. Several of them are several calls: [{}, {"k_len": lengths}] for batches with padding or without.
     backward: kernels of gradients too. offset_tensors: kernels also for calls whose q_offset is a tensor.
+    search: seconds in which tiles may be found by compiling, for each attention that has no record and none that ships; 0 takes safe
+        ones. None: as at a first call on a GPU, ATTNGEN_SEARCH_SECONDS or 2. The database remembers what was found.
 
-    Two builds of the same are equal to the byte. Returns the folder. Raises PackError, SpecError, InputError, ScheduleError.
+    Two builds of the same, by the same records, are equal to the byte. Returns the folder. Raises PackError, SpecError, InputError,
+    ScheduleError.
     """
     several = [captures or {}] if captures is None or isinstance(captures, Mapping) else captures
     directions = DIRECTIONS if backward else DIRECTIONS[:1]
@@ -91,7 +96,8 @@ def save(
         for dtype in dtypes
         for given in several
     ]
-    return save_workloads(calls, folder, targets=targets, schedule=schedule, db=db, offset_tensors=offset_tensors)
+    how: dict[str, Any] = {"schedule": schedule, "db": db, "offset_tensors": offset_tensors, "search": search}
+    return save_workloads(calls, folder, targets=targets, **how)
 
 
 def save_workloads(
@@ -102,6 +108,7 @@ def save_workloads(
     schedule: Schedule | None = None,
     db: str | None = None,
     offset_tensors: bool = False,
+    search: float | None = None,
 ) -> Path:
     """The same from calls, each with a spec, a shape, a dtype and captures of its own; calls of one name have one spec."""
     if isinstance(targets, str) or not targets:
@@ -111,7 +118,8 @@ def save_workloads(
             raise PackError(
                 f"targets: expected NVIDIA architectures ({', '.join(SHARED_LIMITS)}) or GPUs, got {target!r}"
             )
-    builder = _Builder(schedule or Schedule(), db, offset_tensors)
+    finder = partial(first_tiles.search, allowed=search)
+    builder = _Builder(schedule or Schedule(), db, offset_tensors, finder)
     for call in calls:
         builder.add(call, targets)
     return format.write(folder, builder.manifest, builder.kernels, builder.files, attngen=__version__)
@@ -280,6 +288,7 @@ class _Builder:
     pins: Schedule
     db: str | None
     offset_tensors: bool
+    find: Finder
     backward: bool = False  # whether some call has one
     kernels: dict[str, Kernel] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
@@ -333,7 +342,7 @@ class _Builder:
             schedule = on_gpu(call, known, Target.named(target), PROCESSORS, self.pins)
             origin = f"modelled for {target}"
         else:
-            schedule, origin = choose_elsewhere(call, known, target, self.pins, self.db)
+            schedule, origin = choose_elsewhere(call, known, target, self.pins, self.db, self.find)
         attend = _Attend(call, known, schedule, Target.named(architecture), by_offset)
         self._choose(call.spec.key, attend.target, call.q.dtype, attend.dims, schedule, shape_bucket(call), origin)
         for kernel, site, source in attend.sources(backward):

@@ -264,12 +264,19 @@ def _say(text: str, words: list[str]) -> None:
 
 
 def search(
-    call: Call, facts: Facts, target: Target, units: int, base: Schedule, pins: Schedule, kernels: Collection[str]
+    call: Call,
+    facts: Facts,
+    target: Target,
+    units: int,
+    base: Schedule,
+    pins: Schedule,
+    kernels: Collection[str],
+    allowed: float | None = None,
 ) -> tuple[dict[str, tuple[Tile, float]], str]:
-    """What `schedule.choice.choose` asks for kernels that have no tile: see `Search.run`; nothing where the limit is 0 or the
-    target's machine code is not read.
+    """What `schedule.choice` asks for kernels that have no tile: see `Search.run`. Nothing where the target's machine code is not
+    read, or if it may take 0 s. allowed: seconds, None for `limit()`.
     """
-    allowed = limit()
+    allowed = limit() if allowed is None else allowed
     if not allowed or target.backend != "cuda":
         return {}, ""
     with debug.timed("searching tiles"):

@@ -90,12 +90,14 @@ def choose(
     return on_gpu(call, facts, target, processors, pins, tuned, found), _origin(origins, pins, words)
 
 
-def choose_elsewhere(call: Call, facts: Facts, target: str, pins: Schedule, db: str | None) -> tuple[Schedule, str]:
+def choose_elsewhere(
+    call: Call, facts: Facts, target: str, pins: Schedule, db: str | None, find: Finder | None = None
+) -> tuple[Schedule, str]:
     """The same for a GPU that is not here: its records, measured or modelled, and then the model. InputError for its name."""
     gpu = gpu_named(target)
     identity, versions, named = IDENTITIES[gpu.name], generator_versions("triton"), Target.named(gpu.target)
     tuned, origins = _tuned(call, identity, versions, db)
-    found, words = _found(call, facts, named, identity.units, pins, tuned, Place(identity, versions, db), None)
+    found, words = _found(call, facts, named, identity.units, pins, tuned, Place(identity, versions, db), find)
     return on_gpu(call, facts, named, identity.units, pins, tuned, found), _origin(origins, pins, words)
 
 

@@ -13,6 +13,7 @@ from attngen.analysis import facts
 from attngen.errors import AttngenWarning, InputError, ScheduleError
 from attngen.language.schedule import Schedule, Tile
 from attngen.runtime import first_tiles
+from attngen.packs.format import MANIFEST
 from attngen.runtime.first_tiles import Search, candidates
 from attngen.schedule import Target, choice
 from attngen.schedule.choice import on_gpu
@@ -187,3 +188,19 @@ def test_a_limit_that_is_no_time_is_refused(text, monkeypatch):
     monkeypatch.setenv(first_tiles.VARIABLE, text)
     with pytest.raises(InputError, match="ATTNGEN_SEARCH_SECONDS: expected seconds"):
         first_tiles.limit()
+
+
+def test_packs_and_cross_compiling_search_too(monkeypatch, tmp_path):
+    """For a GPU that is not here. What was found is remembered: the builds behind are equal to the byte."""
+    built = [
+        ag.save(ODD, tmp_path / name, targets=["H100"], shapes=[(1, 2, 256, 64)], backward=False, search=search)
+        for name, search in (("searched", 120.0), ("recalled", 0.0), ("again", 0.0))
+    ]
+    said = [(folder / MANIFEST).read_text() for folder in built]
+    assert "found by compiling, modelled" in said[0] and "2 of 2 candidates compiled" in said[0]
+    assert "found by compiling at an earlier first call" in said[1] and said[1] == said[2]
+
+    q = torch.zeros(1, 2, 256, 64, dtype=torch.bfloat16)
+    monkeypatch.setattr(Search, "run", lambda *_: pytest.fail("searched again"))
+    (found,) = ag.cross_compile_call(ag.compile(ODD), q, q, q, target="H100", passes=("forward",))
+    assert "found by compiling" in found.origin and found.schedule.forward.num_warps == 4
