@@ -110,7 +110,8 @@ def cross_compile_call(
     """The kernels of each attention that such a call is made of, as it would run on a GPU that is not here.
 
     target: "H100", "sm_90", ... Schedules are those of the GPU's records, tuned there or modelled (`ag.tune(target=)`), else the
-    model's, with the search that a first call there would do. Plans as on a GPU, where no size depends on a value. Raises InputError, ScheduleError.
+    model's, with the search that a first call there would do. Plans as on a GPU, where no size depends on a value. Raises
+    InputError, ScheduleError.
     """
     found = []
     for step, call in attention.attends(q, k, v, q_offset=q_offset, patient=False, **captures):

@@ -120,7 +120,7 @@ NATURAL: Mapping[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = MappingPr
         ("sm_100", "dq", 64): ((0, Tile(64, 32, 8, 1)),),
         ("sm_100", "dq", 128): ((0, Tile(64, 32, 8, 2)), (28, Tile(64, 64, 8, 2))),
         ("sm_100", "dkv", 64): ((0, Tile(32, 64, 8, 1)),),
-        ("sm_100", "dkv", 128): ((0, Tile(64, 32, 8, 1)),),
+        ("sm_100", "dkv", 128): ((0, Tile(16, 64, 4, 1)),),
     }
 )
 # float32 with exact ("ieee") products runs on the ordinary cores, where a thread holds whole rows of both operands: small

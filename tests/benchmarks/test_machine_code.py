@@ -135,23 +135,21 @@ def test_the_best_tiles_are_written_beside_what_was_not_searched(monkeypatch, tm
 
 def test_both_tiles_are_written_where_an_older_triton_takes_another(monkeypatch, tmp_path):
     """The newest wants 64 resident rows, which spill under the oldest."""
+    path, spec, log = tmp_path / "tiles.json", form_of(SPECS["causal"]), str(tmp_path / "log")
 
-    def made(name, kernel, tile, target, head_dim):
-        spills = int(tile.block_m == 64 and triton == "3.6.0")
-        return {
-            "registers": 100,
-            "spills": spills,
-            "shared": 1,
-            "loops": [(100.0, 500.0 if tile.block_m == 64 else 5e4)] * 2,
-        }
+    def search(triton: str, option: str) -> None:
+        def made(name, kernel, tile, target, head_dim):
+            narrow = tile.block_m == 64
+            spills = int(narrow and triton == "3.6.0")
+            return {"registers": 100, "spills": spills, "shared": 1, "loops": [(100.0, 500.0 if narrow else 5e4)] * 2}
 
-    monkeypatch.setattr("benchmarks.machine_code.tried", made)
-    monkeypatch.setattr("benchmarks.machine_code.triton_version", lambda: triton)
-    path, spec = tmp_path / "tiles.json", form_of(SPECS["causal"])
-    options = ["tiles", "--head-dim", "64", "--spec", "causal", "--kernel", "dq", "--out", str(path)]
-    for triton, more in (("3.9.0", ["--log", "new"]), ("3.6.0", ["--beside", "new"])):
-        more[1] = str(tmp_path / more[1])
-        assert CliRunner().invoke(app, [*options, *more]).exit_code == 0
+        monkeypatch.setattr("benchmarks.machine_code.tried", made)
+        monkeypatch.setattr("benchmarks.machine_code.triton_version", lambda: triton)
+        options = ["--head-dim", "64", "--spec", "causal", "--kernel", "dq", "--out", str(path), option, log]
+        assert CliRunner().invoke(app, ["tiles", *options]).exit_code == 0
+
+    search("3.9.0", "--log")
+    search("3.6.0", "--beside")
     found = {entry: tile for entry, tile, _ in read_tiles(path)}
     assert found.keys() == {(spec, "dq", 64, "3.6"), (spec, "dq", 64, "3.9")}
     assert found[spec, "dq", 64, "3.9"].block_m == 64 != found[spec, "dq", 64, "3.6"].block_m

@@ -12,8 +12,8 @@ import attngen as ag
 from attngen.analysis import facts
 from attngen.errors import AttngenWarning, InputError, ScheduleError
 from attngen.language.schedule import Schedule, Tile
-from attngen.runtime import first_tiles
 from attngen.packs.format import MANIFEST
+from attngen.runtime import first_tiles
 from attngen.runtime.first_tiles import Search, candidates
 from attngen.schedule import Target, choice
 from attngen.schedule.choice import on_gpu
