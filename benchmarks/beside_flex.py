@@ -130,12 +130,14 @@ def cases() -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class Part:
-    """A kernel of a call: its name, its loops over full and partial tiles, how often each runs for a head, and its tile."""
+    """A kernel of a call: its name, its loops over full and partial tiles, of each of the programs that share an output, how often
+    each runs for a head, and its tile.
+    """
 
     name: str
     made: MachineCode
-    loops: tuple[Loop, Loop]
-    counts: tuple[int, int]
+    loops: tuple[Loop, ...]
+    counts: tuple[int, ...]
     tile: Tile
 
     @property
@@ -225,8 +227,8 @@ def ours(case: Case, direction: str, gpu: str, search: float = 0.0) -> Side:
         if made.name == "merge":  # it has no products
             continue
         tile = chosen.tile(made.name)
-        counts = case.tiles(tile.block_m, tile.block_n, made.name == "dkv")
-        parts.append(Part(made.name, made, _pair(made), counts, tile))
+        counts = case.tiles(tile.block_m, tile.block_n, made.name == "dkv") * tile.parts
+        parts.append(Part(made.name, made, _loops(made, tile.parts), counts, tile))
     if direction == "backward" and case.gradient:
         tile = chosen.tile("dq")
         for site in sites(known.load_grads[case.gradient]):
@@ -234,15 +236,15 @@ def ours(case: Case, direction: str, gpu: str, search: float = 0.0) -> Side:
                             schedule=chosen, site=site)  # fmt: skip
             made = compile_source(source, target, torch.bfloat16)
             counts = case.tiles(tile.block_m, tile.block_n)
-            parts.append(Part(f"gradient of {case.gradient}", made, _pair(made), counts, tile))
+            parts.append(Part(f"gradient of {case.gradient}", made, _loops(made), counts, tile))
     return Side(tuple(parts))
 
 
-def _pair(made: MachineCode) -> tuple[Loop, Loop]:
-    """The loops over full and over partial tiles; one loop serves both where nothing is masked."""
-    if len(made.loops) not in (1, 2):
-        raise ValueError(f"{made.name}: expected one or two loops with products, got {len(made.loops)}")
-    return made.loops[0], made.loops[-1]
+def _loops(made: MachineCode, parts: int = 1) -> tuple[Loop, ...]:
+    """The loops over full and over partial tiles of each of the programs that share an output."""
+    if len(made.loops) not in (parts, 2 * parts):
+        raise ValueError(f"{made.name}: expected {parts} or {2 * parts} loops with products, got {len(made.loops)}")
+    return tuple(loop for pair in made.walks(parts) for loop in pair)
 
 
 # -- FlexAttention ----------------------------------------------------------------------------------------------------
@@ -334,7 +336,10 @@ def _described(side: Side) -> dict[str, Any]:
                 "spills": part.made.spills,
                 "shared": part.made.shared,
                 "tiles": {"full": part.counts[0], "partial": part.counts[1]},
-                "instructions": {"full": part.loops[0].instructions, "partial": part.loops[1].instructions},
+                "instructions": {
+                    "full": sum(loop.instructions for loop in part.loops[::2]),
+                    "partial": sum(loop.instructions for loop in part.loops[1::2]),
+                },
             }
             for part in side.parts
         ],

@@ -22,11 +22,11 @@ from attngen.analysis import facts as analyse
 from attngen.backends.triton.machine_code import Cycles
 from attngen.backends.triton.modelled import L2_BYTES, Resources
 from attngen.inspect.cross import Compiled, cross_compile
-from attngen.language.schedule import KERNELS, PREFIXES, Tile
-from attngen.runtime.first_tiles import MOST_HELD
+from attngen.language.schedule import KERNELS, PLAIN, PREFIXES, Tile
+from attngen.runtime.first_tiles import sparing
 from attngen.schedule import Target
-from attngen.schedule.legality import registers_held
-from attngen.schedule.shipped import FOLDER, form_of, read_tiles, triton_version, write_tiles
+from attngen.schedule.legality import WIDE
+from attngen.schedule.shipped import FOLDER, form_of, forms_of, read_tiles, tile_of, triton_version, write_tiles
 from attngen.tuning.model import PRODUCTS, TILE_OVERHEAD
 from benchmarks import beside_flex, public_choices
 from benchmarks.suite import write_json
@@ -55,11 +55,14 @@ SPECS: dict[str, ag.Spec] = {
 }
 
 
-def candidates(kernel: str, head_dim: int) -> Iterator[Tile]:
+def candidates(kernel: str, head_dim: int, target: Target) -> Iterator[Tile]:
     """Tiles that may be good: a group of four warps has 64 resident rows, as its products have; in the forward, which holds
-    least, twice as many too. None holds more registers than a search at a first call would try.
+    least, twice as many too. Of wide heads only large tiles are worth their operands. None holds more registers than a search at a
+    first call would try.
     """
-    for (resident, warps), walked, less in itertools.product(((128, 8), (64, 4), (128, 4)), (128, 64, 32, 16), (0, 1)):
+    wide = kernel != "forward" and head_dim > WIDE
+    rows, walks = (((128, 8),), (64, 32)) if wide else (((128, 8), (64, 4), (128, 4)), (128, 64, 32, 16))
+    for (resident, warps), walked, less in itertools.product(rows, walks, (0, 1)):
         if kernel == "dkv" and resident == 16 * warps and walked <= resident // 2:
             found = Tile(walked, resident, warps, 2 - less)
         elif kernel == "dq" and resident == 16 * warps and 32 <= walked <= resident:
@@ -68,14 +71,17 @@ def candidates(kernel: str, head_dim: int) -> Iterator[Tile]:
             found = Tile(resident, walked, warps, 3 - less)
         else:
             continue
-        if registers_held(kernel, found.block_m, found.block_n, 32 * warps, head_dim, head_dim) <= MOST_HELD:
-            yield replace(found, pipeline_edges=False)
+        if (spared := sparing(kernel, found, target, head_dim)) is None:
+            continue
+        yield spared.over(PLAIN)
+        if wide and target.has_descriptors:
+            yield replace(spared, tma=True).over(PLAIN)
 
 
 def search(log: Log, case: Case) -> None:
     """Compile the candidates; the best also with loops that load ahead at the edges, where that is a choice."""
     name, kernel, head_dim = case
-    ranked = log.ranked(case, candidates(kernel, head_dim))
+    ranked = log.ranked(case, candidates(kernel, head_dim, Target.named(log.target)))
     if analyse(SPECS[name]).walk_of(kernel).needs_tables:  # where all partial loops load ahead
         return
     for _, tile, _ in ranked[:FINALISTS]:
@@ -97,7 +103,7 @@ def cycles(name: str, kernel: str, tile: Tile, made: dict[str, Any], target: str
     programs = max(1, resources.resident(Target.named(target)))
     walked = tile.block_m if kernel == "dkv" else tile.block_n
     fetching = 2 * 2 * walked * head_dim / L2_BYTES
-    total, counts = 0.0, tile_counts(SPECS[name], tile.block_m, tile.block_n, kernel == "dkv")
+    total, counts = 0.0, tile_counts(SPECS[name], tile.block_m, tile.block_n, kernel == "dkv") * tile.parts
     for count, (matrix, rest) in zip(counts, made["loops"], strict=True):
         modelled = Cycles(matrix, rest)
         alone = modelled.serial - modelled.overlap + TILE_OVERHEAD
@@ -193,17 +199,13 @@ class Log:
 
     def _place(self, case: Case, tile: Tile) -> str:
         name, kernel, d = case
-        own = (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, bool(tile.pipeline_edges))
+        own = (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, forms_of(tile))
         return json.dumps([self.target, name, d, kernel, *own])
 
     def tiles(self, case: Case) -> list[Tile]:
         """Those that were compiled."""
         places = map(json.loads, self.known)
-        return [
-            Tile(*own, pipeline_edges=edges)
-            for t, n, d, k, *own, edges in places
-            if (t, n, k, d) == (self.target, *case)
-        ]
+        return [tile_of(own, forms) for t, n, d, k, *own, forms in places if (t, n, k, d) == (self.target, *case)]
 
     def made(self, case: Case, tile: Tile) -> dict[str, Any]:
         """What compiling it found, see `tried`."""
@@ -230,18 +232,18 @@ class Log:
 
 
 def tried(name: str, kernel: str, tile: Tile, target: str, head_dim: int) -> dict[str, Any]:
-    """What compiling found: resources, and (matrix, rest) cycles of the loops over full and partial tiles; nothing where the tile
-    doesn't fit.
+    """What compiling found: resources, and (matrix, rest) cycles of the loops over full and partial tiles, for each of the programs
+    that share an output; nothing where the tile doesn't fit.
     """
     try:
         made = compiled(SPECS[name], kernel, tile, target, head_dim)
     except ag.ScheduleError:
         return {}
-    found = [loop.cycles(tile.num_warps) for loop in made.loops]
+    found = [loop.cycles(tile.num_warps) for loops in made.walks(tile.parts) for loop in loops]
     if any("UTCHMMA" in loop.opcodes for loop in made.loops):
         products = PRODUCTS[PREFIXES[kernel]] * tile.block_m * tile.block_n * head_dim / TCGEN05
         found = [replace(modelled, matrix=products) for modelled in found]
-    loops = [(modelled.matrix, modelled.rest) for modelled in (found if len(found) > 1 else found * 2)]
+    loops = [(modelled.matrix, modelled.rest) for modelled in found]
     return {"registers": made.registers, "spills": made.spills, "shared": made.shared, "loops": loops}
 
 

@@ -40,7 +40,7 @@ def _ranks(values: Sequence[float]) -> list[float]:
 def tiles(name: str, head_dim: int, target: str, most: int) -> dict[Tile, float]:
     """Forward tiles of a spec without spills, with their modelled cycles."""
     found: dict[Tile, float] = {}
-    for tile in machine_code.candidates("forward"):
+    for tile in machine_code.candidates("forward", head_dim, Target.named(target)):
         made = machine_code.tried(name, "forward", tile, target, head_dim)
         if made and not made["spills"] and len(found) < most:
             found[tile] = machine_code.cycles(name, "forward", tile, made, target, head_dim)

@@ -30,7 +30,8 @@ class Tile:
     """One kernel's part of a schedule. None: not decided; `Schedule.tile` gives tiles without.
 
     block_m, block_n: query rows and keys that a program holds at once; num_warps, num_stages: as in Triton.
-    tma: the walked tiles are loaded through tensor descriptors (sm_90 and above; rows of whole 16-byte units).
+    tma: the walked tiles are loaded, and gradients stored, through tensor descriptors (sm_90 and above; rows of whole 16-byte
+        units).
     warp_specialize: full and partial tiles go through one loop, which the compiler gives to warps of different roles
         (sm_90 and above, with tma; on sm_90 4 warps; forward only).
     persistent: so many programs per multiprocessor, each of which takes one output after the other; 0: a program per output.
@@ -38,6 +39,10 @@ class Tile:
         of as many heads as fit the second-level cache, then the ones before them.
     pipeline_edges: where only a few tiles at the edges of intervals are partial, their loop has num_stages too. It loads ahead, and
         the loop over full tiles may take fewer instructions beside it, but some kernels spill; False: one stage.
+    disable_licm: as in Triton: a step computes again what no step changes, mostly where in shared memory operands are. That takes
+        instructions, but registers only for a moment: a wide head's sums leave few.
+    separate_sums: of a key tile one program computes dV and another dK, which needs the logits again. That is a fifth more
+        products in the backward, but half as many sums to hold, which wide heads have no registers for (dkv only).
     Raises ScheduleError for values no target can have.
     """
 
@@ -50,6 +55,8 @@ class Tile:
     persistent: int = _UNDECIDED
     order: str = _UNDECIDED
     pipeline_edges: bool = _UNDECIDED
+    disable_licm: bool = _UNDECIDED
+    separate_sums: bool = _UNDECIDED
 
     def __post_init__(self) -> None:
         for name, value in self.decided().items():
@@ -63,6 +70,11 @@ class Tile:
     def whole(self) -> bool:
         """Whether every field is decided."""
         return all(getattr(self, name) is not None for name in TILE_FIELDS)
+
+    @property
+    def parts(self) -> int:
+        """Programs that share an output."""
+        return 2 if self.separate_sums else 1
 
     def over(self, other: Tile) -> Tile:
         """These decisions, and `other`'s where this one leaves them open."""
@@ -239,6 +251,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {  # field -> whether a v
     "persistent": (_between(0, 32), "0 to 32"),
     "order": _one_of(ORDERS),
     "pipeline_edges": _FLAG,
+    "disable_licm": _FLAG,
+    "separate_sums": _FLAG,
     "split": (_is_split, f'1 to {MOST_SPLITS}, or "stream"'),
     "programs": (_between(1, 65536), "1 to 65536"),
     "pack": _FLAG,
@@ -260,4 +274,12 @@ def _text(decided: Mapping[str, Any]) -> str:
 
 
 # What undecided special forms mean.
-PLAIN = Tile(tma=False, warp_specialize=False, persistent=0, order="by_head", pipeline_edges=False)
+PLAIN = Tile(
+    tma=False,
+    warp_specialize=False,
+    persistent=0,
+    order="by_head",
+    pipeline_edges=False,
+    disable_licm=False,
+    separate_sums=False,
+)

@@ -50,7 +50,7 @@ _READS = {
     "delta_of_out": ("row", "row_in", "h", "b"),
     "excess": ("row", "row_in", "h", "b"),
     "dq": ("row", "row_in", "h", "b"),
-    "dkv": ("j", "key_in", "kv_head", "b", "h"),
+    "dkv": ("j", "key_in", "kv_head", "b", "h", "part"),
     "capture": ("row", "row_in", "h", "b", "query_tile", "first_edge"),
     "capture by keys": ("j", "key_in", "h", "b"),
 }
@@ -141,7 +141,7 @@ class Lowering:
     """Makes the body of one kernel. See `render` for what it is made from.
 
     blocks: rows and keys of a tile. names: what the kernel calls captured tensors, params and tables. one_loop,
-    pipeline_edges: as in `Tile` (`warp_specialize`). split: "split" or "stream" where programs share outputs. guarded:
+    pipeline_edges, disable_licm: as in `Tile` (`warp_specialize`). split: "split" or "stream" where programs share outputs. guarded:
     whether the outline goes through the programs of an earlier launch.
     """
 
@@ -155,6 +155,7 @@ class Lowering:
     offset_tensor: bool = False
     one_loop: bool = False
     pipeline_edges: bool = False
+    disable_licm: bool = False
     split: str = ""
     guarded: bool = False
 
@@ -213,7 +214,7 @@ class Lowering:
         if not self.roles.grouped:
             return None
         h = assign("h", name("kv_head") * name("group") + name("g"))
-        return Loop("g", call("range", name("group")), (h,), "every query head that reads this key head")
+        return Loop("g", self._loop(name("group")), (h,), "every query head that reads this key head")
 
     @property
     def walks(self) -> bool:
@@ -301,10 +302,14 @@ class Lowering:
         if visits is None:
             return None
         if self.one_loop:
-            return Call("tl.range", visits.bounds, named=(("warp_specialize", Number("True")),))
-        if not pipelined:
-            return Call("tl.range", visits.bounds, named=(("num_stages", Number("1")),))
-        return Call("range", visits.bounds)
+            return self._loop(*visits.bounds, warp_specialize="True")
+        return self._loop(*visits.bounds, **({} if pipelined else {"num_stages": "1"}))
+
+    def _loop(self, *bounds: Value, **options: str) -> Value:
+        """A loop's range, with options of Triton's."""
+        options |= {"disable_licm": "True"} if self.disable_licm else {}
+        named = tuple((option, Number(value)) for option, value in options.items())
+        return Call("tl.range" if named else "range", bounds, named=named)
 
     def _comment(self, partial: bool) -> str:
         noun = self.roles.walked.noun

@@ -47,7 +47,7 @@ class Outline:
     products, else nothing. rows: what it takes of each row, see `signature.Takes`. d, dv: the slices of the head dims. large:
     the size of an lse from which on it is exact no more. bins: how many elements of a captured tensor a pair may reach.
     looks: whether it marks results that are not finite; guarded: whether it does again what was marked, and keeps what masked
-    pairs hold out of all sums.
+    pairs hold out of all sums. sums: of a key tile, those of each of the programs that share it.
     """
 
     name: str
@@ -71,6 +71,7 @@ class Outline:
     bins: str
     looks: bool
     guarded: bool
+    sums: tuple[tuple[str, ...], ...]
 
     @property
     def function(self) -> str:
@@ -139,13 +140,14 @@ def render(
         offset_tensor=offset_tensor,
         one_loop=one_loop,
         pipeline_edges=tile.pipeline_edges and not guarded,
+        disable_licm=tile.disable_licm,
         split=split if kernel == "forward" else "",
         guarded=guarded,
     )
     launched = name("launched") if guarded else call("tl.num_programs", 0)
     programs, owner = _programs(kernel, roles, split, all_batches, all_heads, tile, launched)
     marks = kernel in KERNELS and may_need_guard(spec)
-    reads = _outline_reads(kernel, views, site, by_rows, split)
+    reads = _outline_reads(kernel, views, roles, site, by_rows, split)
     reads |= {"odd"} if marks else set()
     reads |= {"launched"} if guarded else set()
     body = lowering.body(programs, owner, reads)
@@ -183,6 +185,7 @@ def render(
         bins="" if site is None else " * ".join(f"{names[site.tensor]}_size_{dim}" for dim in site.dims),
         looks=marks and not guarded,
         guarded=guarded,
+        sums=_sums(kernel, tile),
     )
     text = _text(outline, roles, views, body)
     grid = replace(_grid(kernel, roles, tile, split, by_rows, all_batches, all_heads), again=guarded)
@@ -221,7 +224,16 @@ def _grid(kernel: str, roles: Roles, tile: Tile, split: str, by_rows: bool, all_
     rows = "packed" if resident.packed else "single" if by_rows else "rows"
     rows = "heads" if by_rows and resident.packed else rows
     grid = Grid(resident.length, block, heads, not all_batches, rows, split if kernel == "forward" else "")
-    return replace(grid, persistent=tile.persistent) if kernel in KERNELS and not split else grid
+    if kernel not in KERNELS or split:
+        return grid
+    return replace(grid, persistent=tile.persistent, parts=tile.parts)
+
+
+def _sums(kernel: str, tile: Tile) -> tuple[tuple[str, ...], ...]:
+    """What a key tile adds up, by the programs that share it; of other kernels nothing, in one program."""
+    if kernel != "dkv":
+        return ((),)
+    return (("dv",), ("dk",)) if tile.separate_sums else (("dk", "dv"),)
 
 
 def _programs(
@@ -239,12 +251,18 @@ def _programs(
         first, last = load("owners", 2 * PROGRAM), load("owners", 2 * PROGRAM + 1)
         return (*decode(roles, PROGRAM), assign("first_slot", first), assign("last_slot", last)), None
     if kernel in KERNELS and not split:
-        number = output if tile.persistent else PROGRAM
+        number, parts = output if tile.persistent else PROGRAM, tile.parts
+        own: Statements = ()
+        if parts > 1:
+            own = (assign("part", number % parts), assign("whole", number // parts))
+            number = name("whole")
         found = decode(roles, number) if tile.order == "by_head" else decode_longest_first(roles, number)
         if not tile.persistent:
-            return found, None
+            return (*own, *found), None
         heads = name("heads") // name("group") if roles.by_kv_head else name("heads")
-        every = call("range", PROGRAM, name("tiles") * heads * name("batch"), launched)
+        outputs = name("tiles") * heads * name("batch")
+        every = call("range", PROGRAM, outputs * parts if parts > 1 else outputs, launched)
+        found = (*own, *found)
         return (), Loop("output", every, found, "every so many outputs")
     if kernel == "merge" or not split:
         return decode_shared(roles, all_batches, all_heads)
@@ -262,13 +280,15 @@ def _programs(
     return run, Loop("output", every, body, "the outputs that this program has tiles of")
 
 
-def _outline_reads(kernel: str, views: dict[str, View], site: Site | None, by_rows: bool, split: str) -> frozenset[str]:
+def _outline_reads(
+    kernel: str, views: dict[str, View], roles: Roles, site: Site | None, by_rows: bool, split: str
+) -> frozenset[str]:
     """Variables and arguments that the outline reads for these tensors, apart from `kernels._READS`."""
     reads = {"heads", "n_q", *(view.head for view in views.values())}
     reads |= {"n_k"} if "k" in views else set()
     reads |= {"splits"} if split == "split" else set()
     reads |= {view.axis.tile for view in views.values() if view.described}
-    if "k" in views and not all(view.described for view in views.values()):
+    if "k" in views and not all(view.described for view in views.values() if view.axis.axis == roles.walked.axis):
         reads.add("rows")
     if site is not None:
         reads |= {"edges": {"edge", "kv_head"}, "total": {"query_tile"}, "bins": {"query_tile"}}.get(site.kind, set())
@@ -287,7 +307,7 @@ def _views(
     one_loop: bool,
 ) -> dict[str, View]:
     """The tensors of a kernel, in the order of its signature."""
-    views = {}
+    views, read, written = {}, ("q", "do", "k", "v"), ("dq", "dk", "dv")
     for tensor in signature.takes(kernel, site=site).tensors:
         _, heads, length, dim = signature.shape(tensor)
         head = "h" if heads == "heads" else "kv_head"
@@ -303,7 +323,7 @@ def _views(
             strided=not aligned,
             packed=packed,
             paged=spec.page_size is not None and head == "kv_head",
-            described=described and tensor in ("q", "do", "k", "v") and not packed and (one_loop or walked),
+            described=described and not packed and (tensor in written or (tensor in read and (one_loop or walked))),
         )
     return views
 

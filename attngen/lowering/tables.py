@@ -69,6 +69,7 @@ class Outline:
     walks: bool = False
     page_size: None = None
     precision: str = ""
+    sums: tuple[tuple[str, ...], ...] = ((),)
     chunk: int = CHUNK
     room: float = ROOM
     limit: int = LIMIT

@@ -17,6 +17,7 @@ class Grid:
     rows: str = "rows"  # "packed": (query, head of the group) pairs; "heads": the heads of one query; "single": one row
     sliced: str = ""  # "split" or "stream"
     persistent: int = 0  # programs per multiprocessor; 0: one per output
+    parts: int = 1  # programs that share an output
     again: bool = False  # as many programs as there is room for look after those of an earlier launch
 
     def tiles(self, sizes: Mapping[str, int]) -> int:
@@ -41,7 +42,7 @@ class Grid:
             return min(replace(self, again=False).programs(sizes), sizes["multiprocessors"])
         outputs = self.outputs(sizes)
         if self.persistent:
-            return min(outputs, self.persistent * sizes["multiprocessors"])
+            return min(outputs * self.parts, self.persistent * sizes["multiprocessors"])
         if self.sliced == "stream":
             return min(outputs, 1) * sizes["programs"]
-        return outputs * (sizes["splits"] if self.sliced == "split" else 1)
+        return outputs * self.parts * (sizes["splits"] if self.sliced == "split" else 1)

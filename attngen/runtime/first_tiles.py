@@ -15,7 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from attngen.language.call import Call
 from attngen.language.lists import TileLists
 from attngen.language.schedule import Schedule, Tile
 from attngen.lowering import Source, render
-from attngen.schedule.legality import registers_held, why_not_listed
+from attngen.schedule.legality import WIDE, registers_held, why_not_listed
 from attngen.schedule.shipped import family_of, shipped_tiles
 from attngen.schedule.target import Target
 
@@ -188,14 +188,14 @@ class Search:
 
     def _seconds(self, kernel: str, tile: Tile, made: MachineCode) -> float:
         """Of a call of `LENGTH` and `HEADS`, modelled."""
-        used = Resources.of(made, tile.num_warps or 4)
+        used = Resources.of(made, tile.num_warps or 4, tile.parts)
         block_m, block_n = tile.block_m or 1, tile.block_n or 1
         found = visited_pairs(self.facts, 1, 1, LENGTH, LENGTH, block_m, block_n, 0, self.call.params)
         full, partial = found if found is not None else (LENGTH * LENGTH / 2, LENGTH * LENGTH / 2)
         resident, walked = (block_n, block_m) if kernel == "dkv" else (block_m, block_n)
         row = (self.call.q.shape[3] + self.call.v.shape[3]) * self.call.q.dtype.itemsize
         tiles = HEADS / (block_m * block_n)
-        work = Work(tiles * full, tiles * partial, HEADS * LENGTH / resident, walked * row)
+        work = Work(tiles * full, tiles * partial, HEADS * LENGTH / resident, walked * row * tile.parts)
         gpu = next(gpu for gpu in GPUS.values() if family_of(gpu.target) == family_of(self.target.name))
         return seconds(used, work, self.target, gpu, self.units)
 
@@ -227,14 +227,23 @@ def candidates(kernel: str, head_dim: int, target: Target, pinned: Tile, safe: T
     warp elsewhere.
     """
     shipped = Counter(shipped_tiles(family_of(target.name), kernel, head_dim))
-    grid = [
-        Tile(*sizes)
-        for sizes in _grid(kernel, head_dim)
-        if registers_held(kernel, *sizes[:2], sizes[2] * target.warp_size, head_dim, head_dim) <= MOST_HELD
-    ]
+    grid = [tile for sizes in _grid(kernel, head_dim) if (tile := sparing(kernel, Tile(*sizes), target, head_dim))]
     every = dict.fromkeys([*(tile for tile, _ in shipped.most_common()), Tile(**_sizes(safe)), *grid])
-    found = dict.fromkeys(Tile(**{**tile.decided(), **_sizes(pinned)}) for tile in every)
+    found = dict.fromkeys(pinned.over(tile) for tile in every)
     return list(found)
+
+
+def sparing(kernel: str, tile: Tile, target: Target, head_dim: int) -> Tile | None:
+    """The tile, for wide heads' backward in a form that spares registers; None where it holds too many even so."""
+
+    def held(separate: bool) -> int:
+        threads = tile.num_warps * target.warp_size
+        return registers_held(kernel, tile.block_m, tile.block_n, threads, head_dim, head_dim, separate)
+
+    if kernel == "forward" or head_dim <= WIDE:
+        return tile if held(False) <= MOST_HELD else None
+    separate = kernel == "dkv" and held(False) > MOST_HELD
+    return replace(tile, disable_licm=True, separate_sums=separate) if held(separate) <= MOST_HELD else None
 
 
 def _sizes(tile: Tile) -> dict[str, Any]:

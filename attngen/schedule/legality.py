@@ -14,6 +14,7 @@ from attngen.language.schedule import KERNELS, Schedule, Tile
 from attngen.language.spec import Spec
 from attngen.schedule.target import Target
 
+WIDE = 128  # from this head dim on a kernel's sums leave few registers
 WIDEST = 256  # rows or keys of a tile on a GPU
 MOST_STORED = 2048  # keys: their weights for a tile of queries are one piece of work
 
@@ -25,6 +26,8 @@ def why_not_targeted(kernel: str, tile: Tile, target: Target) -> str:
             return f"{name}: at most {WIDEST} on a GPU, got {getattr(tile, name)}"
     if tile.tma and not target.has_descriptors:
         return f"tma: {target.name} has no tensor descriptors (sm_90 and above have)"
+    if tile.separate_sums and kernel != "dkv":
+        return "separate_sums: a key tile alone has two sums; it goes with dkv"
     if not tile.warp_specialize:
         return ""
     if kernel != "forward":
@@ -110,12 +113,15 @@ def check_targeted(schedule: Schedule, target: Target) -> None:
             raise ScheduleError(f"{kernel} {reason}")
 
 
-def registers_held(kernel: str, block_m: int, block_n: int, threads: int, head_dim: int, head_dim_v: int) -> int:
+def registers_held(
+    kernel: str, block_m: int, block_n: int, threads: int, head_dim: int, head_dim_v: int, separate_sums: bool = False
+) -> int:
     """Registers a thread for the float32 values that live across a kernel's loop and for the products of one step."""
     pairs = block_m * block_n
+    sums = max(head_dim, head_dim_v) if separate_sums else head_dim + head_dim_v
     values = {
         "forward": block_m * head_dim_v + pairs,
         "dq": block_m * head_dim + 2 * pairs,
-        "dkv": block_n * (head_dim + head_dim_v) + 2 * pairs,
+        "dkv": block_n * sums + 2 * pairs,
     }
     return -(-values[kernel] // threads)

@@ -9,7 +9,7 @@ its own.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +24,7 @@ from attngen.language.schedule import Tile
 from attngen.language.spec import Spec
 
 FORMAT = 1
+FORMS = ("tma", "pipeline_edges", "disable_licm", "separate_sums")  # that a tile of a file may have
 FOLDER = Path(__file__).parent.parent / "tuning_db"
 
 Entry = tuple[str, str, int, str]  # the form of a spec, a kernel, the larger head dim, the Triton from which on ("3.6")
@@ -111,8 +112,19 @@ def read_tiles(path: Path) -> list[Found]:
 
 
 def _tile(line: dict[str, Any]) -> Tile:
-    block_m, block_n, num_warps, num_stages = line["tile"]
-    return Tile(block_m, block_n, num_warps, num_stages, pipeline_edges="pipeline_edges" in line["forms"])
+    return tile_of(line["tile"], line["forms"])
+
+
+def tile_of(sizes: Sequence[int], forms: Collection[str]) -> Tile:
+    """The tile of rows, keys, warps and stages with those of the special forms."""
+    block_m, block_n, num_warps, num_stages = sizes
+    given: dict[str, Any] = {name: name in forms for name in FORMS}
+    return Tile(block_m, block_n, num_warps, num_stages, **given)
+
+
+def forms_of(tile: Tile) -> list[str]:
+    """The names of a tile's special forms."""
+    return [name for name in FORMS if getattr(tile, name)]
 
 
 def write_tiles(path: Path, found: list[Found]) -> None:
@@ -125,7 +137,7 @@ def write_tiles(path: Path, found: list[Found]) -> None:
                 "head_dim": head_dim,
                 "triton": triton,
                 "tile": [tile.block_m, tile.block_n, tile.num_warps, tile.num_stages],
-                "forms": ["pipeline_edges"] if tile.pipeline_edges else [],
+                "forms": forms_of(tile),
                 "found": about,
             }
         )

@@ -122,7 +122,8 @@ class GpuModel:
         dims = {"": (shape.head_dim + shape.head_dim_v) / 2}.get(prefix, max(shape.head_dim, shape.head_dim_v))
         q_side = shape.batch * shape.heads_q * shape.n_q * (shape.head_dim + shape.head_dim_v)
         k_side = shape.batch * shape.heads_kv * shape.n_k * (shape.head_dim + shape.head_dim_v)
-        return PRODUCTS[prefix] * 2 * pairs * dims, pairs, self.element * (q_side + k_side)
+        products = PRODUCTS[prefix] + bool(point.get(prefix + "separate_sums"))  # the logits again
+        return products * 2 * pairs * dims, pairs, self.element * (q_side + k_side)
 
     def _bound(self, prefix: str, point: Point) -> float:
         operations, exps, size = self._work(prefix, point)
@@ -170,6 +171,7 @@ class GpuModel:
         positions = -(-m // self._group(prefix, point))
         partial = tiles * self._masked(positions, n) / max(self.pairs(positions, n), 1.0)
         walked = (m if prefix == "dkv_" else n) * (self.shape.head_dim + self.shape.head_dim_v) * self.element
+        walked *= 2 if point.get(prefix + "separate_sums") else 1
         return cycles(used, Work(tiles - partial, partial, programs, walked), self.target, self.rates.units)
 
     def _group(self, prefix: str, point: Point) -> int:

@@ -15,6 +15,7 @@ from attngen.language.schedule import PREFIXES, TILE_FIELDS, Schedule, Tile
 from attngen.language.spec import Spec
 from attngen.schedule.decode import DECODE_ROWS
 from attngen.schedule.legality import (
+    WIDE,
     registers_held,
     why_not_listed,
     why_not_packed,
@@ -73,14 +74,18 @@ class Space:
 
 def special_forms(spec: Spec, shape: Shape, target: Target, piece: str) -> dict[str, tuple[Any, ...]]:
     """What this spec and target allow besides tiles: tensor descriptors, specialised warps, persistent programs, the order of
-    outputs, loading ahead at the edges of intervals, and for few query rows packed heads and split keys.
+    outputs, loading ahead at the edges of intervals, for wide heads what takes fewer registers, and for few query rows packed heads
+    and split keys.
     """
+    wide = max(shape.head_dim, shape.head_dim_v) >= WIDE
     forms: dict[str, tuple[Any, ...]] = {}
     for prefix in PIECES[piece]:
         forms |= {f"{prefix}tma": (False, True)} if target.has_descriptors else {}
         forms |= {f"{prefix}persistent": (0, 1, 2), f"{prefix}order": ("by_head", "longest_first")}
         if spec.lists is None and not facts(spec).walk_of(KERNEL_OF[prefix]).needs_tables:
             forms[f"{prefix}pipeline_edges"] = (False, True)
+        forms |= {f"{prefix}disable_licm": (False, True)} if wide else {}
+        forms |= {"dkv_separate_sums": (False, True)} if wide and prefix == "dkv_" else {}
     if piece == "forward":
         group = shape.heads_q // max(shape.heads_kv, 1)
         if target.has_descriptors and not why_not_specialised(spec):
@@ -136,7 +141,8 @@ def gpu_space(
     def illegal(point: Point) -> str | None:
         for prefix in PIECES[piece]:
             m, n, warps, depth = tile = tuple(point[prefix + name] for name in every)
-            reason = _tile_reason(prefix, m, n, warps, depth, shape, element, target)
+            separate = bool(point.get(prefix + "separate_sums"))
+            reason = _tile_reason(prefix, m, n, warps, depth, shape, element, target, separate)
             if reason and tile != chosen.get(prefix):
                 return reason
             own = {name: point[prefix + name] for name in TILE_FIELDS if prefix + name in point}
@@ -190,11 +196,11 @@ def _ordered(values: set[Any]) -> tuple[Any, ...]:
 
 
 def _tile_reason(
-    prefix: str, m: int, n: int, warps: int, stages: int, shape: Shape, element: int, target: Target
+    prefix: str, m: int, n: int, warps: int, stages: int, shape: Shape, element: int, target: Target, separate: bool
 ) -> str | None:
     d, dv = shape.head_dim, shape.head_dim_v
     threads = warps * target.warp_size
-    held = registers_held(KERNEL_OF[prefix], m, n, threads, d, dv)
+    held = registers_held(KERNEL_OF[prefix], m, n, threads, d, dv, separate)
     if held > 224:
         return f"{prefix}tile {m} x {n} needs {held} registers a thread for its sums"
     if m * n < 4 * threads:

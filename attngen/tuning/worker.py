@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from attngen.backends.triton.modelled import Resources
-from attngen.inspect.cross import cross_compile
+from attngen.inspect.cross import Compiled, cross_compile
 from attngen.language.schedule import Schedule
 from attngen.language.spec import Spec
 from attngen.store import Shape
@@ -125,10 +125,11 @@ class Handlers:
             schedule=Schedule(**point).over(Schedule(**job["base"])),
             wide=job.get("wide", ()),
         )
-        return [
-            {"name": kernel.name, "resources": Resources.of(kernel, kernel.source.num_warps).to_json()}
-            for kernel in kernels
-        ]
+        return [{"name": kernel.name, "resources": _resources(kernel).to_json()} for kernel in kernels]
+
+
+def _resources(kernel: Compiled) -> Resources:
+    return Resources.of(kernel, kernel.source.num_warps, kernel.source.grid.parts)
 
 
 def main() -> None:

@@ -164,6 +164,27 @@ def test_head_dims(backend: str, d: int, dv: int):
     check(spec, attention(spec, backend), *qkv(torch.float32, d, dv, 37, 41, heads=2, kv=1), {})
 
 
+@pytest.mark.parametrize(
+    "form", [{}, dict(tma=True, disable_licm=True), dict(persistent=1, order="longest_first")], ids=str
+)
+@pytest.mark.parametrize(
+    ("name", "d", "dv"), [("full", 192, 192), ("documents", 24, 40), ("dropout", 16, 16), ("bias", 256, 64)]
+)
+def test_separate_sums(name: str, d: int, dv: int, form: dict[str, Any]):
+    """One program of a key tile for dV, another for dK."""
+    specs = {
+        "full": (ag.Spec(), {}),
+        "documents": (ag.Spec(mask=ag.documents() & ag.causal(), score=ag.soft_cap(2.0)), dict(doc=doc2)),
+        "dropout": (ag.Spec(mask=ag.causal(), dropout=0.3), dict(seed=5)),
+        "bias": (ag.Spec(mask=ag.causal(), score=ag.bias("hij")), dict(bias=torch.randn(HEADS, N_Q, N_K))),
+    }
+    spec, captures = specs[name]
+    tile = ag.Tile(16, 32, 1, 1, separate_sums=True, **form)
+    schedule = ag.Schedule(block_m=32, block_n=32, dq_block_m=32, dq_block_n=32, dkv=tile)
+    attn = ag.compile(spec, backend="interpret", schedule=schedule)
+    check(spec, attn, *qkv(torch.float32, d, dv), captures)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("heads", "kv"), [(1, 1), (6, 2), (8, 1), (3, 3)])
 def test_head_groups(backend: str, heads: int, kv: int):

@@ -38,12 +38,14 @@ FORMS = {
     "tma": same(ALL, tma=True),
     "persistent": same(ALL, persistent=1),
     "longest first": same(ALL, order="longest_first"),
+    "separate sums": same(("dkv_",), separate_sums=True),
+    "sparing registers": same(("dq_", "dkv_"), tma=True, disable_licm=True).over(same(("dkv_",), separate_sums=True)),
     "tma, persistent, longest first": same(ALL, tma=True, persistent=2, order="longest_first"),
 }
 
 
 def need_descriptors(place: Place, schedule: ag.Schedule) -> None:
-    if schedule.forward.tma and place.real and torch.cuda.get_device_capability()[0] < 9:
+    if (schedule.forward.tma or schedule.dq.tma) and place.real and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("tensor descriptors need sm_90 or above")
 
 

@@ -28,6 +28,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "packed heads": dict(pack=True),
     "packed stream-K": dict(pack=True, split="stream", programs=7),
     "persistent": dict(persistent=1, dq_persistent=1, dkv_persistent=1),
+    "separate sums": dict(dkv_separate_sums=True),
+    "persistent separate sums": dict(dkv_persistent=1, dkv_separate_sums=True),
     "longest first": dict(order="longest_first", dq_order="longest_first", dkv_order="longest_first"),
 }
 DOC = (torch.arange(N) // 23).int()[None]

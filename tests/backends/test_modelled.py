@@ -81,6 +81,18 @@ def test_a_kernel_is_read_whole(causal):
     )
 
 
+def test_programs_that_share_an_output_are_read_as_one():
+    tile = ag.Tile(32, 64, 4, 1, separate_sums=True)
+    (made,) = ag.cross_compile(ag.Spec(mask=ag.causal()), head_dim=64, schedule=ag.Schedule(dkv=tile), passes=("dkv",))
+    (dv_full, dv_partial), (dk_full, dk_partial) = made.walks(2)
+    assert dv_partial.count("compare") > dv_full.count("compare") and dk_partial.count("compare") > dk_full.count(
+        "compare"
+    )
+    assert sum(m * n * k for m, n, k, _ in dk_full.products) == 1.5 * sum(m * n * k for m, n, k, _ in dv_full.products)
+    used, alone = Resources.of(made, 4, 2), [Stretch.of(loop, 4) for loop in (dv_full, dk_full)]
+    assert used.full == alone[0] + alone[1]
+
+
 def test_amd_code_has_no_cycles():
     (made,) = ag.cross_compile(ag.Spec(), "gfx942", head_dim=64, passes=("forward",))
     assert Resources.of(made, made.source.num_warps).full is None

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from attngen.backends.triton.machine_code import Loop, MachineCode
 from attngen.language.schedule import Tile
 from attngen.schedule import Target
-from attngen.schedule.shipped import form_of, read_tiles, write_tiles
+from attngen.schedule.shipped import form_of, read_tiles, tile_of, write_tiles
 from benchmarks import beside_flex, flex_kernels, public_choices
 from benchmarks.beside_flex import Part, Side
 from benchmarks.flex_kernels import Filling, Problem
@@ -120,10 +120,7 @@ def test_the_best_tiles_are_written_beside_what_was_not_searched(monkeypatch, tm
         return {"registers": 100, "spills": int(tile.block_n == 128), "shared": 1, "loops": [(rest, rest)] * 2}
 
     monkeypatch.setattr("benchmarks.machine_code.tried", made)
-    path, kept = (
-        tmp_path / "tiles.json",
-        (("mask other; score s", "dq", 64, "3.6"), Tile(64, 32, 4, 1, pipeline_edges=False)),
-    )
+    path, kept = tmp_path / "tiles.json", (("mask other; score s", "dq", 64, "3.6"), tile_of((64, 32, 4, 1), ()))
     write_tiles(path, [(*kept, {}), ((form_of(SPECS["causal"]), "dq", 64, "3.5"), Tile(16, 16, 4, 1), {})])
     options = ["--head-dim", "64", "--spec", "causal", "--spec", "documents", "--kernel", "dq", "--out", str(path)]
     assert CliRunner().invoke(app, ["tiles", *options]).exit_code == 0

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attngen as ag
-from attngen.language.schedule import KERNELS, PREFIXES, SHARED_FIELDS, TILE_FIELDS
+from attngen.language.schedule import KERNELS, PLAIN, PREFIXES, SHARED_FIELDS, TILE_FIELDS
 
 VALUES = {
     "block_m": (16, 128),
@@ -23,6 +23,8 @@ VALUES = {
     "persistent": (0, 32),
     "order": ("by_head", "longest_first"),
     "pipeline_edges": (False, True),
+    "disable_licm": (False, True),
+    "separate_sums": (False, True),
     "split": (1, 7, "stream"),
     "programs": (1, 65536),
     "pack": (False, True),
@@ -61,7 +63,7 @@ def test_a_tile_is_whole_or_says_what_is_open() -> None:
     whole = ag.Tile(64, 32, 4, 2)
     schedule = ag.Schedule(forward=whole, dq=ag.Tile(block_m=64), dkv=ag.Tile(num_warps=8), dkv_block_n=32)
     tile = schedule.tile("forward")
-    assert tile == replace(whole, tma=False, warp_specialize=False, persistent=0, order="by_head", pipeline_edges=False)
+    assert tile == whole.over(PLAIN) and tile.whole
     assert schedule.dkv == ag.Tile(block_n=32, num_warps=8)
     with pytest.raises(ag.ScheduleError, match="dq_block_n, dq_num_warps, dq_num_stages not decided: complete"):
         schedule.tile("dq")

@@ -15,7 +15,7 @@ from attngen.analysis import facts
 from attngen.language.lists import RowLists, TileLists
 from attngen.lowering import render, sites
 from attngen.lowering.tables import render_tables
-from attngen.schedule import Schedule
+from attngen.schedule import Schedule, Tile
 
 GOLDEN = Path(__file__).parent / "golden"
 TILES = Schedule(
@@ -27,6 +27,7 @@ TILES = Schedule(
     deterministic=True,
     precision="ieee",
 )
+SPARING = Tile(64, 128, 8, 2, tma=True, disable_licm=True, separate_sums=True)
 SPECS = {
     "full": ag.Spec(),
     "causal": ag.Spec(mask=ag.causal()),
@@ -45,7 +46,7 @@ SPECS = {
     "rows": ag.Spec(mask=ag.causal(), lists=RowLists(weighted=True)),
     "paged": ag.Spec(mask=ag.causal() & ag.window(512), page_size=16, sink=lambda b, h, i: ag.Tensor("sink", 1)[h]),
 }
-DECISIONS = ("split", "pack")  # of the options: what the schedule decides
+DECISIONS = ("split", "pack", "dkv")  # of the options: what the schedule decides
 # name -> (spec, kernel, head dim of q and k, of v, dtype, options)
 FILES: dict[str, tuple[str, str, int, int, torch.dtype, dict[str, Any]]] = {
     "full_forward": ("full", "forward", 64, 64, torch.bfloat16, {}),
@@ -57,6 +58,7 @@ FILES: dict[str, tuple[str, str, int, int, torch.dtype, dict[str, Any]]] = {
     "causal_dq_guarded": ("causal", "dq_guarded", 64, 64, torch.bfloat16, {}),
     "causal_window_dq": ("causal_window", "dq", 128, 128, torch.bfloat16, {}),
     "causal_window_dkv": ("causal_window", "dkv", 128, 128, torch.bfloat16, {}),
+    "causal_separate_dkv": ("causal", "dkv", 192, 192, torch.bfloat16, {"dkv": SPARING}),
     "documents_soft_cap_forward": ("documents_soft_cap", "forward", 80, 192, torch.float16, {}),
     "documents_soft_cap_dkv": ("documents_soft_cap", "dkv", 80, 192, torch.float16, {}),
     "documents_soft_cap_tables": ("documents_soft_cap", "tables of forward", 0, 0, torch.int32, {}),

@@ -161,6 +161,18 @@ def test_the_loop_over_edges_loads_ahead_where_a_tile_says_so() -> None:
         assert again.text == source(ag.Spec(mask=ag.causal()), f"{kernel}_guarded").text  # it may not spill
 
 
+def test_no_loop_keeps_what_does_not_change_where_a_tile_says_so() -> None:
+    for kernel in ("forward", "dq", "dkv", "dkv_guarded"):
+        prefix = {"dq": "dq_", "dkv": "dkv_"}.get(kernel.removesuffix("_guarded"), "")
+        schedule = replace(plain_schedule(), **{f"{prefix}disable_licm": True})
+        plain, made = (source(ag.Spec(mask=ag.causal()), kernel, **given) for given in ({}, {"schedule": schedule}))
+        assert made.text.count("disable_licm=True)") == 2 + (
+            prefix == "dkv_"
+        )  # full, partial, and the heads of a group
+        bare = made.text.replace(", disable_licm=True)", ")").replace("tl.range(", "range(")
+        assert bare == plain.text.replace("tl.range(", "range(")
+
+
 @pytest.mark.parametrize(
     ("score", "masked"),
     [

@@ -9,7 +9,7 @@ import attngen as ag
 from attngen.analysis import facts
 from attngen.language.call import bind
 from attngen.language.lists import TileLists
-from attngen.language.schedule import KERNELS
+from attngen.language.schedule import KERNELS, PLAIN
 from attngen.schedule import TARGETS, Target, complete, fit
 from attngen.schedule.choice import why_not_readable
 from attngen.schedule.completion import complete_on_cpu
@@ -24,7 +24,7 @@ def test_the_first_who_decides_wins_and_the_model_fills_the_rest() -> None:
     spec = ag.Spec(mask=ag.causal())
     schedule = complete(spec, H100, 64, 128, torch.bfloat16, pins, None, tuned)
     default = default_tile(spec, H100, "forward", 128, torch.bfloat16)
-    assert schedule.forward == ag.Tile(32, default.block_n, 4, default.num_stages, False, False, 0, "by_head", False)
+    assert schedule.forward == ag.Tile(32, default.block_n, 4, default.num_stages).over(PLAIN)
     assert schedule.dq.tma is True and schedule.dkv.tma is False and schedule.split == 3
     assert schedule.deterministic is True and schedule.precision == "ieee"
     assert all(getattr(schedule, kernel) == schedule.tile(kernel) for kernel in KERNELS)
@@ -44,6 +44,7 @@ def test_every_target_has_a_whole_default(target: str, dtype: torch.dtype) -> No
     [
         ("forward", ag.Tile(block_n=512), "sm_90", "block_n: at most 256 on a GPU, got 512"),
         ("dkv", ag.Tile(tma=True), "sm_80", "tma: sm_80 has no tensor descriptors"),
+        ("dq", ag.Tile(separate_sums=True), "sm_90", "separate_sums: a key tile alone has two sums; it goes with dkv"),
         ("dq", ag.Tile(tma=True), "gfx942", "tma: gfx942 has no tensor descriptors"),
         ("dq", ag.Tile(tma=True, warp_specialize=True), "sm_90", "the compiler takes the forward only"),
         ("forward", ag.Tile(warp_specialize=True), "sm_90", "needs tma=True"),

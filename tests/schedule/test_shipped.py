@@ -11,7 +11,16 @@ import attngen as ag
 from attngen.inspect.cross import cross_compile
 from attngen.language.schedule import KERNELS, Tile
 from attngen.schedule import Target, complete, shipped
-from attngen.schedule.shipped import FOLDER, form_of, read_tiles, tiles_under, triton_version, write_tiles
+from attngen.schedule.shipped import (
+    FOLDER,
+    FORMS,
+    form_of,
+    read_tiles,
+    tile_of,
+    tiles_under,
+    triton_version,
+    write_tiles,
+)
 from benchmarks.machine_code import SPECS
 
 FILES = sorted(FOLDER.glob("tiles-*.json"))
@@ -48,7 +57,7 @@ def test_everything_else_does():
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path: Path):
-    tiles = Tile(64, 64, 4, 2, pipeline_edges=False), Tile(32, 64, 4, 2, pipeline_edges=True)
+    tiles = tile_of((64, 64, 4, 2), ()), tile_of((32, 64, 4, 2), FORMS)
     found = [
         (("mask: true", kernel, 64, "3.6"), tile, {"cycles": 1.5})
         for kernel, tile in zip(("dkv", "dq"), tiles, strict=True)

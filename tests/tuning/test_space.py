@@ -15,7 +15,7 @@ from attngen.schedule import Schedule, Target, choice
 from attngen.store import Shape
 from attngen.tuning.attends import Part
 from attngen.tuning.jobs import Job
-from attngen.tuning.space import cpu_space, gpu_space
+from attngen.tuning.space import cpu_space, gpu_space, special_forms
 from attngen.tuning.target_device import _empty_call, find_target_device
 
 SHAPE = Shape(1, 4, 2, 256, 256, 32, 32)
@@ -33,6 +33,20 @@ def test_gpu_space_has_legal_points_and_respects_lengths(piece, target):
     for point in points:
         assert Schedule(**point)
         assert all(value <= 64 for name, value in point.items() if name.endswith("block_m") and value != 128)
+
+
+def test_wide_heads_have_forms_that_spare_registers():
+    """Without them nothing of 128 keys fits; special forms are choices of their own."""
+    target = Target.named("sm_90")
+    for head_dim in (64, 192):
+        shape = replace(SHAPE, n_q=4096, n_k=4096, head_dim=head_dim, head_dim_v=head_dim)
+        forms = special_forms(Spec(), shape, target, "backward")
+        assert ("dkv_separate_sums" in forms) == ("dq_disable_licm" in forms) == (head_dim == 192)
+        assert "dq_separate_sums" not in forms
+    space = gpu_space("backward", shape, 2, target, START, forms=forms)
+    point = space.start | dict(dkv_block_m=64, dkv_block_n=128, dkv_num_warps=8, dkv_num_stages=2)
+    assert space.holds(point | {"dkv_separate_sums": True})
+    assert not space.holds(point | {"dkv_separate_sums": False})
 
 
 def test_pins_are_not_searched():

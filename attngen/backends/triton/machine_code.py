@@ -243,6 +243,16 @@ class MachineCode:
         """The innermost loops that do matrix products, in address order."""
         return product_loops(self.sass(), self.controls)
 
+    def walks(self, parts: int = 1) -> tuple[tuple[Loop, Loop], ...]:
+        """The loops over full and over partial tiles of each program that shares an output; one loop serves both where nothing is
+        masked. ValueError for less than a loop each.
+        """
+        count = len(self.loops)
+        if count < parts:
+            raise ValueError(f"{self.name}: expected {parts} loops with products or more, got {count}")
+        runs = [self.loops[part * count // parts : (part + 1) * count // parts] for part in range(parts)]
+        return tuple((run[0], run[-1]) for run in runs)
+
     @cached_property
     def outside(self) -> Loop:
         """What stands before and behind them."""

@@ -44,6 +44,9 @@ class Stretch:
         alone = (iteration if loops else once)(loop.code)
         return cls(max(loop.pipes(num_warps).values(), default=0.0), alone)
 
+    def __add__(self, other: Stretch) -> Stretch:
+        return Stretch(self.busy + other.busy, self.alone + other.alone)
+
     def cycles(self, programs: int, fetching: float = 0.0) -> float:
         """That one of so many programs takes a multiprocessor. fetching: cycles of the second-level cache for it."""
         busy = max(self.busy, fetching)
@@ -53,7 +56,8 @@ class Stretch:
 @dataclass(frozen=True)
 class Resources:
     """What the compiler used for a kernel: registers a thread, registers spilled a thread, bytes of shared memory; and where its
-    machine code was read, cycles of a full and of a partial tile, and of what stands outside of the loops.
+    machine code was read, cycles of a full and of a partial tile, of all programs that share them, and of what stands outside
+    of the loops.
     """
 
     registers: int
@@ -65,13 +69,19 @@ class Resources:
     outside: Stretch | None = None
 
     @classmethod
-    def of(cls, made: MachineCode, num_warps: int) -> Resources:
-        """Of a kernel with one loop, or one over full tiles and one over partial tiles behind it."""
-        loops = [Stretch.of(loop, num_warps) for loop in made.loops] if made.controls else []
-        if not loops:
+    def of(cls, made: MachineCode, num_warps: int, parts: int = 1) -> Resources:
+        """Of a kernel with one loop, or one over full tiles and one over partial tiles behind it; such loops for each of the
+        programs that share an output.
+        """
+        if not made.controls or not made.loops:
             return cls(made.registers, made.spills, made.shared, num_warps)
+        nothing = Stretch(0.0, 0.0)
+        full, partial = (
+            sum((Stretch.of(loop, num_warps) for loop in loops), nothing)
+            for loops in zip(*made.walks(parts), strict=True)
+        )
         outside = Stretch.of(made.outside, num_warps, loops=False)
-        return cls(made.registers, made.spills, made.shared, num_warps, loops[0], loops[-1], outside)
+        return cls(made.registers, made.spills, made.shared, num_warps, full, partial, outside)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Resources:
