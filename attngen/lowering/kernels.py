@@ -98,7 +98,7 @@ class Step:
 class Body:
     """The statements of a kernel, by place. owner: the loop around all outputs of a program, if it computes several. heads: the
     loop over the query heads that share a key head. rows: the axis along the rows of a tile. form, natural: of the logits, see
-    `Facts.form` and `Facts.natural`.
+    `Facts.form` and `Facts.natural`. wide: whether numbers of walked tiles have 64 bits.
     """
 
     places: tuple[Statements, ...]
@@ -108,6 +108,7 @@ class Body:
     rows: str
     form: str
     natural: bool
+    wide: bool
 
     def __getitem__(self, place: str) -> list[str]:
         """The text of a place: "decode", "owner", "program", "group", "head" or "tail"."""
@@ -188,7 +189,8 @@ class Lowering:
             if found is not None and bounds is not None
         ]
         rows, facts = self.roles.resident.axis, self.facts
-        return Body(tuple(places), owner, self._heads, tuple(steps), rows, facts.form, facts.natural)
+        wide = self._printer().wide
+        return Body(tuple(places), owner, self._heads, tuple(steps), rows, facts.form, facts.natural, wide)
 
     def _places(
         self, decode: Statements, owner: Loop | None, walk: TileWalk, visits: tuple[Visits | None, Visits | None]

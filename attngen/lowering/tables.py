@@ -101,7 +101,7 @@ def render_tables(spec: Any, facts: Any, kernel: str, block: int, offset_tensor:
     places[PROGRAM] = _tile(roles, codes, printer, offset_tensor)
     places[FULL] = _chunk(roles, codes, printer)
     places = passed(places, reads, names, f"tables of {roles.resident.noun} tiles")
-    body = Body(tuple(places), None, None, (), roles.resident.axis, "", False)
+    body = Body(tuple(places), None, None, (), roles.resident.axis, "", False, False)
 
     args = signature.arguments(
         "tables",

@@ -32,7 +32,7 @@ from attngen.language.lists import TileLists
 from attngen.language.schedule import Schedule, Tile
 from attngen.lowering import Source, render
 from attngen.schedule.legality import WIDE, registers_held, why_not_listed
-from attngen.schedule.shipped import family_of, shipped_tiles
+from attngen.schedule.shipped import family_of, forms_of, shipped_tiles
 from attngen.schedule.target import Target
 
 VARIABLE = "ATTNGEN_SEARCH_SECONDS"
@@ -228,7 +228,7 @@ def candidates(kernel: str, head_dim: int, target: Target, pinned: Tile, safe: T
     """
     shipped = Counter(shipped_tiles(family_of(target.name), kernel, head_dim))
     grid = [tile for sizes in _grid(kernel, head_dim) if (tile := sparing(kernel, Tile(*sizes), target, head_dim))]
-    every = dict.fromkeys([*(tile for tile, _ in shipped.most_common()), Tile(**_sizes(safe)), *grid])
+    every = dict.fromkeys([*(tile for tile, _ in shipped.most_common()), _bare(safe), *grid])
     found = dict.fromkeys(pinned.over(tile) for tile in every)
     return list(found)
 
@@ -246,9 +246,10 @@ def sparing(kernel: str, tile: Tile, target: Target, head_dim: int) -> Tile | No
     return replace(tile, disable_licm=True, separate_sums=separate) if held(separate) <= MOST_HELD else None
 
 
-def _sizes(tile: Tile) -> dict[str, Any]:
-    decided = tile.decided()
-    return {name: decided[name] for name in ("block_m", "block_n", "num_warps", "num_stages") if name in decided}
+def _bare(tile: Tile) -> Tile:
+    """With its sizes and the special forms that it has: the others are left open, as in candidates."""
+    wanted = ("block_m", "block_n", "num_warps", "num_stages", *forms_of(tile))
+    return Tile(**{name: getattr(tile, name) for name in wanted})
 
 
 def _grid(kernel: str, head_dim: int) -> Iterator[tuple[int, int, int, int]]:

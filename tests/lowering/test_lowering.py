@@ -382,6 +382,30 @@ def test_default_schedules_fit_and_do_not_spill(target: str, head_dim: int, kern
     assert made.spills == 0 or target == "gfx942", str(made)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["dq", "dkv"])
+@pytest.mark.parametrize("head_dim", [144, 192, 240, 256])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ag.Spec(score=ag.bias("bhij")),
+        ag.Spec(mask=ag.causal(), score=[ag.soft_cap(30.0), ag.alibi()], dropout=0.1),
+        ag.Spec(mask=ag.neighborhood_2d(64, 7)),
+    ],
+    ids=["bias", "soft cap, ALiBi, dropout", "neighborhood"],
+)
+def test_wide_heads_use_whole_warpgroups_without_spills(spec: ag.Spec, head_dim: int, kernel: str) -> None:
+    """The tiles of specs for which none ships."""
+    (made,) = cross_compile(spec, "sm_90", head_dim=head_dim, passes=(kernel,))
+    assert made.spills == 0 and all(loop.products and "HMMA" not in loop.opcodes for loop in made.loops), str(made)
+
+
+def test_descriptors_take_numbers_of_32_bits() -> None:
+    """Also where the mask needs more."""
+    spec = ag.Spec(mask=ag.neighborhood_2d(64, 7))
+    cross_compile(spec, "sm_90", head_dim=16, schedule=Schedule(tma=True, dq_tma=True, dkv_tma=True))
+
+
 def test_a_full_tile_costs_no_compare_and_no_select() -> None:
     (causal,) = cross_compile(CAUSAL, "sm_90", head_dim=64, passes=("forward",))
     full, partial = causal.loops
