@@ -19,6 +19,7 @@ from rich.progress import track
 
 import attngen as ag
 from attngen.analysis import facts as analyse
+from attngen.backends.triton.latency import GLOBAL_LATENCY
 from attngen.backends.triton.machine_code import Cycles
 from attngen.backends.triton.modelled import L2_BYTES, Resources
 from attngen.inspect.cross import Compiled, cross_compile
@@ -97,16 +98,18 @@ def compiled(spec: ag.Spec, kernel: str, tile: Tile, target: str, head_dim: int)
 
 def cycles(name: str, kernel: str, tile: Tile, made: dict[str, Any], target: str, head_dim: int) -> float:
     """Modelled, of a multiprocessor by 1,000 pairs of a head: a program alone hides nothing, several hide one another's
-    products, and the waits between two tiles. None goes faster than the cache hands out the walked rows of two tensors.
+    products, and the waits between two tiles; where nothing is loaded ahead, for the rows of two tensors. None goes faster than the
+    cache hands those out.
     """
     resources = Resources(made["registers"], made["spills"], made["shared"], tile.num_warps)
     programs = max(1, resources.resident(Target.named(target)))
     walked = tile.block_m if kernel == "dkv" else tile.block_n
     fetching = 2 * 2 * walked * head_dim / L2_BYTES
+    waits = TILE_OVERHEAD + (2 * GLOBAL_LATENCY if tile.num_stages == 1 else 0)
     total, counts = 0.0, tile_counts(SPECS[name], tile.block_m, tile.block_n, kernel == "dkv") * tile.parts
     for count, (matrix, rest) in zip(counts, made["loops"], strict=True):
         modelled = Cycles(matrix, rest)
-        alone = modelled.serial - modelled.overlap + TILE_OVERHEAD
+        alone = modelled.serial - modelled.overlap + waits
         total += count * max(modelled.overlap + alone / programs, fetching)
     return 1000 * total / pairs(SPECS[name])
 
