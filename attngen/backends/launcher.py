@@ -357,7 +357,13 @@ def dense_environment(call: Call) -> dict[str, Any]:
 
 
 def is_aligned(tensor: torch.Tensor) -> bool:
-    """Unit stride along the head dim and every other stride a multiple of 16, so that rows load in whole vectors."""
-    *outer, last = tensor.stride()
+    """Unit stride along the head dim and every other stride a multiple of 16, so that rows load in whole vectors; that between rows
+    even where there is one, since a tensor descriptor has it.
+    """
+    *outer, rows, last = tensor.stride()
     steps = [stride for stride, size in zip(outer, tensor.shape, strict=False) if size > 1]
-    return (last == 1 or tensor.shape[-1] == 1) and all(s % 16 == 0 for s in steps) and tensor.data_ptr() % 16 == 0
+    return (
+        (last == 1 or tensor.shape[-1] == 1)
+        and all(s % 16 == 0 for s in (*steps, rows))
+        and tensor.data_ptr() % 16 == 0
+    )

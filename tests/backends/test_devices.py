@@ -13,6 +13,7 @@ import torch
 from triton.runtime import _allocation
 
 import attngen as ag
+from attngen.backends.launcher import is_aligned
 from attngen.backends.triton import launch as gpu
 from tests.backends.test_backends import HEADS, SCORES, qkv
 from tests.gpu_small_cases import on
@@ -158,3 +159,12 @@ def test_a_constant_sink_of_a_union() -> None:
         q, k, v = inputs()
         out, lse = ag.oracle(ag.Spec(keys=keys, sink=lambda b, h, i: 0.5), q, k, v, **on("cuda", captures))
         assert out.device == lse.device == CUDA
+
+
+def test_rows_are_aligned_where_a_descriptor_may_load_them():
+    whole = torch.zeros(2, 3, 8, 64, dtype=torch.bfloat16)
+    assert is_aligned(whole) and is_aligned(whole[:, :, ::2]) and is_aligned(whole[:1, :, :1].expand(4, 3, 8, 64))
+    assert is_aligned(whole.as_strided((1, 3, 8, 64), (7, 512, 64, 1)))  # a stride that nobody takes
+    for odd in (whole[..., ::2], whole[..., 1:33], torch.zeros(2, 3, 8, 72)[..., :64]):
+        assert not is_aligned(odd)
+    assert not is_aligned(whole.as_strided((2, 3, 1, 64), (1536, 512, 24, 1)))
