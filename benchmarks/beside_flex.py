@@ -18,12 +18,9 @@ import torch
 
 import attngen as ag
 from attngen.analysis import facts
-from attngen.analysis.sites import sites
-from attngen.backends.triton.compiling import compile_source
 from attngen.backends.triton.machine_code import Loop, MachineCode
 from attngen.inspect.cross import cross_compile
 from attngen.language.schedule import Tile
-from attngen.lowering import render
 from attngen.runtime.first_tiles import Search
 from attngen.schedule import Schedule, Target
 from attngen.schedule.choice import on_gpu
@@ -216,27 +213,24 @@ def ours(case: Case, direction: str, gpu: str, search: float = 0.0) -> Side:
     spec, known = step.spec, facts(step.spec)
     units = IDENTITIES[gpu_named(gpu).name].units
     chosen = on_gpu(call, known, target, units, Schedule())
-    passes = ("forward",) if direction == "forward" else ("dq", "dkv")
-    bare = [k for k in passes if shipped_tile(spec, family_of(target.name), k, p.head_dim) is None and not case.decodes]
+    kernels = ("forward",) if direction == "forward" else ("dq", "dkv")
+    bare = [
+        k for k in kernels if shipped_tile(spec, family_of(target.name), k, p.head_dim) is None and not case.decodes
+    ]
     if bare and search:
         found, _ = Search(call, known, target, units, chosen, Schedule(), bare).run(search)
         for kernel, (tile, _) in found.items():
             chosen = chosen.with_tile(kernel, tile.over(chosen.tile(kernel)))
     parts = []
-    for made in cross_compile(spec, target.name, head_dim=p.head_dim, schedule=chosen, passes=passes):
-        if made.name == "merge":  # it has no products
+    wanted = (case.gradient,) if case.gradient else ()
+    for made in cross_compile(
+        spec, target.name, head_dim=p.head_dim, schedule=chosen, passes=(direction,), gradients=wanted
+    ):
+        if made.name in ("merge", "delta"):  # they have no products
             continue
-        tile = chosen.tile(made.name)
+        tile = chosen.tile("dq" if made.name in ("capture", "excess") else made.name)
         counts = case.tiles(tile.block_m, tile.block_n, made.name == "dkv") * tile.parts
         parts.append(Part(made.name, made, _loops(made, tile.parts), counts, tile))
-    if direction == "backward" and case.gradient:
-        tile = chosen.tile("dq")
-        for site in sites(known.load_grads[case.gradient]):
-            source = render(spec, known, "capture", head_dim=p.head_dim, head_dim_v=p.head_dim, dtype=torch.bfloat16,
-                            schedule=chosen, site=site)  # fmt: skip
-            made = compile_source(source, target, torch.bfloat16)
-            counts = case.tiles(tile.block_m, tile.block_n)
-            parts.append(Part(f"gradient of {case.gradient}", made, _loops(made), counts, tile))
     return Side(tuple(parts))
 
 

@@ -54,6 +54,8 @@ SPECS: dict[str, ag.Spec] = {
     "window, soft cap": ag.Spec(mask=ag.causal() & ag.window(1024), score=ag.soft_cap(30.0)),
     "ALiBi": ag.Spec(mask=ag.causal(), score=ag.alibi()),
     "soft cap, ALiBi": ag.Spec(mask=ag.causal(), score=[ag.soft_cap(30.0), ag.alibi()]),
+    "bias": ag.Spec(score="s + bias[h, i, j]", tensors=[ag.Tensor("bias", 3)]),
+    "causal bias": ag.Spec(mask=ag.causal(), score="s + bias[h, i, j]", tensors=[ag.Tensor("bias", 3)]),
 }
 
 

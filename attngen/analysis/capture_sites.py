@@ -1,4 +1,4 @@
-"""Gradients of captured tensors: one launch per place that a score loads from, and what the launch leaves behind.
+"""Gradients of captured tensors: for each place that a score loads from, what a kernel leaves behind.
 
 A pair (i, j) contributes w = P * (dP - delta) * d score / d load to the loaded element. Which pairs share an element
 decides how the contributions are added up, always in a fixed order:
@@ -9,7 +9,7 @@ decides how the contributions are added up, always in a fixed order:
 | i                      | "rows"  | [B, heads, n_q] |
 | j                      | "keys"  | [B, heads, n_k]; a key tile walks the queries |
 | i and j, in one index  | "bins"  | [B, heads, query tiles, size of that dimension]; zeroed before |
-| i and j, otherwise     | "pairs" | [B or 1, heads or 1, n_q, n_k]; zeroed before; summed over batch or heads that no index uses |
+| i and j, otherwise     | "pairs" | [B or 1, heads or 1, n_q, n_k]; zeroed before; summed over batch or heads that share elements |
 
 With a list of keys per query a tile is one query, "pairs" are added with atomics (a key may be listed twice), and the
 weights of listed keys are a site of their own: "edges", [B, list heads, listed keys], zeroed before.
@@ -20,7 +20,7 @@ weights of listed keys are a site of their own: "edges", [B, list heads, listed 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,12 +31,17 @@ CAPTURED = "captured "  # before the name of a captured tensor among a kernel's 
 B, H, I, J = (INDEX[axis] for axis in "bhij")
 
 
+def buffer_name(tensor: str, number: int) -> str:
+    """What the buffer of a tensor's site is called among a kernel's tensors."""
+    return f"gradient {number} of {tensor}"
+
+
 @dataclass(frozen=True)
 class CaptureSite:
     """One load of a captured tensor in the score, and how its gradient is collected.
 
     tensor, number, deterministic: which one it is. kind: see the module. dims: for "bins" and "atomic", the tensor's dimensions whose
-    index depends on i or j. indices: of the load. by_batch, by_head: whether some index depends on b, on h.
+    index depends on i or j. indices: of the load. by_batch, by_head: whether each batch, each head, has elements of its own.
     """
 
     tensor: str
@@ -56,12 +61,30 @@ class CaptureSite:
     def buffer_shape(
         self, batch: int, heads: int, n_q: int, n_k: int, block_m: int, sizes: tuple[int, ...]
     ) -> list[int]:
-        """Shape of the float32 buffer that the kernel's argument `grad` points to. `sizes`: the captured tensor's shape."""
+        """Shape of the float32 buffer that the kernel writes. heads: of the list for "edges". `sizes`: the captured tensor's shape."""
         tiles, bins = -(-n_q // block_m), [sizes[d] for d in self.dims]
         if self.kind == "pairs":
             return [batch if self.by_batch else 1, heads if self.by_head else 1, n_q, n_k]
-        inner = {"total": [tiles], "rows": [n_q], "keys": [n_k], "bins": [tiles, *bins], "atomic": bins}
+        inner = {
+            "edges": [*sizes[2:]],
+            "total": [tiles],
+            "rows": [n_q],
+            "keys": [n_k],
+            "bins": [tiles, *bins],
+            "atomic": bins,
+        }
         return [batch, heads, *inner[self.kind]]
+
+    def within(self, batch: int, heads: int) -> CaptureSite:
+        """The same in calls of that many batches and query heads: a single one has elements of its own, whatever the indices use."""
+        if self.kind != "pairs":  # the other buffers don't depend on it
+            return self
+        return replace(self, by_batch=self.by_batch or batch == 1, by_head=self.by_head or heads == 1)
+
+    @property
+    def buffer(self) -> str:
+        """What its buffer is called among a kernel's tensors."""
+        return buffer_name(self.tensor, self.number)
 
     @property
     def zeroed(self) -> bool:
@@ -88,6 +111,8 @@ def collect(
     `env`: params and captures by name; "b" [B, 1, 1, 1], "h" [1, H, 1, 1], "i" [B or 1, 1, n_q, 1] and "j" [1, 1, 1, n_k],
     original positions, and "q_offset". `shifted`: whether query rows stand elsewhere than at positions 0, 1, ...
     """
+    if site.kind == "edges":
+        return buffer.sum_to_size(tensor.shape)
     if site.kind in ("total", "bins"):
         buffer = buffer.sum(2)
     if site.kind in ("total", "rows"):

@@ -116,7 +116,7 @@ class Facts:
     def sites_of(self, name: str, deterministic: bool) -> tuple[CaptureSite, ...]:
         """Where the score loads a captured tensor. deterministic: without atomics."""
         found = sites(self.load_grads.get(name, ()), deterministic)
-        return tuple(site.plain(number, deterministic) for number, site in enumerate(found))
+        return tuple(site.plain(deterministic) for site in found)
 
     @cached_property
     def slopes(self) -> dict[str, tuple[SinkSlope, ...]]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from attngen.analysis.capture_sites import CAPTURED, EDGE_WEIGHTS, CaptureSite, collect
+from attngen.analysis.capture_sites import CAPTURED, CaptureSite, collect
 from attngen.backends.work import Facts, sizes_of, states_of, stream_runs, table_tiles, walk_tables
 from attngen.errors import InputError
 from attngen.language.call import Call
@@ -19,6 +19,7 @@ from attngen.language.plain import PLAIN
 from attngen.language.programs import evaluate, tensor_of
 from attngen.language.schedule import Schedule
 from attngen.plan.grid import Grid
+from attngen.plan.launches import Launch, backward_launches
 
 TABLES = " tables"  # behind the name of the kernel whose walk reads them
 MOST_READY = 4096  # launches that are kept ready; then all are forgotten: they cost some 100 us each
@@ -34,12 +35,18 @@ class Sources(Protocol):
         facts: Facts,
         schedule: Schedule,
         tensors: Mapping[str, Any],
-        site: CaptureSite | None = None,
+        sites: tuple[CaptureSite, ...] = (),
     ) -> Any:
-        """A kernel for such a call. tensors: those that it is launched with."""
+        """A kernel for such a call. tensors: those that it is launched with; sites: see `attngen.plan.launches.Launch`."""
 
     def guarded(
-        self, kernel: str, call: Call, facts: Facts, schedule: Schedule, tensors: Mapping[str, Any]
+        self,
+        kernel: str,
+        call: Call,
+        facts: Facts,
+        schedule: Schedule,
+        tensors: Mapping[str, Any],
+        sites: tuple[CaptureSite, ...] = (),
     ) -> Any | None:
         """What looks after the results of a kernel that are no numbers; None if there can be none."""
 
@@ -67,7 +74,8 @@ class _Ready:
     offset: int | None
     scale: int | None
     options: dict[str, Any]
-    again: tuple[Any, int] | None = None  # what looks after results that are no numbers, and its programs
+    # What looks after results that are no numbers, its programs, and the places of what it takes of the arguments.
+    again: tuple[Any, int, tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -155,9 +163,7 @@ class Launcher:
         do: torch.Tensor,
         wanted: list[str],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Gradients, see `attngen.backends`: two passes, before them one for what a large lse lacks, where that would show, and for
-        each wanted capture one of its own; no atomics between them.
-        """
+        """Gradients, see `attngen.backends`, by the kernels that `attngen.plan.launches` names; no atomics between them."""
         self._check(call)
         given = inputs_of(call, q=call.q, k=call.k, v=call.v, do=do)
         walks = {
@@ -168,10 +174,15 @@ class Launcher:
         made["level"] = torch.empty_like(made["lse"])
         if facts.restores(call.q.dtype):
             made["excess"] = torch.empty_like(made["lse"])
-            self._launch("excess", call, facts, schedule, walks["dq"], made)
-        for kernel, walking in walks.items():
-            self._launch(kernel, call, facts, schedule, walking, made)
-        gradients = {name: self._capture_gradient(name, call, facts, schedule, given, made, walks) for name in wanted}
+        captured = {name: call.captures[name] for name in wanted}
+        gradients = {n: torch.zeros(t.shape, dtype=torch.float32, device=t.device) for n, t in captured.items()}
+        for launch in backward_launches(facts, call.spec.lists, call.q.dtype, schedule, wanted, *call.q.shape[:2]):
+            buffers = {site.buffer: self._buffer(site, call, schedule) for site in launch.sites}
+            walking = walks["dkv" if launch.by_keys else "dq"]
+            self._launch(launch.kernel, call, facts, schedule, walking, {**made, **buffers}, launch.sites)
+            self._collect(launch, buffers, call, gradients)
+        for name, total in gradients.items():
+            self._add_of_sink(total, name, call, facts, made)
         return dq, dk, dv, gradients
 
     def tables(self, call: Call, facts: Facts, schedule: Schedule, kernel: str) -> dict[str, torch.Tensor]:
@@ -217,16 +228,16 @@ class Launcher:
         schedule: Schedule,
         given: Inputs,
         made: Mapping[str, torch.Tensor],
-        site: CaptureSite | None = None,
+        sites: tuple[CaptureSite, ...] = (),
     ) -> None:
         """Launch a kernel on the current stream of the call's device; nothing for an empty grid."""
         offset, q = call.q_offset, call.q
-        key = kernel, facts, schedule, site, type(offset), q.device, q.shape, call.k.shape, given.described
+        key = kernel, facts, schedule, sites, type(offset), q.device, q.shape, call.k.shape, given.described
         ready = self._ready.get(key)
         if ready is None:
             if len(self._ready) >= MOST_READY:
                 self._ready.clear()
-            ready = self._ready[key] = self._made_ready(kernel, call, facts, schedule, {**given.tensors, **made}, site)
+            ready = self._ready[key] = self._made_ready(kernel, call, facts, schedule, {**given.tensors, **made}, sites)
         if not ready.programs:
             return
         tensors = {**given.tensors, **made}
@@ -244,8 +255,9 @@ class Launcher:
             arguments[ready.scale] = call.scale
         self.sources.start(ready.source, ready.programs, arguments, ready.options)
         if ready.again is not None:
-            source, programs = ready.again
-            self.sources.start(source, programs, [*arguments, ready.programs], ready.options)
+            source, programs, places = ready.again
+            again = [*[arguments[place] for place in places], ready.programs]
+            self.sources.start(source, programs, again, ready.options)
 
     def _made_ready(
         self,
@@ -254,10 +266,10 @@ class Launcher:
         facts: Facts,
         schedule: Schedule,
         tensors: Mapping[str, Any],
-        site: CaptureSite | None,
+        sites: tuple[CaptureSite, ...],
     ) -> _Ready:
         """A kernel's arguments from their description."""
-        source, lengths = self.sources.find(kernel, call, facts, schedule, tensors, site), sizes_of(call, schedule)
+        source, lengths = self.sources.find(kernel, call, facts, schedule, tensors, sites), sizes_of(call, schedule)
         programs = source.grid.programs(lengths)
         arguments: list[Any] = [None] * len(source.args)
         places: dict[str, list[tuple[int, str]]] = {"tensor": [], "table": [], "param": [], "offset": [], "scale": []}
@@ -278,10 +290,10 @@ class Launcher:
         offset, scale = (next((place for place, _ in places[role]), None) for role in ("offset", "scale"))
         found = (*places["tensor"], *places["table"])
         again = None
-        guarded = self.sources.guarded(kernel, call, facts, schedule, tensors)
+        guarded = self.sources.guarded(kernel, call, facts, schedule, tensors, sites)
         if guarded is not None:
-            assert guarded.args[:-1] == source.args and guarded.num_stages == source.num_stages
-            again = guarded, guarded.grid.programs(lengths)
+            assert guarded.num_stages == source.num_stages
+            again = guarded, guarded.grid.programs(lengths), tuple(source.args.index(arg) for arg in guarded.args[:-1])
         return _Ready(
             source,
             programs,
@@ -294,51 +306,51 @@ class Launcher:
             again,
         )
 
-    def _capture_gradient(
-        self,
-        name: str,
-        call: Call,
-        facts: Facts,
-        schedule: Schedule,
-        given: Inputs,
-        made: Mapping[str, torch.Tensor],
-        walks: Mapping[str, Inputs],
-    ) -> torch.Tensor:
-        """The gradient of one captured tensor, float32 and of its (expanded) shape: from the score's loads, and the sink's."""
-        tensor, (batch, heads, n_q, _), n_k = call.captures[name], call.q.shape, call.n_k
-        total = torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
-        own, of_sink = facts.sites_of(name, schedule.deterministic is not False), facts.slopes.get(name, ())
-        env = dense_environment(call)
-        shifted = isinstance(call.q_offset, torch.Tensor) or call.q_offset != 0
-        if isinstance(call.spec.lists, RowLists) and name == "edge_weight":
-            list_heads = heads if call.spec.lists.by_query_head else call.k.shape[1]
-            grad = total.new_zeros((batch, list_heads, tensor.shape[2]))
-            self._launch("capture", call, facts, schedule, given, {**made, "grad": grad}, EDGE_WEIGHTS)
-            return grad.sum_to_size(tensor.shape)
-        for site in own:
-            program = facts.program_queries if site.by_keys else facts.program_keys
-            if call.spec.lists is None and not (program.full or program.partial):
-                continue  # no pair attends, so none contributes
-            kernel = "dkv" if site.by_keys else "dq"
-            rows = 1 if isinstance(call.spec.lists, RowLists) else schedule.tile("dq").block_m
-            shape = site.buffer_shape(batch, heads, n_q, n_k, rows, tuple(tensor.shape))
-            make = torch.zeros if site.zeroed or 0 in call.q.shape else torch.empty
-            grad = make(shape, dtype=torch.float32, device=tensor.device)
-            self._launch("capture", call, facts, schedule, walks[kernel], {**made, "grad": grad}, site)
-            total += collect(site, grad, tensor, env, shifted)
-        for load in of_sink:
-            # The sink is a key with value 0: its dS is P * (0 - delta).
-            sink = tensor_of(evaluate(call.spec.sink, env), tensor.device).to(torch.float32)
-            lse, excess = made["lse"][..., None], made["excess"][..., None] if "excess" in made else 0.0
-            p = torch.where(lse > -torch.inf, torch.exp(sink - lse) * 2.0**-excess, 0.0)  # [B, Hq, Nq, 1]
-            ds = -p * made["delta"][..., None]
-            share = (ds * evaluate(load.slope, env)).expand(batch, heads, n_q, 1)
+    @staticmethod
+    def _buffer(site: CaptureSite, call: Call, schedule: Schedule) -> torch.Tensor:
+        """What a kernel leaves there of a captured tensor's gradient, float32."""
+        tensor, (batch, heads, n_q, _), lists = call.captures[site.tensor], call.q.shape, call.spec.lists
+        if site.kind == "edges":
+            heads = heads if isinstance(lists, RowLists) and lists.by_query_head else call.k.shape[1]
+        block_m = 1 if isinstance(lists, RowLists) else schedule.tile("dq").block_m
+        *outer, length = site.buffer_shape(batch, heads, n_q, call.n_k, block_m, tuple(tensor.shape))
+        make = torch.zeros if site.zeroed or 0 in call.q.shape else torch.empty
+        if site.kind != "pairs":
+            return make((*outer, length), dtype=torch.float32, device=tensor.device)
+        # Rows begin at multiples of 16, so that they are stored in whole vectors.
+        return make((*outer, -(-length // 16) * 16), dtype=torch.float32, device=tensor.device)[..., :length]
+
+    @staticmethod
+    def _collect(
+        launch: Launch, buffers: Mapping[str, torch.Tensor], call: Call, totals: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Adds what a kernel left to gradients, float32 and of their tensors' (expanded) shapes."""
+        if not launch.sites:
+            return
+        env, shifted = dense_environment(call), isinstance(call.q_offset, torch.Tensor) or call.q_offset != 0
+        for site in launch.sites:
+            totals[site.tensor].add_(collect(site, buffers[site.buffer], call.captures[site.tensor], env, shifted))
+
+    @staticmethod
+    def _add_of_sink(
+        total: torch.Tensor, name: str, call: Call, facts: Facts, made: Mapping[str, torch.Tensor]
+    ) -> None:
+        """What the sink adds to a captured tensor's gradient. It is a key with value 0: its dS is P * (0 - delta)."""
+        loads = facts.slopes.get(name, ())
+        if not loads:
+            return
+        env, rows = dense_environment(call), (*call.q.shape[:3], 1)
+        sink = tensor_of(evaluate(call.spec.sink, env), total.device).to(torch.float32)
+        lse, excess = made["lse"][..., None], made["excess"][..., None] if "excess" in made else 0.0
+        p = torch.where(lse > -torch.inf, torch.exp(sink - lse) * 2.0**-excess, 0.0)  # [B, Hq, Nq, 1]
+        ds = -p * made["delta"][..., None]
+        for load in loads:
+            share = (ds * evaluate(load.slope, env)).expand(rows)
             if not load.indices:
                 total += share.sum()
                 continue
-            places = [tensor_of(evaluate(index, env), tensor.device).long() for index in load.indices]
+            places = [tensor_of(evaluate(index, env), total.device).long() for index in load.indices]
             total.index_put_(tuple(place.expand(share.shape) for place in places), share, accumulate=True)
-        return total
 
 
 def dense_environment(call: Call) -> dict[str, Any]:

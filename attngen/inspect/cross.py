@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from attngen.analysis import Facts
 from attngen.analysis import facts as analyse
+from attngen.analysis.sites import site_of
 from attngen.backends.triton.compiling import compile_source
 from attngen.backends.triton.machine_code import MachineCode
 from attngen.lowering import Source, render
-from attngen.plan.launches import backward_launches, forward_launches
+from attngen.plan.launches import Launch, backward_launches, forward_launches, learned_of
 from attngen.runtime import first_tiles
 from attngen.runtime.attention import CompiledAttention
 from attngen.schedule import Schedule, Target, complete, fit
@@ -68,11 +70,13 @@ def cross_compile(
     schedule: Schedule | None = None,
     passes: Iterable[str] = ("forward", "backward"),
     wide: Collection[str] = (),
+    gradients: Collection[str] | None = None,
 ) -> list[Compiled]:
     """The kernels of a spec, compiled for `target` ("sm_80" to "sm_120", "gfx942", or a GPU: "H100"); no GPU needed.
 
     schedule: decisions over the spec's and the model's choice.
     passes: "forward", "backward" or single kernels.
+    gradients: of captured tensors, which the backward finds besides; None: of all that the score loads.
     wide: which captured integer tensors are int64; the others are int32, captured floats float32.
 
     Raises ScheduleError when a kernel needs more shared memory than a program can have there.
@@ -84,16 +88,38 @@ def cross_compile(
     known = analyse(spec)
     check(spec, known, chosen)
     results = []
-    directions = {"forward": forward_launches(chosen), "backward": ("delta", *backward_launches(known, dtype))}
-    kernels = [kernel for name in passes for kernel in directions.get(name, (name,))]
-    if spec.page_size is not None:  # paged caches are for inference
-        kernels = [kernel for kernel in kernels if kernel in ("forward", "merge")]
-    for kernel in kernels:
-        source = render(spec, known, kernel, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype, schedule=chosen)
+    wanted = learned_of(known, spec.lists) if gradients is None else gradients
+    for launch in _launches(spec, known, chosen, dtype, passes, wanted):
+        sites = tuple(site_of(known.load_grads, site) for site in launch.sites)
+        source = render(
+            spec,
+            known,
+            launch.kernel,
+            head_dim=head_dim,
+            head_dim_v=head_dim_v,
+            dtype=dtype,
+            schedule=chosen,
+            sites=sites,
+        )
         kinds = {name: "wide" if name in wide else tensor.kind for name, tensor in spec.tensors.items()}
         made = compile_source(source, gpu, dtype, kinds)
         results.append(Compiled(**vars(made), source=source))
     return results
+
+
+def _launches(
+    spec: Any, known: Facts, schedule: Schedule, dtype: torch.dtype, passes: Iterable[str], wanted: Collection[str]
+) -> list[Launch]:
+    """The kernels that the names stand for."""
+    directions = {
+        "forward": [Launch(name) for name in forward_launches(schedule)],
+        "backward": [Launch("delta"), *backward_launches(known, spec.lists, dtype, schedule, wanted)],
+    }
+    every = [launch for direction in directions.values() for launch in direction]
+    named = (directions.get(n) or [own for own in every if own.kernel == n] or [Launch(n)] for n in passes)
+    found = [launch for launches in named for launch in launches]
+    # Paged caches are for inference.
+    return found if spec.page_size is None else [own for own in found if own.kernel in ("forward", "merge")]
 
 
 def cross_compile_call(

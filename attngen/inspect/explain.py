@@ -70,6 +70,9 @@ def _attention(own: Attention, backend: str) -> list[tuple[str, str]]:
     parts.append(("facts", own.known))
     parts.append(("cost bound (modelled)", str(own.cost)))
     parts.append((f"schedule on backend {backend!r}", _schedule(own)))
+    if own.kernels:
+        lines = [f"{direction}: {', '.join(names)}" for direction, names in own.kernels.items()]
+        parts.append(("kernels, and the captured tensors whose gradients they add up", "\n".join(lines)))
     if own.alternatives:
         title = "alternatives: pairs visited by other forward tiles, against the attended pairs"
         if backend == "cpu":

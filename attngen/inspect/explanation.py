@@ -15,6 +15,7 @@ from attngen.backends.cpu.tiles import grain_of
 from attngen.language.call import Call
 from attngen.language.lists import RowLists, TileLists
 from attngen.language.spec import Spec
+from attngen.plan.launches import backward_launches, forward_launches
 from attngen.plan.plan import Plan, Sizes
 from attngen.plan.steps import Attend
 from attngen.runtime.attention import CompiledAttention
@@ -54,7 +55,8 @@ class Attention:
     """One ordinary attention of a call. name: its step in the plan. tile: the (query rows, keys) that a forward tile's pairs are
     rounded out to. tiles: the map of batch 0, head 0 (int8: 0 empty, 1 partial, 2 full), None where there are no pairs; cell:
     the (query rows, keys) of its elements. pins: what of the schedule was decided by hand; origin: where the rest came from.
-    cost and alternatives are modelled; a key set's lists have no alternatives.
+    kernels: of each direction, with the captured tensors whose gradients they add up; of a backend that compiles any. cost and
+    alternatives are modelled; a key set's lists have no alternatives.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Attention:
     tile: tuple[int, int]
     cell: tuple[int, int]
     tiles: torch.Tensor | None
+    kernels: Mapping[str, tuple[str, ...]]
     cost: Cost
     alternatives: tuple[Alternative, ...]
 
@@ -154,9 +157,20 @@ def _attention(attention: CompiledAttention, name: str, call: Call, backend: str
         tile,
         cell,
         _map(call, cell) if pairs else None,
+        _kernels(call, stages.facts, stages.schedule, sizes) if backend in ("triton", "interpret") else {},
         _cost(call, stages.facts, sizes, tile),
         _alternatives(call, stages.facts, sizes, stages.schedule, backend) if pairs and call.spec.lists is None else (),
     )
+
+
+def _kernels(call: Call, known: Facts, schedule: Schedule, sizes: Sizes) -> dict[str, tuple[str, ...]]:
+    kernels = {"forward": forward_launches(schedule)}
+    if call.spec.page_size is None:
+        wanted = [name for name, tensor in call.captures.items() if tensor.requires_grad]
+        own = sizes.batch, sizes.heads_q
+        launches = backward_launches(known, call.spec.lists, call.q.dtype, schedule, wanted, *own)
+        kernels["backward"] = ("delta", *map(str, launches))
+    return kernels
 
 
 def _made(names: Iterable[str], buffers: Mapping[str, Any]) -> tuple[Buffer, ...]:

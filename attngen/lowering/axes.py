@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from attngen.lowering.statements import Assign, Loop, Name, Statements, Value, arange, assign, call, name
+from attngen.lowering.statements import Assign, Loop, Name, Statements, Value, arange, assign, call, name, unhoisted
 
 N_Q, N_K, GROUP, HEADS_, BATCH = (name(length) for length in ("n_q", "n_k", "group", "heads", "batch"))
 B, H, TILES, PROGRAM = name("b"), name("h"), name("tiles"), name("program")
@@ -197,20 +197,27 @@ def decode_longest_first(roles: Roles, number: Name) -> Statements:
     )
 
 
-def decode_shared(roles: Roles, all_batches: bool, all_heads: bool) -> tuple[Statements, Loop | None]:
-    """The same for programs that compute what batches or heads share, and the loop over those."""
+def every_output(roles: Roles, programs: Value) -> tuple[Value, Value, Value]:
+    """The bounds of the numbers of the outputs that one of so many programs has."""
+    heads = HEADS_ // GROUP if roles.by_kv_head else HEADS_
+    return PROGRAM, TILES * heads * BATCH, programs
+
+
+def decode_shared(roles: Roles, all_batches: bool, all_heads: bool, launched: Value) -> tuple[Statements, Loop | None]:
+    """The same for programs that compute what batches or heads share, and the loop over those. launched: how many programs
+    there are.
+    """
     if roles.by_kv_head or not (all_batches or all_heads):
         return decode(roles, PROGRAM), None
+    if not all_heads:
+        every = unhoisted(*every_output(roles, launched))
+        return (), Loop("output", every, decode(roles, name("output")), "the batch, which shares a result")
     number = call("tl.full", name("[]"), name("g"), name("tl.int32"))
     tile = assign(roles.resident.tile, PROGRAM % TILES)
     if not all_batches:
         each = (assign("h", number), _KV_HEAD)
         comment = "the heads, which share the result"
         return (tile, assign("b", PROGRAM // TILES)), Loop("g", call("range", HEADS_), each, comment)
-    if not all_heads:
-        comment = "the batch, which shares the result"
-        loop = Loop("g", call("range", BATCH), (assign("b", number),), comment)
-        return (tile, assign("h", PROGRAM // TILES), _KV_HEAD), loop
     pair = name("pair")
     both = (assign("pair", number), assign("b", pair // HEADS_), assign("h", pair % HEADS_), _KV_HEAD)
     return (tile,), Loop("g", call("range", BATCH * HEADS_), both, "batch and heads, which share the result")

@@ -15,11 +15,12 @@ import sympy
 
 from attngen import debug
 from attngen.analysis import WEIGHT
-from attngen.analysis.sites import Site
 from attngen.language.expression import B, H, I, J, Load, S, Sigmoid, Uniform
 from attngen.lowering import passes
 from attngen.lowering.axes import Roles
+from attngen.lowering.gradients import Gradient
 from attngen.lowering.printer import Printer, chain
+from attngen.lowering.signature import loaded_in_tiles
 from attngen.lowering.statements import (
     AND,
     TILE,
@@ -36,6 +37,7 @@ from attngen.lowering.statements import (
     call,
     lines,
     name,
+    unhoisted,
 )
 from attngen.lowering.visits import TileWalk, Visits
 from attngen.lowering.width import needs_64_bits
@@ -51,7 +53,7 @@ _READS = {
     "excess": ("row", "row_in", "h", "b"),
     "dq": ("row", "row_in", "h", "b"),
     "dkv": ("j", "key_in", "kv_head", "b", "h", "part"),
-    "capture": ("row", "row_in", "h", "b", "query_tile", "first_edge"),
+    "capture": ("row", "row_in", "h", "b"),
     "capture by keys": ("j", "key_in", "h", "b"),
 }
 _STEP_READS = ("inside", "page", "tile", "valid", "keep")
@@ -78,7 +80,8 @@ class Step:
     steep: whether finite logits may have an infinite slope.
 
     Items are what the outline uses of `pairs`: "valid" (which pairs attend), "x" (the logits), "keep" (which survive dropout),
-    "keep_scale" (what their weight is multiplied by), "slope" (what dS is multiplied by), "bin" (a captured element's place).
+    "keep_scale" (what their weight is multiplied by), "slope" (what dS is multiplied by); and of each gradient of a captured tensor
+    "slope_NAME" (the same for it), "bin_NAME" (an element's place).
     """
 
     partial: bool
@@ -152,7 +155,7 @@ class Lowering:
     roles: Roles
     names: Mapping[str, str]
     blocks: tuple[int, int]
-    site: Site | None = None
+    gradients: tuple[Gradient, ...] = ()
     offset_tensor: bool = False
     one_loop: bool = False
     pipeline_edges: bool = False
@@ -216,7 +219,9 @@ class Lowering:
         if not self.roles.grouped:
             return None
         h = assign("h", name("kv_head") * name("group") + name("g"))
-        return Loop("g", self._loop(name("group")), (h,), "every query head that reads this key head")
+        # A tile of captured data leaves few registers.
+        heads = unhoisted(name("group")) if loaded_in_tiles(self.spec) else self._loop(name("group"))
+        return Loop("g", heads, (h,), "every query head that reads this key head")
 
     @property
     def walks(self) -> bool:
@@ -242,7 +247,7 @@ class Lowering:
 
     @property
     def _row(self) -> str:
-        return "capture by keys" if self.site is not None and self.site.by_keys else self.kernel
+        return "capture by keys" if self.kernel == "capture" and self.roles.walked.noun == "query" else self.kernel
 
     # -- what stands where --------------------------------------------------------------------------------------------
 
@@ -294,8 +299,12 @@ class Lowering:
         slope = self._slope
         if slope != 1:
             out.append(_inline("slope", printer.operand(slope)))
-        if self.site is not None and self.site.kind in ("bins", "atomic"):
-            out.append(_inline("bin", printer.flat(self.site.load, self.site.dims)))
+        for gradient in self.gradients:
+            site = gradient.site
+            if site.slope != 1:
+                out.append(_inline(f"slope_{gradient.own}", printer.operand(sympy.sympify(site.slope))))
+            if gradient.bins:
+                out.append(_inline(f"bin_{gradient.own}", printer.flat(site.load, site.dims)))
         return tuple(out)
 
     def _range(self, visits: Visits | None, pipelined: bool) -> Value | None:
@@ -356,10 +365,8 @@ class Lowering:
 
     @property
     def _slope(self) -> Any:
-        """What dS is multiplied by."""
-        if self.kernel in ("forward", "excess"):
-            return sympy.Integer(1)
-        return sympy.sympify(self.facts.score_ds if self.site is None else self.site.slope)
+        """What dS is multiplied by for the gradients of q and k."""
+        return sympy.sympify(self.facts.score_ds) if self.kernel in ("dq", "dkv") else sympy.Integer(1)
 
 
 def passed(places: list[Statements], wanted: Iterable[str], names: Mapping[str, str], title: str) -> list[Statements]:

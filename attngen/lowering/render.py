@@ -11,7 +11,6 @@ import torch
 
 from attngen.analysis import LARGE, NOTICED
 from attngen.analysis.sites import Site
-from attngen.language.expression import B, H
 from attngen.language.lists import RowLists
 from attngen.lowering import signature
 from attngen.lowering.axes import (
@@ -25,8 +24,10 @@ from attngen.lowering.axes import (
     decode,
     decode_longest_first,
     decode_shared,
+    every_output,
     roles_of,
 )
+from attngen.lowering.gradients import Gradient, gradients_of
 from attngen.lowering.kernels import Body, Lowering
 from attngen.lowering.signature import Arg
 from attngen.lowering.source import Grid, Source, environment, tidy
@@ -45,7 +46,7 @@ class Outline:
     about: the file's docstring. split: "split" or "stream" where several programs share an output. one_loop: full and partial
     tiles go through one loop. by_rows: keys are listed row by row, `list_head` is whose list it is. precision: of float32
     products, else nothing. rows: what it takes of each row, see `signature.Takes`. d, dv: the slices of the head dims. large:
-    the size of an lse from which on it is exact no more. bins: how many elements of a captured tensor a pair may reach.
+    the size of an lse from which on it is exact no more. gradients: of captured tensors that it adds up.
     looks: whether it marks results that are not finite; guarded: whether it does again what was marked, and keeps what masked
     pairs hold out of all sums. sums: of a key tile, those of each of the programs that share it.
     """
@@ -67,8 +68,7 @@ class Outline:
     walks: bool
     large: float
     restores: bool
-    site: Site | None
-    bins: str
+    gradients: tuple[Gradient, ...]
     looks: bool
     guarded: bool
     sums: tuple[tuple[str, ...], ...]
@@ -90,18 +90,19 @@ def render(
     schedule: Any,
     aligned: bool = True,
     offset_tensor: bool = False,
-    site: Site | None = None,
+    sites: tuple[Site, ...] = (),
 ) -> Source:
-    """The source of `kernel`: "forward" and for a split one "merge", "delta", "dq", "dkv", "capture" for one `site` (see
-    `captures`), and for a backward that begins with it "excess" (`Facts.restores`). Where there are masks, "forward_guarded",
-    "dq_guarded" and "dkv_guarded" do again what came out as no number.
+    """The source of `kernel`: "forward" and for a split one "merge", "delta", "dq", "dkv", "capture" for one site, and for a
+    backward that begins with it "excess" (`Facts.restores`). Where there are masks, "forward_guarded", "dq_guarded" and
+    "dkv_guarded" do again what came out as no number.
 
+    sites: of captured tensors whose gradients it adds up, see `attngen.plan.launches`; a guarded kernel leaves them as the first did.
     schedule: a complete one. aligned: the last dimension of every [B, heads, n, d] tensor has stride 1 and all other
     strides are multiples of 16, so rows are loaded in whole vectors; False takes any strides. offset_tensor: q_offset is
     an int32 tensor [B]. The text does not depend on lengths, batch, head counts, params or the scale.
     """
     guarded, kernel = kernel.endswith(GUARDED), kernel.removesuffix(GUARDED)
-    by_keys = kernel == "dkv" or (site is not None and site.by_keys)
+    by_keys = kernel == "dkv" or (kernel == "capture" and sites[0].by_keys)
     by_rows = isinstance(spec.lists, RowLists) and kernel not in ("delta", "delta_of_out")
     tile = schedule.tile("dkv" if by_keys else _TILE_OF.get(kernel, kernel))
     if by_rows:  # one query, or key, a tile: its rows are the heads
@@ -111,24 +112,26 @@ def render(
     roles = roles_of(
         by_keys,
         kernel == "dkv",
-        packed=(forward and bool(schedule.pack)) or (by_rows and (site is None or site.kind == "edges")),
+        packed=(forward and bool(schedule.pack)) or (by_rows and kernel != "capture"),
         listed=by_rows,
         by_query_head=by_rows and spec.lists.by_query_head,
     )
     # Pairs of all heads, or batches, that no index of a captured tensor uses add to the same elements.
-    shares = site is not None and site.kind == "pairs" and not by_rows
-    all_batches, all_heads = (site is not None and shares and not site.uses(symbol) for symbol in (B, H))
+    scattered = () if by_rows else tuple(site for site in sites if site.kind == "pairs")
+    all_batches = any(not site.by_batch for site in scattered)
+    all_heads = any(not site.by_head for site in scattered)
     described = tile.tma and aligned and not by_rows and spec.page_size is None and kernel in KERNELS
     one_loop = described and tile.warp_specialize and not guarded
 
     single, restores = dtype == torch.float32, facts.restores(dtype)
-    views = _views(spec, kernel, site, roles, head_dim, head_dim_v, aligned, described, one_loop)
+    views = _views(spec, kernel, by_keys, roles, head_dim, head_dim_v, aligned, described, one_loop)
     walk = facts.walk_keys if roles.walked is KEY else facts.walk_queries
     tables = [symbol.name for table in walk.tables for symbol in table.symbols]
     lists = () if spec.lists is None else spec.lists.names
     names = signature.kernel_names(
         [*spec.params, *(n for n in spec.tensors if n not in (*lists, "page_table"))], tables
     )
+    gradients = () if guarded else gradients_of(sites, names)
     lowering = Lowering(
         spec,
         facts,
@@ -136,7 +139,7 @@ def render(
         roles,
         names,
         blocks=(tile.block_m, tile.block_n),
-        site=site,
+        gradients=gradients,
         offset_tensor=offset_tensor,
         one_loop=one_loop,
         pipeline_edges=tile.pipeline_edges and not guarded,
@@ -147,7 +150,7 @@ def render(
     launched = name("launched") if guarded else call("tl.num_programs", 0)
     programs, owner = _programs(kernel, roles, split, all_batches, all_heads, tile, launched)
     marks = kernel in KERNELS and may_need_guard(spec)
-    reads = _outline_reads(kernel, views, roles, site, by_rows, split)
+    reads = _outline_reads(views, roles, gradients, split)
     reads |= {"odd"} if marks else set()
     reads |= {"launched"} if guarded else set()
     body = lowering.body(programs, owner, reads)
@@ -161,11 +164,12 @@ def render(
         restores=restores,
         split=split,
         tables=tables,
-        site=site,
+        by_keys=by_keys,
+        gradients=gradients,
     )
     outline = Outline(
         name=kernel,
-        about=_about(spec, kernel, head_dim, head_dim_v, dtype, tile),
+        about=_about(spec, kernel, gradients, head_dim, head_dim_v, dtype, tile),
         args=args,
         tile=tile,
         split=split,
@@ -174,15 +178,14 @@ def render(
         list_head="h" if by_rows and spec.lists.by_query_head else "kv_head",
         page_size=spec.page_size if lowering.walks else None,
         precision=schedule.precision if lowering.walks and single else "",
-        rows=signature.takes(kernel, restores=restores, site=site).rows,
+        rows=signature.takes(kernel, restores=restores, by_keys=by_keys).rows,
         head_dim_v=head_dim_v,
         d=chunks(head_dim),
         dv=chunks(head_dim_v),
         walks=lowering.walks,
         large=NOTICED if single else LARGE,
         restores=restores,
-        site=site,
-        bins="" if site is None else " * ".join(f"{names[site.tensor]}_size_{dim}" for dim in site.dims),
+        gradients=gradients,
         looks=marks and not guarded,
         guarded=guarded,
         sums=_sums(kernel, tile),
@@ -250,7 +253,7 @@ def _programs(
     if kernel == "merge" and split == "stream":
         first, last = load("owners", 2 * PROGRAM), load("owners", 2 * PROGRAM + 1)
         return (*decode(roles, PROGRAM), assign("first_slot", first), assign("last_slot", last)), None
-    if kernel in KERNELS and not split:
+    if kernel in KERNELS and not split and not all_batches:
         number, parts = output if tile.persistent else PROGRAM, tile.parts
         own: Statements = ()
         if parts > 1:
@@ -259,13 +262,12 @@ def _programs(
         found = decode(roles, number) if tile.order == "by_head" else decode_longest_first(roles, number)
         if not tile.persistent:
             return (*own, *found), None
-        heads = name("heads") // name("group") if roles.by_kv_head else name("heads")
-        outputs = name("tiles") * heads * name("batch")
-        every = call("range", PROGRAM, outputs * parts if parts > 1 else outputs, launched)
+        first, outputs, step = every_output(roles, launched)
+        every = call("range", first, outputs * parts if parts > 1 else outputs, step)
         found = (*own, *found)
         return (), Loop("output", every, found, "every so many outputs")
     if kernel == "merge" or not split:
-        return decode_shared(roles, all_batches, all_heads)
+        return decode_shared(roles, all_batches, all_heads, launched)
     if split == "split":
         own = (assign("output", PROGRAM // name("splits")), assign("split", PROGRAM % name("splits")))
         return (*own, *decode(roles, output)), None
@@ -280,9 +282,7 @@ def _programs(
     return run, Loop("output", every, body, "the outputs that this program has tiles of")
 
 
-def _outline_reads(
-    kernel: str, views: dict[str, View], roles: Roles, site: Site | None, by_rows: bool, split: str
-) -> frozenset[str]:
+def _outline_reads(views: dict[str, View], roles: Roles, gradients: tuple[Gradient, ...], split: str) -> frozenset[str]:
     """Variables and arguments that the outline reads for these tensors, apart from `kernels._READS`."""
     reads = {"heads", "n_q", *(view.head for view in views.values())}
     reads |= {"n_k"} if "k" in views else set()
@@ -290,15 +290,13 @@ def _outline_reads(
     reads |= {view.axis.tile for view in views.values() if view.described}
     if "k" in views and not all(view.described for view in views.values() if view.axis.axis == roles.walked.axis):
         reads.add("rows")
-    if site is not None:
-        reads |= {"edges": {"edge", "kv_head"}, "total": {"query_tile"}, "bins": {"query_tile"}}.get(site.kind, set())
-    return frozenset(reads)
+    return frozenset(reads.union(*(g.reads for g in gradients)))
 
 
 def _views(
     spec: Any,
     kernel: str,
-    site: Site | None,
+    by_keys: bool,
     roles: Roles,
     head_dim: int,
     head_dim_v: int,
@@ -308,7 +306,7 @@ def _views(
 ) -> dict[str, View]:
     """The tensors of a kernel, in the order of its signature."""
     views, read, written = {}, ("q", "do", "k", "v"), ("dq", "dk", "dv")
-    for tensor in signature.takes(kernel, site=site).tensors:
+    for tensor in signature.takes(kernel, by_keys=by_keys).tensors:
         _, heads, length, dim = signature.shape(tensor)
         head = "h" if heads == "heads" else "kv_head"
         axis = QUERY if length == "n_q" else KEY
@@ -328,9 +326,13 @@ def _views(
     return views
 
 
-def _about(spec: Any, kernel: str, head_dim: int, head_dim_v: int, dtype: Any, tile: Any) -> tuple[str, ...]:
+def _about(
+    spec: Any, kernel: str, gradients: tuple[Gradient, ...], head_dim: int, head_dim_v: int, dtype: Any, tile: Any
+) -> tuple[str, ...]:
+    named = ", ".join(dict.fromkeys(g.site.tensor for g in gradients))
+    beside = f", and the gradient of {named}" if named and kernel != "capture" else ""
     return (
-        f"attngen {signature.TABLE[kernel].title}.",
+        f"attngen {signature.TABLE[kernel].title}{beside}.",
         "",
         f"spec {spec.key[:16]}",
         *(f"    {line}" for line in _wrapped(str(spec).splitlines())),

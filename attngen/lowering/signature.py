@@ -6,15 +6,16 @@ Lowering writes the `def` line from them, a launch its arguments, cross-compilat
 from __future__ import annotations
 
 import keyword
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from attngen.analysis.capture_sites import CAPTURED
-from attngen.analysis.sites import Site
+from attngen.language.expression import I, J, loads
 from attngen.language.lists import RowLists
+from attngen.lowering.gradients import Gradient
 
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 _CAPTURED = {"float": "*fp32", "int": "*i32", "bool": "*i1", "wide": "*i64"}
@@ -29,6 +30,7 @@ class Arg:
     (q_offset, an int, or a pointer to int32 [B]), "param" (the spec's Param `of`), "table" (a pointer to the table `of`).
     type: "*q" pointer in the dtype of q, "*fp32", "*i32", "*capture" pointer in the captured tensor's dtype; "i32", "fp32".
     specialize: whether Triton may compile for a value's divisibility by 16 (or 1); no other value ever recompiles.
+    last: of a captured tensor the stride of its last dimension.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Arg:
     dim: int = 0
     specialize: bool = True
     comment: str = ""
+    last: bool = False
 
     def triton_type(self, dtype: torch.dtype, captured: Mapping[str, str]) -> str:
         """Its type for a compilation. dtype: of q, k, v. captured: the kind of each captured tensor, "wide" for int64."""
@@ -46,9 +49,14 @@ class Arg:
         return _POINTERS[dtype] if self.type == "*q" else self.type
 
     @property
+    def unit(self) -> bool:
+        """Whether its value is 1 in the usual case, which a compilation without values assumes: a captured tensor's last stride."""
+        return self.last and self.specialize
+
+    @property
     def divisible(self) -> bool:
         """Whether its value is a multiple of 16 in the usual case, which a compilation without values assumes."""
-        return self.specialize and (self.type.startswith("*") or (self.role == "stride" and self.type == "i32"))
+        return self.specialize and not self.unit and (self.type.startswith("*") or self.role == "stride")
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,7 @@ _WORDS = """
     a acc after alpha any b bad batch before begin begins beta beyond bin BLOCK bound c CHUNK count d delta dk dlse do dp dq
     ds dv e edge edges empty end excess exponent first firsts floor full g grad group h half HEAD head heads hi high hit hole i
     inside j k keep key kv l lane LANES LARGE large largest last launched level LIMIT listed live LN lo LOG2E low LOWEST lse
-    m made masked maxima members mix n near nearest norm number odd other out output owners p PAGE page pages pair
+    m made masked maxima members mix n near nearest norm number odd other out output owner owners p PAGE page pages pair
     part partial place places power PRECISION program programs q query range rest rounding row rows run s same scale section
     share sink size skip slot split splits start starts state states step steps stop strange tanh threshold tile tiles
     tl together total triton turn uniform unmasked user v valid value weight weights whole written x zero
@@ -137,15 +145,6 @@ _SHAPES = {
     "out": ("B", "heads", "n_q", "Dv"),
 }
 _LIKE = {"do": "out", "dq": "q", "dk": "k", "dv": "v"}
-_GRADS = {
-    "total": "[B, heads, tiles]",
-    "rows": "[B, heads, n_q]",
-    "keys": "[B, heads, n_k]",
-    "pairs": "[B or 1, heads or 1, n_q, n_k]",
-    "bins": "[B, heads, tiles, bins]",
-    "atomic": "[B, heads, bins]",
-    "edges": "[B, list heads, listed keys]",
-}
 _STATES = (
     Arg("states", "tensor", "states", "*fp32", comment="[slots, BLOCK_M, Dv]: unnormalised sums"),
     Arg("maxima", "tensor", "maxima", "*fp32", comment="[slots, 2, BLOCK_M]: m and l"),
@@ -153,9 +152,9 @@ _STATES = (
 _LENGTHS = ("heads", "n_q", "group", "n_k", "batch", "together", "splits", "pages")
 
 
-def takes(kernel: str, *, restores: bool = False, site: Site | None = None) -> Takes:
-    """What a kernel takes. restores: whether what a large lse lacks was found (`Facts.restores`)."""
-    found = TABLE["capture by keys" if site is not None and site.by_keys else kernel]
+def takes(kernel: str, *, restores: bool = False, by_keys: bool = False) -> Takes:
+    """What a kernel takes. restores: whether what a large lse lacks was found (`Facts.restores`); by_keys: whether keys are resident."""
+    found = TABLE["capture by keys" if by_keys and kernel == "capture" else kernel]
     return replace(found, rows=(*found.rows, *found.more_rows)) if restores else found
 
 
@@ -175,14 +174,15 @@ def arguments(
     restores: bool,
     split: str,
     tables: Iterable[str],
-    site: Site | None,
+    by_keys: bool,
+    gradients: Sequence[Gradient],
 ) -> tuple[Arg, ...]:
     """The arguments of a kernel that reads the variables `reads`.
 
     names: what captured tensors, params and tables are called in it. split: "split" or "stream" for a forward whose outputs
     several programs share, and its merge. tables: the walk's summaries. See `render` for the others.
     """
-    known, own = takes(kernel, restores=restores, site=site), set(reads)
+    known, own = takes(kernel, restores=restores, by_keys=by_keys), set(reads)
     partial = kernel == "forward" and split == "split"  # merge writes out and lse
     tensors = [name for name in known.tensors if not (partial and name == "out")]
     out = [Arg(name, "tensor", name, "*q", comment=f"[{', '.join(_dims(name, spec))}]") for name in tensors]
@@ -193,12 +193,12 @@ def arguments(
     if "odd" in own:
         out.append(Arg("odd", "tensor", "odd", "*i32", comment="[programs]: what is not finite there"))
     out += [Arg(name, "tensor", name, "*i32", comment="[values, B or 1, heads or 1, tiles]") for name in known.made]
-    if site is not None:
-        out.append(Arg("grad", "tensor", "grad", "*fp32", comment=_GRADS[site.kind]))
+    out += [Arg(g.name, "tensor", g.buffer, "*fp32", comment=g.comment) for g in gradients]
     for name in tensors:
         out += strides(name, "bhn" if aligned else "bhnd", "i32", specialize=aligned)
-    if site is not None and site.kind in ("pairs", "edges"):
-        out += strides("grad", "bh", "i64")
+    for g in gradients:
+        # Rows of pairs begin at multiples of 16, so that they are stored in whole vectors.
+        out += strides(g.buffer, g.strides, "i64", specialize=g.kind == "pairs", called=g.name)
     out += [Arg(name, "length", name, "i32", specialize=False) for name in _LENGTHS if name in own]
     if known.scaled:
         out.append(Arg("scale", "scale", "scale", "fp32", specialize=False))
@@ -225,9 +225,10 @@ def arguments(
             # One value is loaded: where the table starts must not make another kernel.
             out.append(Arg(f"{names[name]}_table", "table", name, "*i32", specialize=False, comment=comment))
             out += strides(name, "bh", "i32", called=names[name])
+    in_tiles = loaded_in_tiles(spec)
     for name, tensor in spec.tensors.items():
         if name in names and names[name] in own and name not in lists:
-            out += _captured(name, names[name], tensor.ndim, own)
+            out += _captured(name, names[name], tensor.ndim, own, name in in_tiles)
     if "launched" in own:  # last: what stands before is what the first launch has
         out.append(Arg("launched", "length", "launched", "i32", specialize=False))
     return tuple(out)
@@ -239,13 +240,20 @@ def strides(of: str, axes: str, type: str, *, specialize: bool = False, called: 
     return [Arg(f"{called}_stride_{axis}", "stride", of, type, dim, specialize) for dim, axis in enumerate(axes)]
 
 
-def _captured(name: str, called: str, ndim: int, reads: set[str]) -> list[Arg]:
+def loaded_in_tiles(spec: Any) -> set[str]:
+    """The captured tensors with an element for every pair: rows that are aligned load in whole vectors."""
+    every = (load for expr in spec.expressions.args for load in loads(expr))
+    reads = ((load.name, {s for index in load.indices for s in index.free_symbols}) for load in every)
+    return {name for name, symbols in reads if J in symbols and I in symbols}
+
+
+def _captured(name: str, called: str, ndim: int, reads: set[str], in_tiles: bool) -> list[Arg]:
     """A captured tensor: its last stride is 1 in the usual case. Sizes where an index has to be clamped."""
     name = CAPTURED + name
     out = [Arg(called, "tensor", name, "*capture")]
-    out += [
-        Arg(f"{called}_stride_{dim}", "stride", name, "i32", dim, specialize=dim == ndim - 1) for dim in range(ndim)
-    ]
+    for dim in range(ndim):
+        last = dim == ndim - 1
+        out.append(Arg(f"{called}_stride_{dim}", "stride", name, "i32", dim, specialize=last or in_tiles, last=last))
     sizes = [dim for dim in range(ndim) if f"{called}_size_{dim}" in reads]
     return out + [Arg(f"{called}_size_{dim}", "size", name, "i32", dim, specialize=False) for dim in sizes]
 

@@ -260,6 +260,13 @@ def call(function: str, *args: Any, kind: str = "int", **named: Any) -> Call:
     return Call(function, tuple(map(value_of, args)), kind, pairs)
 
 
+def unhoisted(*bounds: Any) -> Call:
+    """A range around a kernel's loops from which the compiler moves nothing out: what one turn has in common with the next would
+    take registers from them.
+    """
+    return call("tl.range", *bounds, disable_licm=True)
+
+
 def arange(block: str) -> Call:
     """`tl.arange(0, block)`."""
     return call("tl.arange", 0, name(block))

@@ -113,7 +113,8 @@ def render_tables(spec: Any, facts: Any, kernel: str, block: int, offset_tensor:
         restores=False,
         split="",
         tables=(),
-        site=None,
+        by_keys=of_keys,
+        gradients=(),
     )
     about = (
         f"attngen {signature.TABLE['tables'].title}.",

@@ -18,8 +18,8 @@ import torch
 
 from attngen import __version__
 from attngen.analysis import Facts, facts
-from attngen.analysis.capture_sites import EDGE_WEIGHTS, CaptureSite
-from attngen.analysis.sites import EDGES, sites
+from attngen.analysis.capture_sites import CAPTURED, CaptureSite
+from attngen.analysis.sites import site_of
 from attngen.backends.launcher import TABLES
 from attngen.backends.triton.compiling import compile_function
 from attngen.errors import InputError, PackError
@@ -32,7 +32,7 @@ from attngen.language.programs import program_of
 from attngen.language.spec import Spec
 from attngen.lowering import Source, render
 from attngen.lowering.render import GUARDED, may_need_guard
-from attngen.lowering.signature import CAPTURED, Arg
+from attngen.lowering.signature import Arg
 from attngen.lowering.tables import render_tables
 from attngen.packs import format
 from attngen.packs.contents import POINTERS, dtype_name
@@ -40,7 +40,7 @@ from attngen.packs.elf import read_cubin
 from attngen.packs.plain import put_spec
 from attngen.packs.record import SHARED_LIMITS, Argument, Kernel
 from attngen.plan.keysets.ragged import LENGTHS
-from attngen.plan.launches import backward_launches, forward_launches
+from attngen.plan.launches import Launch, every_backward_launch, forward_launches
 from attngen.plan.planner import forget_inner, inner_specs
 from attngen.runtime import first_tiles
 from attngen.runtime.attention import compile as compile_spec
@@ -243,28 +243,27 @@ class _Attend:
             found[name] = POINTERS[tensor.dtype]
         return dict(sorted(found.items()))
 
-    def sources(self, backward: bool) -> Iterator[tuple[str, CaptureSite | None, Source]]:
-        """Every kernel that its calls may launch: its name, whose gradient it is, and its file."""
-        names = list(forward_launches(self.schedule))
+    def sources(self, backward: bool) -> Iterator[tuple[str, tuple[CaptureSite, ...], Source]]:
+        """Every kernel that its calls may launch: its name, which gradients of captured tensors it adds up, and its file."""
+        launches = [Launch(name) for name in forward_launches(self.schedule)]
         if backward and self.spec.page_size is None:
-            names += backward_launches(self.facts, self.call.q.dtype)
-        for name in names:
-            if name in ("forward", "dq", "dkv") and self.spec.lists is None and self.facts.walk_of(name).needs_tables:
+            launches += every_backward_launch(self.facts, self.spec.lists, self.call.q.dtype, self.schedule)
+        for launch in launches:
+            name, found = launch.kernel, launch.sites
+            if (
+                not found
+                and name in ("forward", "dq", "dkv")
+                and self.spec.lists is None
+                and self.facts.walk_of(name).needs_tables
+            ):
                 tile = self.schedule.tile(name)
                 block = tile.block_n if name == "dkv" else tile.block_m
-                yield f"{name}{TABLES}", None, render_tables(self.spec, self.facts, name, block, self.by_offset)
-            yield name, None, self._render(name)
+                yield f"{name}{TABLES}", (), render_tables(self.spec, self.facts, name, block, self.by_offset)
+            yield name, found, self._render(name, found)
             if name in KERNELS and may_need_guard(self.spec):
-                yield name + GUARDED, None, self._render(name + GUARDED)
-        if "dq" in names:
-            certain = self.schedule.deterministic is not False
-            for grads in self.facts.load_grads.values():
-                for number, site in enumerate(sites(grads, certain)):
-                    yield "capture", site.plain(number, certain), self._render("capture", site)
-            if self.spec.lists is not None and "edge_weight" in self.spec.lists.names:
-                yield "capture", EDGE_WEIGHTS, self._render("capture", EDGES)
+                yield name + GUARDED, found, self._render(name + GUARDED, found)
 
-    def _render(self, kernel: str, site: Any = None) -> Source:
+    def _render(self, kernel: str, found: tuple[CaptureSite, ...] = ()) -> Source:
         head_dim, head_dim_v = self.dims
         aligned = all(dim % 16 == 0 for dim in self.dims)  # else not even contiguous rows are; see `is_aligned`
         return render(
@@ -277,7 +276,7 @@ class _Attend:
             schedule=self.schedule,
             aligned=aligned,
             offset_tensor=self.by_offset,
-            site=site,
+            sites=tuple(site_of(self.facts.load_grads, site) for site in found),
         )
 
 
@@ -345,8 +344,8 @@ class _Builder:
             schedule, origin = choose_elsewhere(call, known, target, self.pins, self.db, self.find)
         attend = _Attend(call, known, schedule, Target.named(architecture), by_offset)
         self._choose(call.spec.key, attend.target, call.q.dtype, attend.dims, schedule, shape_bucket(call), origin)
-        for kernel, site, source in attend.sources(backward):
-            self._compiled(call.spec.key, kernel, attend, source, site)
+        for kernel, sites, source in attend.sources(backward):
+            self._compiled(call.spec.key, kernel, attend, source, sites)
 
     def _delta(self, q: torch.Tensor, v: torch.Tensor, target: str) -> None:
         """The kernels that every spec shares."""
@@ -356,7 +355,7 @@ class _Builder:
         attend = _Attend(Call(spec, out, out, out, {}, {}, 0), facts(spec), schedule, Target.named(architecture), False)
         self._choose(PLAIN.key, attend.target, q.dtype, attend.dims, schedule, shape_bucket(attend.call), "of delta")
         for kernel in ("delta", "delta_of_out"):
-            self._compiled(PLAIN.key, kernel, attend, attend._render(kernel), None)
+            self._compiled(PLAIN.key, kernel, attend, attend._render(kernel), ())
 
     def _choose(
         self,
@@ -385,13 +384,13 @@ class _Builder:
             self.schedules.append(decided)
         return self.schedules.index(decided)
 
-    def _compiled(self, key: str, kernel: str, attend: _Attend, source: Source, site: CaptureSite | None) -> None:
+    def _compiled(self, key: str, kernel: str, attend: _Attend, source: Source, sites: tuple[CaptureSite, ...]) -> None:
         where = [key, kernel, attend.target.name, dtype_name(attend.call.q.dtype), [*attend.dims]]
-        rest = [self._schedule(attend.schedule), attend.by_offset, attend.kinds, _identity(site)]
+        rest = [self._schedule(attend.schedule), attend.by_offset, attend.kinds, _identity(sites)]
         identity = json.dumps([*where, *rest])
         if identity in self.launches:
             return
-        names = ("spec", "kernel", "target", "dtype", "dims", "schedule", "offset", "kinds", "site")
+        names = ("spec", "kernel", "target", "dtype", "dims", "schedule", "offset", "kinds", "sites")
         name = self._record(attend, source)
         self.launches[identity] = dict(zip((*names, "name"), (*where, *rest, name), strict=True))
 
@@ -399,7 +398,7 @@ class _Builder:
         """Compile a file for a target, unless it is there. Returns the kernel's name in the pack."""
         dtype, target = attend.call.q.dtype, attend.target
         kinds = {arg.name: _kind(arg, dtype, attend.kinds) for arg in source.args}
-        ones = [arg.name for arg in source.args if _is_one(arg, attend.call)]
+        ones = [arg.name for arg in source.args if arg.unit]
         divisible = [arg.name for arg in source.args if _is_divisible(arg)]
         text = json.dumps([source.text, kinds, ones, divisible, target.name])
         name = f"{source.name}-{target.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
@@ -446,18 +445,10 @@ def _kind(arg: Arg, dtype: torch.dtype, captured: Mapping[str, str]) -> str:
     return arg.triton_type(dtype, {})
 
 
-def _is_one(arg: Arg, call: Call) -> bool:
-    """The last stride of a captured tensor of the spec: so that rows of a bias load in whole vectors. Calls make it so."""
-    own = () if call.spec.lists is None else call.spec.lists.names
-    name = arg.of.removeprefix(CAPTURED)
-    is_captured = arg.of.startswith(CAPTURED) and name in call.captures and name not in (*own, "page_table")
-    return arg.role == "stride" and is_captured and arg.dim == call.captures[name].dim() - 1
-
-
 def _is_divisible(arg: Arg) -> bool:
     """What is always so: strides of captured tensors may be anything."""
     return arg.divisible and (arg.type.startswith("*") or not arg.of.startswith(CAPTURED))
 
 
-def _identity(site: CaptureSite | None) -> Any:
-    return None if site is None else [site.tensor, site.number, site.deterministic]
+def _identity(sites: tuple[CaptureSite, ...]) -> Any:
+    return [[site.tensor, site.number, site.deterministic, site.by_batch, site.by_head] for site in sites]

@@ -73,7 +73,7 @@ class Contents:
             choices[key] = (*choices.get(key, ()), found)
         kernels: dict[Any, dict[Any, str]] = {}
         for row in _list(whole["launches"]):
-            names = ("spec", "kernel", "target", "dtype", "dims", "schedule", "offset", "kinds", "site", "name")
+            names = ("spec", "kernel", "target", "dtype", "dims", "schedule", "offset", "kinds", "sites", "name")
             data = _fields(row, names)
             name = TEXT.get(None, data["name"])
             if name not in pack.kernels:
@@ -82,7 +82,7 @@ class Contents:
                 raise PackError(f"kinds: expected an object, got {data['kinds']!r:.60}")
             kinds = tuple(sorted((own, TEXT.get(None, kind)) for own, kind in data["kinds"].items()))
             texts = (TEXT.get(None, data[own]) for own in ("spec", "kernel", "target", "dtype"))
-            rest = _at(schedules, data["schedule"]), TRUTH.get(None, data["offset"]), _site(data["site"])
+            rest = _at(schedules, data["schedule"]), TRUTH.get(None, data["offset"]), _sites(data["sites"])
             kernels.setdefault((*texts, _dims(data["dims"]), *rest), {})[kinds] = name
         if not isinstance(whole["specs"], dict):
             raise PackError("specs: expected an object")
@@ -148,9 +148,12 @@ def _schedule(data: Any) -> Schedule:
         raise PackError(f"schedules: {error}") from None
 
 
-def _site(data: Any) -> Any:
-    if data is None:
-        return None
-    if not isinstance(data, list) or len(data) != 3:
-        raise PackError(f"site: expected [tensor, number, deterministic], got {data!r:.60}")
-    return TEXT.get(None, data[0]), NUMBER.get(None, data[1]), TRUTH.get(None, data[2])
+def _sites(data: Any) -> tuple[tuple[Any, ...], ...]:
+    return tuple(_site(item) for item in _list(data))
+
+
+def _site(data: Any) -> tuple[Any, ...]:
+    if not isinstance(data, list) or len(data) != 5:
+        raise PackError(f"sites: expected [tensor, number, deterministic, by_batch, by_head], got {data!r:.60}")
+    tensor, number, *truths = data
+    return TEXT.get(None, tensor), NUMBER.get(None, number), *(TRUTH.get(None, truth) for truth in truths)

@@ -77,13 +77,13 @@ class Packed:
         facts: Any,
         schedule: Schedule,
         tensors: Mapping[str, Any],
-        site: CaptureSite | None = None,
+        sites: tuple[CaptureSite, ...] = (),
     ) -> PackedKernel:
         """The kernel, loaded on the call's device. Missing."""
         dims, dtype = (int(call.q.shape[3]), int(call.v.shape[3])), dtype_name(call.q.dtype)
         where = call.spec.key, kernel, self.contents.target_of(call.q.device), dtype, dims
         by_offset = isinstance(call.q_offset, torch.Tensor)
-        own = None if site is None else (site.tensor, site.number, site.deterministic)
+        own = tuple((site.tensor, site.number, site.deterministic, site.by_batch, site.by_head) for site in sites)
         found = self.contents.kernels.get((*where, schedule, by_offset, own))
         if found is None:
             offsets = "tensors" if by_offset else "ints"
@@ -106,11 +106,17 @@ class Packed:
         return ready
 
     def guarded(
-        self, kernel: str, call: Call, facts: Any, schedule: Schedule, tensors: Mapping[str, Any]
+        self,
+        kernel: str,
+        call: Call,
+        facts: Any,
+        schedule: Schedule,
+        tensors: Mapping[str, Any],
+        sites: tuple[CaptureSite, ...] = (),
     ) -> PackedKernel | None:
         """What looks after the results of a kernel, if the pack has such a one."""
         names = {key[1] for key in self.contents.kernels if key[0] == call.spec.key}
-        return self.find(kernel + GUARDED, call, facts, schedule, tensors) if kernel + GUARDED in names else None
+        return self.find(kernel + GUARDED, call, facts, schedule, tensors, sites) if kernel + GUARDED in names else None
 
     def plain(self, device: torch.device, head_dim: int, dtype: torch.dtype) -> tuple[Schedule, Any]:
         """How delta is computed."""

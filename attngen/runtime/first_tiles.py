@@ -22,6 +22,7 @@ from typing import Any
 from attngen import debug
 from attngen.analysis import GPUS, Facts
 from attngen.analysis.cost import visited_pairs
+from attngen.analysis.sites import site_of
 from attngen.backends.triton import compile_worker
 from attngen.backends.triton.machine_code import MachineCode, nvidia_resources
 from attngen.backends.triton.modelled import Resources, Work, seconds
@@ -31,6 +32,7 @@ from attngen.language.call import Call
 from attngen.language.lists import TileLists
 from attngen.language.schedule import Schedule, Tile
 from attngen.lowering import Source, render
+from attngen.plan.launches import backward_launches, learned_of
 from attngen.schedule.legality import WIDE, registers_held, why_not_listed
 from attngen.schedule.shipped import family_of, forms_of, shipped_tiles
 from attngen.schedule.target import Target
@@ -163,15 +165,20 @@ class Search:
         return Tried(kernel, tile, made, seconds=self._seconds(kernel, tile, made))
 
     def _source(self, kernel: str, tile: Tile) -> Source:
-        call = self.call
+        """With all gradients that the kernel may add up: the tile serves calls that want them, and those that don't."""
+        call, base = self.call, self.base
+        lists, dtype = call.spec.lists, call.q.dtype
+        launches = backward_launches(self.facts, lists, dtype, base, learned_of(self.facts, lists))
+        sites = next((launch.sites for launch in launches if launch.kernel == kernel), ())
         return render(
             call.spec,
             self.facts,
             kernel,
             head_dim=call.q.shape[3],
             head_dim_v=call.v.shape[3],
-            dtype=call.q.dtype,
-            schedule=self.base.with_tile(kernel, tile.over(getattr(self.base, kernel))),
+            dtype=dtype,
+            schedule=base.with_tile(kernel, tile.over(getattr(base, kernel))),
+            sites=tuple(site_of(self.facts.load_grads, site) for site in sites),
         )
 
     def _request(self, source: Source) -> dict[str, Any]:
@@ -181,6 +188,7 @@ class Search:
             "name": source.name,
             "signature": {arg.name: arg.triton_type(self.call.q.dtype, kinds) for arg in source.args},
             "divisible": [arg.name for arg in source.args if arg.divisible],
+            "ones": [arg.name for arg in source.args if arg.unit],
             "num_warps": source.num_warps,
             "num_stages": source.num_stages,
             "target": [self.target.backend, self.target.arch, self.target.warp_size],

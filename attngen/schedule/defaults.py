@@ -110,18 +110,20 @@ CROWDED: Mapping[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = MappingPr
     }
 )
 # The same for logits that keep their natural unit (`Facts.natural`), where pairs are not listed one by one. Without spills for
-# biases, ALiBi and large constants at head dims 64 and 128, under triton 3.6 and 3.9 (tests/schedule/test_natural.py).
+# biases, ALiBi and large constants with their gradients at head dims 64 and 128, under triton 3.6 and 3.9 (tests/schedule/test_natural.py).
 NATURAL: Mapping[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = MappingProxyType(
     {
         ("sm_80", "forward", 128): ((0, Tile(64, 64, 8, 3)),),
         ("sm_80", "dkv", 64): ((0, Tile(16, 128, 8, 1)),),
         ("sm_90", "forward", 128): ((0, Tile(128, 32, 8, 3)),),
+        ("sm_90", "dq", 64): ((0, Tile(64, 32, 4, 1)),),
+        ("sm_90", "dq", 128): ((0, Tile(64, 32, 4, 2)),),
         ("sm_90", "dq", 192): ((0, Tile(128, 32, 8, 1, **_SPARING)),),
         ("sm_90", "dkv", 64): ((0, Tile(16, 128, 8, 2)),),
         ("sm_90", "dkv", 128): ((0, Tile(32, 32, 8, 2)),),
         ("sm_100", "forward", 128): ((0, Tile(128, 32, 8, 2)),),
         ("sm_100", "dq", 64): ((0, Tile(64, 32, 8, 1)),),
-        ("sm_100", "dq", 128): ((0, Tile(64, 32, 8, 2)), (28, Tile(64, 64, 8, 2))),
+        ("sm_100", "dq", 128): ((0, Tile(64, 32, 8, 1)), (28, Tile(64, 64, 8, 2))),
         ("sm_100", "dkv", 64): ((0, Tile(32, 64, 8, 1)),),
         ("sm_100", "dkv", 128): ((0, Tile(16, 64, 4, 1)),),
     }

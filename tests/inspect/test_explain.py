@@ -79,3 +79,15 @@ def test_the_schedule_marked_is_the_one_that_runs(pins):
     tile = attn.specialiser.of(call).schedule.forward
     marked = re.findall(r"(\d+) x (\d+) .*<- this schedule", told)
     assert marked == [(str(tile.block_m), str(tile.block_n))]
+
+
+def test_the_kernels_and_the_gradients_that_they_add_up():
+    spec = ag.Spec(
+        score="s + bias[h, i, j] + slope[h] * (j - i)", tensors=[ag.Tensor("bias", 3), ag.Tensor("slope", 1)]
+    )
+    q, bias, slope = torch.randn(2, 2, 32, 16), torch.zeros(2, 32, 32, requires_grad=True), torch.zeros(2)
+    told = ag.compile(spec, backend="interpret").explain(q, q, q, bias=bias, slope=slope)
+    assert "  forward: forward\n  backward: delta, excess, dq + bias, dkv\n" in told
+    slope.requires_grad_()
+    told = ag.compile(spec, backend="interpret").explain(q, q, q, bias=bias, slope=slope)
+    assert "  backward: delta, excess, dq + bias, slope, dkv\n" in told

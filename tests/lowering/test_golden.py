@@ -12,9 +12,11 @@ import torch
 
 import attngen as ag
 from attngen.analysis import facts
+from attngen.analysis.sites import site_of
 from attngen.language.lists import RowLists, TileLists
-from attngen.lowering import render, sites
+from attngen.lowering import render
 from attngen.lowering.tables import render_tables
+from attngen.plan.launches import backward_launches, learned_of
 from attngen.schedule import Schedule, Tile
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -42,11 +44,18 @@ SPECS = {
         score=ag.bias("hij"),
         sink=lambda b, h, i: ag.Tensor("sink", 1)[h],
     ),
+    "padding": ag.Spec(score="s + bias[b, j]", tensors=[ag.Tensor("bias", 2)]),
+    "distances": ag.Spec(
+        mask=ag.causal(),
+        score="s + slope[h, min(i - j, 31)] + bias[i, j]",
+        tensors=[ag.Tensor("slope", 2), ag.Tensor("bias", 2)],
+    ),
     "tiles": ag.Spec(mask=ag.causal(), lists=TileLists(128, 64)),
     "rows": ag.Spec(mask=ag.causal(), lists=RowLists(weighted=True)),
     "paged": ag.Spec(mask=ag.causal() & ag.window(512), page_size=16, sink=lambda b, h, i: ag.Tensor("sink", 1)[h]),
 }
 DECISIONS = ("split", "pack", "dkv")  # of the options: what the schedule decides
+LEARNS: dict[str, Any] = {"learns": True}  # with the gradients of all captured tensors
 # name -> (spec, kernel, head dim of q and k, of v, dtype, options)
 FILES: dict[str, tuple[str, str, int, int, torch.dtype, dict[str, Any]]] = {
     "full_forward": ("full", "forward", 64, 64, torch.bfloat16, {}),
@@ -66,13 +75,16 @@ FILES: dict[str, tuple[str, str, int, int, torch.dtype, dict[str, Any]]] = {
     "alibi_dropout_forward": ("alibi_dropout", "forward", 64, 64, torch.float32, {"offset_tensor": True}),
     "alibi_dropout_dkv": ("alibi_dropout", "dkv", 64, 64, torch.float32, {"offset_tensor": True}),
     "alibi_dropout_excess": ("alibi_dropout", "excess", 64, 64, torch.bfloat16, {}),
-    "alibi_dropout_capture": ("alibi_dropout", "capture", 64, 64, torch.bfloat16, {}),
+    "alibi_dropout_dq": ("alibi_dropout", "dq", 64, 64, torch.bfloat16, LEARNS),
     "global_bias_sink_forward": ("global_bias_sink", "forward", 40, 24, torch.float16, {"aligned": False}),
     "global_bias_sink_dkv": ("global_bias_sink", "dkv", 40, 24, torch.float16, {"aligned": False}),
-    "global_bias_sink_capture": ("global_bias_sink", "capture", 64, 64, torch.bfloat16, {}),
+    "global_bias_sink_dq": ("global_bias_sink", "dq", 64, 64, torch.bfloat16, LEARNS),
+    "padding_dkv": ("padding", "dkv", 64, 64, torch.bfloat16, LEARNS),
+    "distances_dq": ("distances", "dq", 64, 64, torch.bfloat16, LEARNS),
+    "distances_capture": ("distances", "capture", 64, 64, torch.bfloat16, LEARNS),
     "tiles_forward": ("tiles", "forward", 64, 64, torch.bfloat16, {}),
     "tiles_dkv": ("tiles", "dkv", 64, 64, torch.bfloat16, {}),
-    "rows_dq": ("rows", "dq", 64, 64, torch.bfloat16, {}),
+    "rows_dq": ("rows", "dq", 64, 64, torch.bfloat16, LEARNS),
     "rows_dkv": ("rows", "dkv", 64, 64, torch.bfloat16, {}),
     "paged_split_forward": ("paged", "forward", 128, 128, torch.bfloat16, {"split": 4}),
     "paged_split_merge": ("paged", "merge", 128, 128, torch.bfloat16, {"split": 4}),
@@ -89,14 +101,15 @@ def text(name: str) -> str:
         return render_tables(
             SPECS[spec_name], known, kernel.removeprefix("tables of "), 64, "offset_tensor" in options
         ).text
-    if kernel == "capture":
-        (grads,) = known.load_grads.values()
-        options = {**options, "site": sites(grads)[0]}
-    decided = {option: value for option, value in options.items() if option in DECISIONS}
-    options = {option: value for option, value in options.items() if option not in DECISIONS}
+    spec, decided = SPECS[spec_name], {option: value for option, value in options.items() if option in DECISIONS}
+    options = {option: value for option, value in options.items() if option not in (*DECISIONS, "learns")}
     schedule = Schedule(**decided).over(TILES)
     sizes = dict(head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype, schedule=schedule)
-    return render(SPECS[spec_name], known, kernel, **sizes, **options).text
+    if "learns" in FILES[name][5]:
+        launches = backward_launches(known, spec.lists, dtype, schedule, learned_of(known, spec.lists))
+        plain = next(launch.sites for launch in launches if launch.kernel == kernel)
+        options["sites"] = tuple(site_of(known.load_grads, site) for site in plain)
+    return render(spec, known, kernel, **sizes, **options).text
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -366,6 +366,49 @@ def test_each_kind_of_captured_gradient(score: Callable[..., Any], kind: str) ->
     assert (got[0] - want).norm() <= 1e-4 * want.norm()
 
 
+LEARNED = {"slope": 1, "pad": 2, "table": 2, "bias": 3, "same": 2}  # and their dimensions
+SCORE = (
+    "s * (1 + pad[b, j]) + slope[h] * (j - i) + table[h, min(i - j, 7)] + bias[h, i, j] + same[i, j] * bias[h, j, i]"
+)
+
+
+def learned_captures(batch: int, heads: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    sizes = {"slope": (heads,), "pad": (batch, 21), "table": (heads, 9), "bias": (heads, 21, 21), "same": (21, 21)}
+    return {name: 0.3 * torch.randn(size, generator=generator) for name, size in sizes.items()}
+
+
+TOGETHER = [
+    ((*LEARNED,), 2, 2, {}),
+    *(
+        pytest.param(wanted, *sizes, decided, marks=pytest.mark.slow)
+        for wanted in (("bias",), ("pad", "table"), (*LEARNED,))
+        for sizes in ((1, 1), (1, 2), (2, 2))
+        for decided in ({}, {"dq_persistent": 1, "dkv_persistent": 1}, {"deterministic": False})
+    ),
+]
+
+
+@pytest.mark.parametrize(("wanted", "batch", "heads", "decided"), TOGETHER)
+def test_gradients_of_captured_tensors_together(
+    wanted: tuple[str, ...], batch: int, heads: int, decided: dict[str, Any]
+) -> None:
+    """Some are added up by dq, some by dkv, some apart: by whose elements they share, and by which of them are wanted. Also where
+    the guarded kernels do again what came out as no number: a key that nobody attends has one.
+    """
+    spec = ag.Spec(mask="i >= j and j != 5", score=SCORE, tensors=[ag.Tensor(n, ndim) for n, ndim in LEARNED.items()])
+    attn = ag.compile(spec, schedule=ag.Schedule(**decided).over(SMALL), backend="interpret")
+    q, k, v = torch.randn(batch, heads, 21, 16), torch.randn(batch, 1, 21, 16), torch.randn(batch, 1, 21, 16)
+    weight, captures = torch.randn(q.shape), learned_captures(batch, heads)
+    leaves = [x.requires_grad_() for x in (q, k, v, *(captures[own] for own in wanted))]
+    want = torch.autograd.grad((ag.oracle(spec, q, k, v, **captures)[0] * weight).sum(), leaves)
+    bad_k, bad_v = (x.detach().index_fill(2, torch.tensor([5]), float("inf")).requires_grad_() for x in (k, v))
+    for given in ([q, k, v], [q, bad_k, bad_v]):
+        got = torch.autograd.grad((attn(*given, **captures) * weight).sum(), [*given, *leaves[3:]])
+        for own, mine, right in zip(("q", "k", "v", *wanted), got, want, strict=True):
+            assert (mine - right).norm() <= 1e-4 * right.norm(), own
+
+
 # -- cross-compilation ------------------------------------------------------------------------------------------------
 
 CAUSAL = ag.Spec(mask=ag.causal())

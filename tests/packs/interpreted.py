@@ -38,7 +38,7 @@ class Interpreted:
         """In the place of `_Builder._record`, which compiles."""
         dtype, target = attend.call.q.dtype, attend.target
         kinds = {arg.name: build._kind(arg, dtype, attend.kinds) for arg in source.args}
-        ones = {arg.name for arg in source.args if build._is_one(arg, attend.call)}
+        ones = {arg.name for arg in source.args if arg.unit}
         name = f"{source.name}-{hashlib.sha256(repr((source.text, kinds)).encode()).hexdigest()[:12]}"
         arguments = [
             Argument(arg.name, kinds[arg.name], arg.role, arg.of, arg.dim, build._is_divisible(arg))

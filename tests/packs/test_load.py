@@ -37,8 +37,8 @@ def jobs_of_builds(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, dict[s
 
     def recorded(builder: Any, attend: Any, source: Any) -> str:
         name = record(builder, attend, source)
-        dtype, call = attend.call.q.dtype, attend.call
-        ones = [place for place, arg in enumerate(source.args) if build._is_one(arg, call)]
+        dtype = attend.call.q.dtype
+        ones = [place for place, arg in enumerate(source.args) if arg.unit]
         jobs[builder.kernels[name].file] = {
             "file": str(source.write()),
             "symbol": source.name,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import combinations
 from typing import Any
 
 import networkx
@@ -10,9 +12,10 @@ import torch
 
 import attngen as ag
 from attngen.analysis import facts
+from attngen.language.schedule import Tile
 from attngen.plan.backward import backward_plan, saved_by
 from attngen.plan.forward import forward_plan
-from attngen.plan.launches import backward_launches
+from attngen.plan.launches import backward_launches, every_backward_launch
 from attngen.plan.plan import Plan, Sizes
 from attngen.plan.steps import DELTA, DLSE, DO, LSE, OUT, Step
 from tests.keys_work import CASES, case
@@ -40,7 +43,44 @@ def test_forward_and_backward_of_documents(backend: str):
     assert DELTA in backward.released["attention, backward"]
     assert networkx.is_directed_acyclic_graph(backward.graph)
     assert backward.graph.get_edge_data("delta", "attention, backward")[0]["buffer"] == DELTA
-    assert backward_launches(facts(spec), torch.bfloat16, ["slope"]) == ("excess", "dq", "dkv", "gradient of slope")
+
+
+LEARNED = ag.Spec(
+    mask=ag.documents() & ag.causal(),
+    score="s + slope[h] * (j - i) + pad[b, j] + table[h, min(i - j, 31)] + bias[h, i, j] + same[i, j]",
+    tensors=[
+        *(ag.Tensor(name, ndim) for name, ndim in (("slope", 1), ("pad", 2), ("table", 2), ("bias", 3), ("same", 2)))
+    ],
+)
+DECIDED = ag.Schedule(**{p: Tile(64, 32, 4, 2) for p in ("forward", "dq", "dkv")})
+
+
+def launched(wanted: Iterable[str], batch: int, heads: int, **decided: Any) -> list[str]:
+    schedule = ag.Schedule(**decided).over(DECIDED)
+    return list(map(str, backward_launches(facts(LEARNED), None, torch.bfloat16, schedule, wanted, batch, heads)))
+
+
+def test_gradients_of_captured_tensors_are_added_up_where_their_pairs_are():
+    assert launched((), 2, 4) == ["excess", "dq", "dkv"]
+    assert launched(["slope"], 2, 4) == ["excess", "dq + slope", "dkv"]
+    assert launched(["pad"], 2, 4) == ["excess", "dq", "dkv + pad"]
+    # Two of five: another variant of dq for every such set would be many.
+    assert launched(["table", "slope"], 2, 4) == ["excess", "dq + slope", "dkv", "gradient of table"]
+    every = LEARNED.tensors.keys() - {"doc"}
+    assert launched(every, 2, 4) == ["excess", "dq + bias, slope, table", "dkv + pad", "gradient of same"]
+    assert launched(every, 1, 1) == ["excess", "dq + bias, same, slope, table", "dkv + pad"]
+    assert launched(every, 2, 1, dq_persistent=1) == [
+        "excess", "dq + slope, table", "dkv + pad", "gradient of bias", "gradient of same"
+    ]  # fmt: skip
+
+
+def test_a_pack_has_every_kernel_that_some_call_launches():
+    known, dtype = facts(LEARNED), torch.bfloat16
+    every = {*every_backward_launch(known, None, dtype, DECIDED)}
+    names = ("slope", "pad", "table", "bias", "same")
+    for wanted in (chosen for count in range(6) for chosen in combinations(names, count)):
+        for sizes in ((1, 1), (1, 3), (5, 1), (2, 2)):
+            assert {*backward_launches(known, None, dtype, DECIDED, wanted, *sizes)} <= every
 
 
 def test_closed_forms_need_no_tables():

@@ -25,6 +25,7 @@ def compile_source(source: Source, target: Target, dtype: torch.dtype, captured:
         source.num_warps,
         source.num_stages,
         target,
+        [arg.name for arg in source.args if arg.unit],
     )
 
 

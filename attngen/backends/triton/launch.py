@@ -12,8 +12,8 @@ import torch
 from attngen import debug
 from attngen.analysis import Facts
 from attngen.analysis import facts as analyse
-from attngen.analysis.capture_sites import EDGE_WEIGHTS, CaptureSite
-from attngen.analysis.sites import EDGES, Site, sites
+from attngen.analysis.capture_sites import CaptureSite
+from attngen.analysis.sites import Site, site_of
 from attngen.backends.launcher import TABLES, Launcher, is_aligned
 from attngen.backends.work import table_tiles
 from attngen.errors import ScheduleError
@@ -39,7 +39,7 @@ class Rendered:
         facts: Facts,
         schedule: Schedule,
         tensors: Mapping[str, Any],
-        site: CaptureSite | None = None,
+        sites: tuple[CaptureSite, ...] = (),
     ) -> Source:
         """The kernel's file."""
         by_offset = isinstance(call.q_offset, torch.Tensor)
@@ -47,17 +47,23 @@ class Rendered:
             return _tables_source(call.spec, facts, kernel.removesuffix(TABLES), schedule, by_offset)
         aligned = all(is_aligned(tensors[name]) for name in takes(kernel.removesuffix(GUARDED)).tensors)
         dims = call.q.shape[3], call.v.shape[3]
-        own = None if site is None else _site_of(facts, site)
+        own = tuple(site_of(facts.load_grads, site) for site in sites)
         spec = call.spec if isinstance(call.spec, Spec) else _PLAIN
         return _source(spec, facts, kernel, *dims, call.q.dtype, schedule, aligned, by_offset, own)
 
     def guarded(
-        self, kernel: str, call: Call, facts: Facts, schedule: Schedule, tensors: Mapping[str, Any]
+        self,
+        kernel: str,
+        call: Call,
+        facts: Facts,
+        schedule: Schedule,
+        tensors: Mapping[str, Any],
+        sites: tuple[CaptureSite, ...] = (),
     ) -> Source | None:
         """What redoes tiles of the forward, dq and dkv that are no numbers."""
         if kernel not in KERNELS or not may_need_guard(call.spec):
             return None
-        return self.find(kernel + GUARDED, call, facts, schedule, tensors)
+        return self.find(kernel + GUARDED, call, facts, schedule, tensors, sites)
 
     def plain(self, device: torch.device, head_dim: int, dtype: torch.dtype) -> tuple[Schedule, Facts]:
         """The schedule and facts of delta."""
@@ -86,13 +92,6 @@ def _plain(device: torch.device, head_dim: int, dtype: torch.dtype) -> tuple[Sch
 def target_of(device: torch.device) -> str:
     """The name of a device's target; on a CPU it is the interpreter's."""
     return Target.of_device(device).name if device.type == "cuda" else "interpreter"
-
-
-def _site_of(facts: Facts, site: CaptureSite) -> Site:
-    """What the gradient at a place is rendered from."""
-    if site is EDGE_WEIGHTS:
-        return EDGES
-    return sites(facts.load_grads[site.tensor], site.deterministic)[site.number]
 
 
 def _start(source: Source, programs: int, arguments: list[Any], options: dict[str, Any]) -> None:
@@ -136,7 +135,7 @@ def _source(
     schedule: Schedule,
     aligned: bool,
     offset_tensor: bool,
-    site: Site | None,
+    sites: tuple[Site, ...],
 ) -> Source:
     with debug.timed(f"rendering {kernel}"):
         source = render(
@@ -149,7 +148,7 @@ def _source(
             schedule=schedule,
             aligned=aligned,
             offset_tensor=offset_tensor,
-            site=site,
+            sites=sites,
         )
     debug.say(4, "source", source.text)
     return source

@@ -50,8 +50,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
         "n_k",
         "scale",
         "q_offset",
-        "bias_stride_0",
-        "bias_stride_1",
     ]
 )
 def dkv(
@@ -141,7 +139,7 @@ def dkv(
     dv_1 = tl.zeros([BLOCK_N, 16], tl.float32)
 
     # every query head that reads this key head
-    for g in range(group):
+    for g in tl.range(group, disable_licm=True):
         h = kv_head * group + g
         bias_base = bias + h.to(tl.int64) * bias_stride_0
         bias_at = bias_base + j_safe.to(tl.int64) * bias_stride_2  # [BLOCK_N]

@@ -44,8 +44,6 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # no logit is lower, and LOWEST -
         "n_k",
         "scale",
         "q_offset",
-        "bias_stride_0",
-        "bias_stride_1",
     ]
 )
 def forward(

@@ -1,4 +1,4 @@
-"""attngen backward: a query tile walks its keys and sums dQ.
+"""attngen backward: a query tile walks its keys and sums dQ, and the gradient of edge_weight.
 
 spec 1dc2518f2451e059
     mask: i >= j
@@ -17,6 +17,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit(
     do_not_specialize=[
+        "grad_edges_stride_b",
+        "grad_edges_stride_h",
         "heads",
         "n_q",
         "group",
@@ -42,6 +44,7 @@ def dq(
     level,  # [B, heads, n_q]: lse as P needs it
     excess,  # [B, heads, n_q]
     odd,  # [programs]: what is not finite there
+    grad_edges,  # [B, list heads, listed keys]
     q_stride_b,
     q_stride_h,
     q_stride_n,
@@ -57,6 +60,8 @@ def dq(
     dq_stride_b,
     dq_stride_h,
     dq_stride_n,
+    grad_edges_stride_b,
+    grad_edges_stride_h,
     heads,
     n_q,
     group,
@@ -108,6 +113,8 @@ def dq(
     tl.store(level_head + row, level_row, mask=row_in)  # for the kernels behind this one
     delta_row = tl.load(delta_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
     excess_row = tl.load(excess_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
+    grad_edges_head = grad_edges + b.to(tl.int64) * grad_edges_stride_b
+    grad_edges_head += kv_head.to(tl.int64) * grad_edges_stride_h
 
     # where this query's list starts, and how long it is
     run = query_runs + b.to(tl.int64) * query_runs_stride_b
@@ -141,6 +148,9 @@ def dq(
         v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
         dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
         ds = p * (dp - delta_row[:, None])
+        ds = tl.where(valid, ds, 0.0)
+        # heads beyond 16 of one group are another program's
+        tl.atomic_add(grad_edges_head + first_edge + edge, tl.sum(ds, 0), mask=inside, sem="relaxed")
         dq_0 = tl.dot(ds.to(k_0.dtype), k_0, dq_0)
 
     # not a number, maybe by 0 * inf of a pair that does not attend: the guarded kernel does it again

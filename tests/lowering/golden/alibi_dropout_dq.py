@@ -1,4 +1,4 @@
-"""attngen backward: the gradient of a captured tensor.
+"""attngen backward: a query tile walks its keys and sums dQ, and the gradient of slope.
 
 spec 99dfc587a8cf28a7
     tensor slope: float[1]
@@ -45,15 +45,18 @@ def uniform(x):
         "seed",
     ]
 )
-def capture(
+def dq(
     q,  # [B, heads, n_q, D]
     do,  # [B, heads, n_q, Dv]
     k,  # [B, heads // group, n_k, D]
     v,  # [B, heads // group, n_k, Dv]
-    level,  # [B, heads, n_q]: lse as P needs it
+    dq,  # [B, heads, n_q, D]
+    lse,  # [B, heads, n_q]
     delta,  # [B, heads, n_q]
+    level,  # [B, heads, n_q]: lse as P needs it
     excess,  # [B, heads, n_q]
-    grad,  # [B, heads, tiles]
+    odd,  # [programs]: what is not finite there
+    grad_slope,  # [B, heads, tiles]
     q_stride_b,
     q_stride_h,
     q_stride_n,
@@ -66,6 +69,9 @@ def capture(
     v_stride_b,
     v_stride_h,
     v_stride_n,
+    dq_stride_b,
+    dq_stride_h,
+    dq_stride_n,
     heads,
     n_q,
     group,
@@ -102,13 +108,17 @@ def capture(
     do_0 = tl.load(do_rows + d_0[None, :], mask=row_in[:, None], other=0.0)  # [BLOCK_M, 64]
     k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
     v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
-    total = 0.0
-    level_head = level + (b.to(tl.int64) * heads + h) * n_q
+    dq_0 = tl.zeros([BLOCK_M, 64], tl.float32)
+    lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
     delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
+    level_head = level + (b.to(tl.int64) * heads + h) * n_q
     excess_head = excess + (b.to(tl.int64) * heads + h) * n_q
-    level_row = tl.load(level_head + row, mask=row_in, other=float("inf"))  # [BLOCK_M]
+    lse_row = tl.load(lse_head + row, mask=row_in, other=float("-inf"))  # [BLOCK_M]
+    level_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
+    tl.store(level_head + row, level_row, mask=row_in)  # for the kernels behind this one
     delta_row = tl.load(delta_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
     excess_row = tl.load(excess_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
+    total_slope = tl.zeros([BLOCK_M], tl.float32)
 
     # this tile's first and last row, as positions
     first = query_tile * BLOCK_M + q_offset
@@ -136,8 +146,10 @@ def capture(
         v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :])
         dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
         dp = tl.where(keep, dp * 1.1111111111111112, 0.0)
-        ds = p * (dp - delta_row[:, None]) * (j[None, :] - i[:, None])
-        total += tl.sum(tl.sum(ds, 1), 0)
+        ds = p * (dp - delta_row[:, None])
+        share_slope = ds * (j[None, :] - i[:, None])
+        total_slope += tl.sum(share_slope, 1)
+        dq_0 = tl.dot(ds.to(k_0.dtype), k_0, dq_0)
 
     # partial key tiles: only some pairs attend
     for step in tl.range(partial_count, num_stages=1):
@@ -156,8 +168,21 @@ def capture(
         v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :], mask=inside[:, None], other=0.0)
         dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
         dp = tl.where(keep, dp * 1.1111111111111112, 0.0)
-        ds = p * (dp - delta_row[:, None]) * (j[None, :] - i[:, None])
+        ds = p * (dp - delta_row[:, None])
         ds = tl.where(valid, ds, 0.0)
-        total += tl.sum(tl.sum(ds, 1), 0)
+        share_slope = ds * (j[None, :] - i[:, None])
+        share_slope = tl.where(valid, share_slope, 0.0)
+        total_slope += tl.sum(share_slope, 1)
+        dq_0 = tl.dot(ds.to(k_0.dtype), k_0, dq_0)
 
-    tl.store(grad + (b.to(tl.int64) * heads + h) * tiles + query_tile, total)
+    total_slope = tl.where(row_in, total_slope, 0.0)
+    tl.store(grad_slope + (b.to(tl.int64) * heads + h) * tiles + query_tile, tl.sum(total_slope, 0))
+
+    # not a number, maybe by 0 * inf of a pair that does not attend: the guarded kernel does it again
+    zero = tl.sum(dq_0 - dq_0)
+    tl.store(odd + program, (zero != 0.0).to(tl.int32))
+
+    dq_head = dq + b.to(tl.int64) * dq_stride_b + h.to(tl.int64) * dq_stride_h
+    dq_rows = dq_head + row.to(tl.int64)[:, None] * dq_stride_n
+    dq_0 = dq_0 * scale
+    tl.store(dq_rows + d_0[None, :], dq_0.to(dq.dtype.element_ty), mask=row_in[:, None])

@@ -1,4 +1,4 @@
-"""attngen backward: the gradient of a captured tensor.
+"""attngen backward: a query tile walks its keys and sums dQ, and the gradient of bias.
 
 spec 257fb393d8f8f8fe
     tensor bias: float[3]
@@ -20,8 +20,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit(
     do_not_specialize=[
-        "grad_stride_b",
-        "grad_stride_h",
         "heads",
         "n_q",
         "group",
@@ -29,19 +27,20 @@ LOG2E = tl.constexpr(1.4426950408889634)
         "batch",
         "scale",
         "q_offset",
-        "bias_stride_0",
-        "bias_stride_1",
     ]
 )
-def capture(
+def dq(
     q,  # [B, heads, n_q, D]
     do,  # [B, heads, n_q, Dv]
     k,  # [B, heads // group, n_k, D]
     v,  # [B, heads // group, n_k, Dv]
-    level,  # [B, heads, n_q]: lse as P needs it
+    dq,  # [B, heads, n_q, D]
+    lse,  # [B, heads, n_q]
     delta,  # [B, heads, n_q]
+    level,  # [B, heads, n_q]: lse as P needs it
     excess,  # [B, heads, n_q]
-    grad,  # [B or 1, heads or 1, n_q, n_k]
+    odd,  # [programs]: what is not finite there
+    grad_bias,  # [B or 1, heads or 1, n_q, n_k]
     q_stride_b,
     q_stride_h,
     q_stride_n,
@@ -54,8 +53,12 @@ def capture(
     v_stride_b,
     v_stride_h,
     v_stride_n,
-    grad_stride_b,
-    grad_stride_h,
+    dq_stride_b,
+    dq_stride_h,
+    dq_stride_n,
+    grad_bias_stride_b,
+    grad_bias_stride_h,
+    grad_bias_stride_n,
     heads,
     n_q,
     group,
@@ -71,13 +74,14 @@ def capture(
     # program -> (batch, head, query tile)
     tiles = tl.cdiv(n_q, BLOCK_M)
     program = tl.program_id(0)
-    query_tile = program % tiles
-    h = program // tiles
-    kv_head = h // group
+    strange = tl.zeros([], tl.int32)  # outputs that are not numbers
 
-    # the batch, which shares the result
-    for g in range(batch):
-        b = tl.full([], g, tl.int32)
+    # the batch, which shares a result
+    for output in tl.range(program, tiles * heads * batch, tl.num_programs(0), disable_licm=True):
+        query_tile = output % tiles
+        h = output // tiles % heads
+        b = output // tiles // heads
+        kv_head = h // group
 
         row = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
         row_in = row < n_q  # [BLOCK_M]
@@ -98,14 +102,19 @@ def capture(
         do_0 = tl.load(do_rows + d_0[None, :], mask=row_in[:, None], other=0.0)  # [BLOCK_M, 64]
         k_head = k + b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
         v_head = v + b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
-        level_head = level + (b.to(tl.int64) * heads + h) * n_q
+        dq_0 = tl.zeros([BLOCK_M, 64], tl.float32)
+        lse_head = lse + (b.to(tl.int64) * heads + h) * n_q
         delta_head = delta + (b.to(tl.int64) * heads + h) * n_q
+        level_head = level + (b.to(tl.int64) * heads + h) * n_q
         excess_head = excess + (b.to(tl.int64) * heads + h) * n_q
-        level_row = tl.load(level_head + row, mask=row_in, other=float("inf"))  # [BLOCK_M]
+        lse_row = tl.load(lse_head + row, mask=row_in, other=float("-inf"))  # [BLOCK_M]
+        level_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)
+        tl.store(level_head + row, level_row, mask=row_in)  # for the kernels behind this one
         delta_row = tl.load(delta_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
         excess_row = tl.load(excess_head + row, mask=row_in, other=0.0)  # [BLOCK_M]
-        grad_head = grad + b.to(tl.int64) * grad_stride_b + h.to(tl.int64) * grad_stride_h
-        grad_rows = grad_head + row.to(tl.int64)[:, None] * n_k
+        grad_bias_head = grad_bias + b.to(tl.int64) * grad_bias_stride_b
+        grad_bias_head += h.to(tl.int64) * grad_bias_stride_h
+        grad_bias_rows = grad_bias_head + row.to(tl.int64)[:, None] * grad_bias_stride_n
 
         # this tile's first and last row, as positions
         first = query_tile * BLOCK_M + q_offset
@@ -179,9 +188,9 @@ def capture(
             v_0 = tl.load(v_head + rows * v_stride_n + d_0[None, :])
             dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
             ds = p * (dp - delta_row[:, None])
-            place = grad_rows + j[None, :]
-            ds += tl.load(place, mask=row_in[:, None], other=0.0)
-            tl.store(place, ds, mask=row_in[:, None])
+            grad_bias_at = grad_bias_rows + j[None, :]
+            tl.atomic_add(grad_bias_at, ds, mask=row_in[:, None], sem="relaxed")
+            dq_0 = tl.dot(ds.to(k_0.dtype), k_0, dq_0)
 
         # partial key tiles: only some pairs attend
         for step in tl.range(partial_count, num_stages=1):
@@ -209,9 +218,20 @@ def capture(
             dp = tl.dot(do_0, tl.trans(v_0))  # [BLOCK_M, BLOCK_N]
             ds = p * (dp - delta_row[:, None])
             ds = tl.where(valid, ds, 0.0)
-            place = grad_rows + j[None, :]
-            ds += tl.load(place, mask=row_in[:, None] & inside[None, :], other=0.0)
-            tl.store(place, ds, mask=row_in[:, None] & inside[None, :])
+            grad_bias_at = grad_bias_rows + j[None, :]
+            tl.atomic_add(grad_bias_at, ds, mask=row_in[:, None] & inside[None, :], sem="relaxed")
+            dq_0 = tl.dot(ds.to(k_0.dtype), k_0, dq_0)
 
-        # the next head adds to the same elements, maybe from other threads
+        # the next output adds to the same elements, maybe from other threads: in this order
         tl.debug_barrier()
+
+        # not a number, maybe by 0 * inf of a pair that does not attend: the guarded kernel does it again
+        zero = tl.sum(dq_0 - dq_0)
+        strange += (zero != 0.0).to(tl.int32)
+
+        dq_head = dq + b.to(tl.int64) * dq_stride_b + h.to(tl.int64) * dq_stride_h
+        dq_rows = dq_head + row.to(tl.int64)[:, None] * dq_stride_n
+        dq_0 = dq_0 * scale
+        tl.store(dq_rows + d_0[None, :], dq_0.to(dq.dtype.element_ty), mask=row_in[:, None])
+
+    tl.store(odd + program, strange)
