@@ -152,8 +152,8 @@ def source(spec: ag.Spec, kernel: str = "forward", **options: Any) -> Any:
 
 def test_the_loop_over_edges_loads_ahead_where_a_tile_says_so() -> None:
     for kernel, prefix in (("forward", ""), ("dq", "dq_"), ("dkv", "dkv_")):
-        plain = source(ag.Spec(mask=ag.causal()), kernel)
-        schedule = replace(plain_schedule(), **{f"{prefix}pipeline_edges": True})
+        without, schedule = (replace(plain_schedule(), **{f"{prefix}pipeline_edges": edges}) for edges in (False, True))
+        plain = source(ag.Spec(mask=ag.causal()), kernel, schedule=without)
         ahead = source(ag.Spec(mask=ag.causal()), kernel, schedule=schedule)
         assert plain.text.count("num_stages=1)") == ahead.text.count("num_stages=1)") + 1
         assert plain.text.replace("tl.range(", "range(").replace(", num_stages=1)", ")") == ahead.text

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 COMPILER = ("triton", "sympy", "jinja2", "optuna", "networkx", "sqlalchemy")
@@ -21,15 +22,24 @@ import attngen as ag  # noqa: E402
 from attngen.packs import driver  # noqa: E402
 
 STREAM = 0x5EED0
+SCRATCH = 0x7F00_0000_0000  # as in by_triton.py
 BATCH, HEADS, HEADS_KV, N, DIM = 2, 8, 2, 512, 128
 
 launches: list[Any] = []
-launch = driver.Launch.__call__
+kernels: list[str] = []
+launch, load = driver.Launch.__call__, driver.Launch.__init__
 
 
 def recorded(self: driver.Launch, programs: int, stream: int, values: Any) -> None:
-    launches.append([self.function.kernel.file, programs, stream, list(values)])
+    kernel = self.function.kernel
+    launches.append([kernel.file, programs, stream, list(values)])
+    collects = any(argument.of.startswith("gradient ") for argument in kernel.arguments)
+    kernels.append(Path(kernel.file).name.partition("-")[0] + " + gradient" * collects)
     launch(self, programs, stream, values)
+
+
+def loaded(self: driver.Launch, function: Any, device: int) -> None:
+    load(self, function, device, lambda size: SimpleNamespace(data_ptr=lambda: SCRATCH))
 
 
 def captures(name: str) -> dict[str, Any]:
@@ -43,7 +53,7 @@ def captures(name: str) -> dict[str, Any]:
 
 
 def main(pack: str, calls: str) -> None:
-    driver.Launch.__call__ = recorded  # type: ignore[method-assign]
+    driver.Launch.__call__, driver.Launch.__init__ = recorded, loaded  # type: ignore[method-assign, assignment]
     driver.launches_on, driver.index_of = (lambda device: True), (lambda device: 0)
     driver.current_stream = lambda device: STREAM
     for name, attention in ag.load(pack).items():
@@ -59,7 +69,7 @@ def main(pack: str, calls: str) -> None:
             out, lse = attention(q, k, v, return_lse=True, **named)
             (out.sum() + lse.sum()).backward()
             assert all(x.grad is not None for x in (q, k, v, *named.values()) if getattr(x, "requires_grad", False))
-        print(json.dumps([name, [Path(file).name.partition("-")[0] for file, *_ in launches[first:]]]))
+        print(json.dumps([name, kernels[first:]]))
     Path(calls).write_text(json.dumps(launches))
     assert not [own for own in sys.modules if own.partition(".")[0] in COMPILER and sys.modules[own] is not None]
 

@@ -38,6 +38,8 @@ try:
     module.causal(q, k, v)
 except Exception as error:
     assert type(error).__name__ == "PackError" and "runs no kernels" in str(error), error
+memory, load = torch.empty(2**20, dtype=torch.uint8), driver.Launch.__init__  # for kernels with descriptors
+driver.Launch.__init__ = lambda self, function, device: load(self, function, device, lambda size: memory[:size])
 driver.launches_on, driver.index_of, driver.current_stream = lambda device: True, lambda device: 0, lambda index: 7
 module.causal(q, k, v).sum().backward()
 assert not any(name.split(".")[0] in ("attngen", "sympy", "triton") and there for name, there in sys.modules.items())

@@ -25,7 +25,8 @@ def test_the_first_who_decides_wins_and_the_model_fills_the_rest() -> None:
     schedule = complete(spec, H100, 64, 128, torch.bfloat16, pins, None, tuned)
     default = default_tile(spec, H100, "forward", 128, torch.bfloat16)
     assert schedule.forward == ag.Tile(32, default.block_n, 4, default.num_stages).over(PLAIN)
-    assert schedule.dq.tma is True and schedule.dkv.tma is False and schedule.split == 3
+    assert schedule.dq.tma is True and schedule.forward.tma is False and schedule.split == 3
+    assert schedule.dkv == default_tile(spec, H100, "dkv", 128, torch.bfloat16).over(PLAIN)
     assert schedule.deterministic is True and schedule.precision == "ieee"
     assert all(getattr(schedule, kernel) == schedule.tile(kernel) for kernel in KERNELS)
 
