@@ -25,9 +25,18 @@ from attngen.backends.triton.modelled import L2_BYTES, Resources
 from attngen.inspect.cross import Compiled, cross_compile
 from attngen.language.schedule import KERNELS, PLAIN, PREFIXES, Tile
 from attngen.runtime.first_tiles import sparing
-from attngen.schedule import Target
+from attngen.schedule import TARGETS, Target
 from attngen.schedule.legality import WIDE
-from attngen.schedule.shipped import FOLDER, form_of, forms_of, read_tiles, tile_of, triton_version, write_tiles
+from attngen.schedule.shipped import (
+    FOLDER,
+    family_of,
+    form_of,
+    forms_of,
+    read_tiles,
+    tile_of,
+    triton_version,
+    write_tiles,
+)
 from attngen.tuning.model import PRODUCTS, TILE_OVERHEAD
 from benchmarks import beside_flex, public_choices
 from benchmarks.suite import write_json
@@ -232,9 +241,10 @@ class Log:
         return self.known[place]
 
     def fits(self, case: Case, tile: Tile, spills: int = 0) -> bool:
-        """Whether it compiles, with so many spills at most."""
+        """Whether it compiles, with so many spills at most, and runs on all of its architecture's family."""
         made = self.made(case, tile)
-        return bool(made) and made["spills"] <= spills
+        most = min(Target.named(name).shared_limit for name in TARGETS if family_of(name) == self.target)
+        return bool(made) and made["spills"] <= spills and made["shared"] <= most
 
     def ranked(self, case: Case, tiles: Iterable[Tile], spills: int = 0) -> list[tuple[float, Tile, dict[str, Any]]]:
         """Those that fit, by modelled cycles."""
