@@ -11,7 +11,7 @@ import torch
 
 from attngen.errors import PackError, ScheduleError
 from attngen.language.plain import PlainSpec
-from attngen.language.schedule import Schedule
+from attngen.language.schedule import KERNELS, Schedule
 from attngen.packs import driver, format
 from attngen.packs.plain import NUMBER, TEXT, TRUTH, Missing, get_spec
 
@@ -143,7 +143,10 @@ def _at(schedules: list[Schedule], place: Any) -> Schedule:
 
 def _schedule(data: Any) -> Schedule:
     try:
-        return Schedule(**data)
+        found = Schedule(**data)
+        for kernel in KERNELS:
+            found.tile(kernel)  # whole
+        return found
     except (ScheduleError, TypeError) as error:
         raise PackError(f"schedules: {error}") from None
 
