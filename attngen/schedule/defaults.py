@@ -115,7 +115,7 @@ NATURAL: Mapping[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = MappingPr
     {
         ("sm_80", "forward", 128): ((0, Tile(64, 64, 8, 3)),),
         ("sm_80", "dq", 128): ((0, Tile(64, 32, 8, 2)),),
-        ("sm_80", "dkv", 64): ((0, Tile(16, 128, 8, 1)),),
+        ("sm_80", "dkv", 64): ((0, Tile(16, 128, 8, 1)), (28, Tile(16, 64, 4, 1))),
         ("sm_90", "forward", 128): ((0, Tile(128, 32, 8, 3)),),
         ("sm_90", "dq", 64): ((0, Tile(64, 32, 4, 1)),),
         ("sm_90", "dq", 128): ((0, Tile(64, 32, 4, 2)),),
@@ -126,7 +126,7 @@ NATURAL: Mapping[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = MappingPr
         ("sm_100", "dq", 64): ((0, Tile(64, 32, 8, 1)),),
         ("sm_100", "dq", 128): ((0, Tile(64, 64, 8, 2)),),
         ("sm_100", "dkv", 64): ((0, Tile(32, 64, 8, 1)),),
-        ("sm_100", "dkv", 128): ((0, Tile(16, 64, 4, 1)),),
+        ("sm_100", "dkv", 128): ((0, Tile(16, 64, 4, 1)), (8, Tile(64, 32, 8, 1))),
     }
 )
 # float32 with exact ("ieee") products runs on the ordinary cores, where a thread holds whole rows of both operands: small
