@@ -428,6 +428,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.counts = len(tensors), len(prepared)
     ctx.ints, ctx.floats = ints, floats
     ctx.q_offset, ctx.has_offsets, ctx.handle = q_offset, q_offsets is not None, handle
+    ctx.attention = _Names(handle).attention  # alive until the backward, whoever else forgets it
 
 
 def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 
@@ -59,6 +60,23 @@ def test_a_changed_param_is_no_new_graph():
     for width in (3, 5, 9, 11):
         torch.testing.assert_close(compiled(width), attn(q, k, v, **{**captures, "width": width}))
     assert len(graphs) <= 2
+
+
+class Watched(torch.Tensor):
+    """A subclass, whose calls go through the operators."""
+
+
+def test_a_backward_after_the_attention_is_forgotten():
+    (q, k, v), captures = inputs(grad=True)
+    spec = ag.Spec(mask=ag.causal() & ag.window(ag.Param("width")) & ag.prefix_lm(39), score=ag.alibi(), sink=ag.sink())
+    leaves = [t.detach().as_subclass(Watched).requires_grad_() for t in (q, k, v)]
+    out = ag.compile(spec)(*leaves, **captures)
+    gc.collect()
+    grads = torch.autograd.grad(out.sum(), leaves)
+    for got, want in zip(
+        grads, torch.autograd.grad(ag.compile(spec)(q, k, v, **captures).sum(), (q, k, v)), strict=True
+    ):
+        torch.testing.assert_close(got.as_subclass(torch.Tensor), want)
 
 
 def test_gradcheck():
