@@ -148,6 +148,8 @@ def pretending(kernels: bool = True) -> Iterator[None]:
         mock.patch.object(Executable, "backward", within(Executable.backward)),
         mock.patch.object(torch.autograd, "has_torch_function", lambda args: False),
         mock.patch.object(torch.autograd, "grad", _grad),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
+        mock.patch.object(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0)),
         mock.patch.object(torch.cuda, "device_of", lambda x: contextlib.nullcontext()),
         mock.patch.object(torch.cuda, "get_device_properties", lambda *_: PROPERTIES),
         mock.patch.object(torch, "Generator", _Generator),
