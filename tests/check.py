@@ -21,8 +21,8 @@ def check(
     captures: dict[str, Any],
     q_offset: Any = 0,
     backward: bool = True,
-) -> None:
-    """out, lse and every gradient against the oracle.
+) -> float:
+    """out, lse and every gradient against the oracle; the largest error over what is allowed.
 
     float32: relative Frobenius error of out and lse at most 1e-5, of gradients 1e-4. Half types: largest error at most twice
     (gradients three times) that of plain PyTorch in the same dtype on the same inputs, plus one rounding of the result.
@@ -54,6 +54,7 @@ def check(
                 runs[name] += torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             else:
                 runs[name] += [None] * len(leaves)
+    worst = 0.0
     for place, name in enumerate(["out", "lse", *(f"gradient of {n}" for n in leaves)][: len(runs["got"])]):
         got, want = runs["got"][place], runs["want"][place]
         if want is None:
@@ -66,11 +67,15 @@ def check(
             # One rounding of the exact result on top: on a handful of numbers plain PyTorch may be exact by chance.
             rounding = torch.finfo(got.dtype).eps / 2 * want.abs().max().item() if want.numel() else 0.0
             allowed = (2.0 if name == "out" else 3.0) * _largest(runs["plain"][place], want) + rounding
-            assert _largest(got, want) <= allowed, f"{name}: {_largest(got, want):.2e} > {allowed:.2e}"
+            error = _largest(got, want)
+            assert error <= allowed, f"{name}: {error:.2e} > {allowed:.2e}"
+            worst = max(worst, error / allowed if allowed else 0.0)
             continue
         limit = LIMITS["gradient" if name.startswith("gradient") else name] * (1e3 if half else 1)
         error = relative(got, want)
         assert error <= limit, f"{name}: relative error {error:.2e} > {limit:.0e}\n{spec}"
+        worst = max(worst, error / limit)
+    return worst
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -132,7 +132,7 @@ def _resources(kernel: Compiled) -> Resources:
     return Resources.of(kernel, kernel.source.num_warps, kernel.source.grid.parts)
 
 
-def main() -> None:
+def answering(handlers: Callable[[Request], dict[str, Any]]) -> None:
     """Read requests in a thread, so that the worker ends at once when the tuner is gone, even from within a hang."""
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not be taken for answers
@@ -146,8 +146,8 @@ def main() -> None:
         os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()
-    serve(Handlers(), iter(lines.get, None), lambda text: print(text, file=out, flush=True))
+    serve(handlers, iter(lines.get, None), lambda text: print(text, file=out, flush=True))
 
 
 if __name__ == "__main__":
-    main()
+    answering(Handlers())

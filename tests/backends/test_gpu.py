@@ -80,11 +80,17 @@ class Place:
         return ag.compile(spec, backend=self.backend, schedule=schedule)
 
 
-@pytest.fixture
-def place() -> Iterator[Place]:
+@contextlib.contextmanager
+def here() -> Iterator[Place]:
     """A GPU; in a rehearsal, tensors that pass for one's, and the interpreter."""
     with contextlib.nullcontext() if torch.cuda.is_available() else pretending():
         yield Place("cuda", "triton" if torch.cuda.is_available() else "interpret")
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    with here() as found:
+        yield found
 
 
 @pytest.fixture
@@ -243,25 +249,25 @@ def test_random_specs(case: Case, dtype: torch.dtype):
     check(spec, place.attention(spec, SMALL), q, k, v, on(place.device, case.captures(spec)), q_offset=offset)
 
 
-def key_set(name: str) -> tuple[ag.Spec, dict[str, Any]]:
-    """A spec of each key set with its captures, for 2 batches, 4 query and 2 key heads, 130 queries and keys."""
+def key_set(name: str, n: int = 130) -> tuple[ag.Spec, dict[str, Any]]:
+    """A spec of each key set with its captures, for 2 batches, 4 query and 2 key heads, n queries and keys."""
     generator = torch.Generator().manual_seed(3)
 
     def some(*size: int) -> torch.Tensor:
         return torch.rand(size, generator=generator)
 
     if name == "qk_sparse":
-        keep = dict(keep_q=some(2, 4, 130) < 0.5, keep_k=some(2, 2, 130) < 0.5)
+        keep = dict(keep_q=some(2, 4, n) < 0.5, keep_k=some(2, 2, n) < 0.5)
         return ag.Spec(keys=ag.qk_sparse(), mask=ag.causal()), keep
     if name == "hash_sparse":
-        buckets = dict(q_bucket=(some(2, 4, 130) * 5).int(), k_bucket=(some(2, 2, 130) * 5).int())
+        buckets = dict(q_bucket=(some(2, 4, n) * 5).int(), k_bucket=(some(2, 2, n) * 5).int())
         return ag.Spec(keys=ag.hash_sparse(), mask=ag.causal()), buckets
     if name == "hyper":
         return ag.Spec(keys=ag.hyper(16, 8, 16), mask=ag.causal()), dict(seed=1)
     if name == "sparse_k":
-        return ag.Spec(keys=ag.sparse_k(6, 4), mask=ag.causal()), dict(u=some(2, 2, 130))
+        return ag.Spec(keys=ag.sparse_k(6, 4), mask=ag.causal()), dict(u=some(2, 2, n))
     assert name == "codebook"
-    return ag.Spec(keys=ag.codebook()), dict(count=(some(2, 2, 130) * 4).int())
+    return ag.Spec(keys=ag.codebook()), dict(count=(some(2, 2, n) * 4).int())
 
 
 @pytest.mark.parametrize("name", ["qk_sparse", "hash_sparse", "hyper", "sparse_k", "codebook"])

@@ -45,7 +45,11 @@ FORMS = {
 
 
 def need_descriptors(place: Place, schedule: ag.Schedule) -> None:
-    if (schedule.forward.tma or schedule.dq.tma) and place.real and torch.cuda.get_device_capability()[0] < 9:
+    if (
+        (schedule.forward.tma or schedule.dq.tma or schedule.dkv.tma)
+        and place.real
+        and torch.cuda.get_device_capability()[0] < 9
+    ):
         pytest.skip("tensor descriptors need sm_90 or above")
 
 
