@@ -27,7 +27,7 @@ from benchmarks.cases import CASES, cases_of
 from benchmarks.measure import Context
 from benchmarks.peers import PEERS
 from benchmarks.prepare import PLANNERS
-from benchmarks.suite import DeviceLost, Mixed, Results, run
+from benchmarks.suite import DeviceLost, Mixed, Results, run, so_far
 from benchmarks.timing import stopwatch_for
 
 RESULTS = Path(__file__).parent / "results"
@@ -67,6 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
         finally:
             report_files.write(out)
+        print(so_far(cases, results), flush=True)
     return 0 if finished else 1
 
 

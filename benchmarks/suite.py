@@ -7,13 +7,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import torch
 
 from benchmarks import expected, measure, prepare
 from benchmarks.case import Case
-from benchmarks.measure import FAILED, OK, Context, Record, describe, failure
+from benchmarks.measure import FAILED, OK, UNAVAILABLE, Context, Record, describe, failure
 
 Measure = Callable[[Case, tuple[str, ...], Context], Iterator[Record]]
 
@@ -42,6 +43,11 @@ def write_json(path: Path, data: Any) -> None:
     os.replace(beside, path)
 
 
+def _drivers(had: str | None, now: str | None) -> str | None:
+    """All that a file's records were measured with: machines of one kind that are lent one after the other differ in that alone."""
+    return ", ".join(dict.fromkeys(name for name in (*(had or "").split(", "), now) if name)) or now
+
+
 class Results:
     """One suite's file. Everything is on disk after each `add`, and a write never leaves half a file."""
 
@@ -50,8 +56,9 @@ class Results:
         self.data: dict[str, Any] = {"schema": SCHEMA, "suite": path.stem, "setting": dict(setting), "records": []}
         if resume and path.exists():
             self.data = json.loads(path.read_text(encoding="utf-8"))
-            changed = {**setting, "schema": SCHEMA}
             had = {**self.data["setting"], "schema": self.data["schema"]}
+            changed = {**setting, "schema": SCHEMA, "driver": _drivers(had.get("driver"), setting.get("driver"))}
+            self.data["setting"]["driver"] = had["driver"] = changed["driver"]
             differing = [name for name in changed if had.get(name) != changed[name]]
             if differing:
                 raise Mixed(
@@ -130,6 +137,21 @@ def run(
         results.data.pop(name, None)
     results.write()
     return True
+
+
+def so_far(cases: Sequence[Case], results: Results) -> str:
+    """How many cases have records, and how attngen stands to the best peer in them."""
+    known = [results.of(case.id) for case in cases]
+    done = sum(set(case.peers) <= set(found) for case, found in zip(cases, known, strict=True))
+    records = [record for found in known for record in found.values()]
+    ratios = [r["ratio"] for r in records if r["peer"] == "attngen" and r.get("ratio")]
+    text = f"{done} of {len(cases)} cases"
+    if ratios:
+        text += (
+            f", attngen {geometric_mean(ratios):.2f}x the best peer's speed ({min(ratios):.2f} .. {max(ratios):.2f})"
+        )
+    bad = [f"{r['peer']} {r['status']} in {r['case']}" for r in records if r["status"] not in (OK, UNAVAILABLE)]
+    return text + (f"; {len(bad)} NOT ok: {'; '.join(bad[:3])}" if bad else "")
 
 
 def _case(

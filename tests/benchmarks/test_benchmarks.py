@@ -465,6 +465,22 @@ def test_results_of_two_machines_do_not_mix(tmp_path: Path):
         results(tmp_path, resume=True, torch="1")
 
 
+def test_machines_may_differ_in_their_drivers(tmp_path: Path):
+    for driver in ("580.1", "580.2", "580.1"):
+        run([tiny()], results(tmp_path, resume=True, driver=driver), context(Clock()))
+    assert results(tmp_path, resume=True, driver="580.2").data["setting"]["driver"] == "580.1, 580.2"
+
+
+def test_how_it_stands_in_a_line(tmp_path: Path):
+    clock, kept = Clock(), results(tmp_path)
+    cases = [tiny(n_q=n, n_k=n, peers=("attngen", "slow", "off")) for n in (8, 16, 24)]
+    run(cases[:2], kept, context(clock, off=takes(clock, 0.001, wrong=0.1)))
+    said = suite.so_far(cases, kept)
+    assert said.startswith(
+        "2 of 3 cases, attngen 250.00x the best peer's speed (250.00 .. 250.00); 2 NOT ok: off wrong in "
+    )
+
+
 def test_a_broken_reference_fails_the_case_not_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def no_memory(inputs: Inputs) -> None:
         raise RuntimeError("out of memory")

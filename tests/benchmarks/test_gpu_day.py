@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Sequence
@@ -12,7 +16,7 @@ import pytest
 
 from benchmarks import __main__ as command
 from benchmarks import gpu_day
-from benchmarks.gpu_day import DONE, FAILED, LEFT, Day, Stage, live, spawned, stages
+from benchmarks.gpu_day import DONE, FAILED, LEFT, Day, GpuGone, Stage, live, spawned, stages, summary
 from benchmarks.ranks import spearman
 
 
@@ -36,7 +40,7 @@ class Machine:
 
 
 def stage(name: str, least: float = 5, most: float = 50, resumes: bool = False) -> Stage:
-    return Stage(name, (name,), least, most, resumes)
+    return Stage(name, (name,), least, most, f"{name}.json" if resumes else "")
 
 
 def lived(machine: Machine, day: Day, budget: float, *wanted: Stage) -> tuple[list[str], list[str]]:
@@ -76,17 +80,54 @@ def test_what_fails_twice_is_left_alone(tmp_path: Path):
     day = Day(tmp_path)
     ran, left = lived(machine, day, 1000, stage("broken"), stage("hangs"), stage("b"))
     assert ran == ["broken", "hangs", "b", "broken", "hangs"] and left == ["broken", "hangs"]
-    assert day.states["broken"] == {"seconds": 2.0, "turns": 2, "failures": 2, "status": FAILED, "code": 134}
+    assert day.states["broken"] == {
+        "seconds": 2.0, "turns": 2, "failures": 2, "status": FAILED, "code": 134, "said": "what broken said"
+    }  # fmt: skip
     assert day.states["hangs"]["code"] is None
     assert lived(Machine({}), Day(tmp_path), 1000, stage("broken")) == ([], ["broken"])
+
+
+def test_what_is_left_alone_is_started_over_when_asked(tmp_path: Path):
+    day, broken = Day(tmp_path), stage("broken", resumes=True)
+    lived(Machine({"broken": [(1, 3)] * 2}), day, 1000, broken)
+    (tmp_path / "broken.json").write_text("{}")
+    day.forget(broken)
+    assert not (tmp_path / "broken.json").exists()
+    assert lived(Machine({}), day, 1000, broken) == (["broken"], [])
+
+
+def test_a_gpu_that_is_gone_is_no_stages_failure(tmp_path: Path):
+    machine, day, alive = Machine({"b": [(1, 1)], "c": [(1, 1)]}), Day(tmp_path), iter([True, False])
+    with pytest.raises(GpuGone, match="the GPU does not answer since c"):
+        live(
+            [stage(name) for name in "abcd"], day, 500, machine.run, machine.clock,
+            say=lambda text: None, gpu_answers=lambda: next(alive),
+        )  # fmt: skip
+    assert [name for name, _ in machine.ran] == ["a", "b", "c"]
+    states = Day(tmp_path).states
+    assert (states["b"]["failures"], states["c"]["failures"], states["c"]["status"]) == (1, 0, LEFT)
+    assert lived(Machine({}), Day(tmp_path), 500, *[stage(name) for name in "abcd"]) == (["b", "c", "d"], [])
+
+
+def test_the_summary_says_what_is_done_and_how_to_go_on(tmp_path: Path):
+    day, wanted = Day(tmp_path), (stage("a"), stage("b"), stage("c"))
+    lived(Machine({"b": [(1, 1)] * 2}), day, 1000, *wanted[:2])
+    done, failed, untouched, place, alone, left = summary(wanted, day).splitlines()
+    assert done.split(maxsplit=3) == ["done", "a", "10.0", "what a said"]
+    assert failed.startswith("failed b") and untouched.split() == ["-", "c"]
+    assert "day.tar.gz" in place and alone.endswith(": b") and "--again" in alone
+    assert left.startswith("left: 1 stages") and "goes on" in left
+    day.forget(wanted[1])
+    lived(Machine({}), day, 1000, *wanted)
+    assert summary(wanted, day).splitlines()[-1] == "nothing is left"
 
 
 def test_a_machine_that_is_taken_away_leaves_what_was_found(tmp_path: Path):
     def run(command: Sequence[str], seconds: float, log: Path) -> int:
         if command[0] == "b":
+            (tmp_path / "tables").mkdir()
+            (tmp_path / "tables" / "dense.json").write_text("{}")
             raise KeyboardInterrupt
-        (tmp_path / "tables").mkdir()
-        (tmp_path / "tables" / "dense.json").write_text("{}")
         return 0
 
     day = Day(tmp_path)
@@ -127,8 +168,63 @@ def test_a_process_past_its_time_is_ended_with_its_children(tmp_path: Path):
     assert spawned(["platform"], 60.0, log) == 0 and log.read_text().strip()
 
 
+def test_a_stage_does_not_outlive_a_day_that_is_killed(tmp_path: Path):
+    begin = """if True:
+        import pathlib, sys
+        from benchmarks.gpu_day import spawned
+        spawned(["http.server", "0"], 60, pathlib.Path(sys.argv[1]))
+    """
+    day = subprocess.Popen([sys.executable, "-c", begin, str(tmp_path / "log")])
+    deadline = time.monotonic() + 60
+    while not (found := _children(day.pid)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert found
+    day.kill()
+    day.wait()
+    while any(_runs(pid) for pid in found) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(_runs(pid) for pid in found)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_sigterm_ends_the_stage_and_says_what_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def run(command: Sequence[str], seconds: float, log: Path) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        return 0
+
+    monkeypatch.setattr(gpu_day, "spawned", run)
+    assert command.main(["gpu_day", "--out", str(tmp_path), "--rehearse", "--only", "ranks"]) == 130
+    said = capsys.readouterr().out
+    assert "interrupted" in said and "the same command goes on" in said
+    assert (tmp_path / "day.tar.gz").is_file() and Day(tmp_path).states == {}
+
+
+def test_what_is_not_installed_waits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(gpu_day, "find_spec", lambda name: None if name == "optuna" else name)
+    monkeypatch.setattr(gpu_day, "spawned", lambda *_: 0)
+    arguments = ["gpu_day", "--out", str(tmp_path), "--rehearse", "--only", "ranks", "tune"]
+    assert command.main(arguments) == 1
+    assert "optuna is not installed here" in capsys.readouterr().out
+    assert list(Day(tmp_path).states) == ["ranks"]
+
+
 def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(gpu_day, "_has_gpu", lambda: False)
+    monkeypatch.setattr(gpu_day, "_gpu_answers", lambda: False)
     assert command.main(["gpu_day", "--out", str(tmp_path)]) == 2
     assert "--rehearse" in capsys.readouterr().out
     assert command.main(["gpu_day", "--out", str(tmp_path), "--rehearse", "--only", "nothing"]) == 2
@@ -139,8 +235,14 @@ def test_every_stage_is_a_command_that_exists():
     assert len(set(names)) == len(names)
     for found in (*stages(), *stages(rehearsal=True)):
         assert found.least + gpu_day.GRACE < 540 and found.least <= found.most
-        assert found.command[0] in ("tests.gpu_small_cases", "benchmarks", "benchmarks.ranks", "attngen", "pytest")
-    assert LEFT != FAILED
+        assert found.command[0] in ("tests.gpu_smoke", "benchmarks", "benchmarks.ranks", "attngen", "pytest")
+        assert any(Path(found.resumes).stem in word for word in found.command)
+    marked = [
+        str(path)
+        for path in Path("tests/backends").glob("*.py")
+        if "\npytestmark = pytest.mark.gpu" in path.read_text()
+    ]
+    assert sorted(marked) == sorted(gpu_day.TEST_FILES)
 
 
 @pytest.mark.parametrize(
