@@ -165,7 +165,9 @@ def test_a_process_past_its_time_is_ended_with_its_children(tmp_path: Path):
     begun = time.monotonic()
     assert spawned(["http.server", "0"], 1.0, log) is None
     assert time.monotonic() - begun < 1.0 + 2 * gpu_day.GRACE + 5
-    assert spawned(["platform"], 60.0, log) == 0 and log.read_text().strip()
+    assert spawned(["platform"], 60.0, log) == 0
+    first, *_, headline, said = log.read_text().strip().splitlines()
+    assert first == "== python -m http.server 0" and headline == "== python -m platform" and said
 
 
 def test_a_stage_does_not_outlive_a_day_that_is_killed(tmp_path: Path):
