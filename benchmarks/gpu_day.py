@@ -206,8 +206,8 @@ def _last_line(log: Path) -> str:
 
 
 def spawned(command: Sequence[str], seconds: float, log: Path) -> int | None:
-    """Run `python -m command` in a process group of its own, its output at the end of `log`, under a line of what runs. Past the time, or when this process is
-    asked to end, it is asked to end, then made to; when this process is killed, it is too.
+    """Run `python -m command` in a process group of its own, its output at the end of `log` under a line that says what runs. Past
+    the time, or when this process is asked to end, it is asked to end, then made to; when this process is killed, it is too.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
