@@ -57,8 +57,8 @@ class Stage:
     """One process of a day.
 
     command: behind `python -m`; {out} is the day's folder, {seconds} what it may take. least: seconds below which it is not worth
-    starting; most: of one turn. resumes: the file in the day's folder from which it goes on where it ended, if it does; it exits with
-    1 where something is left. needs: a package that attngen alone does not.
+    starting; most: of one turn. resumes: the file in the day's folder from which it goes on where it ended, if it does; unfinished: how
+    it ends where something is left, None for past its time. needs: a package that attngen alone does not.
     """
 
     name: str
@@ -66,6 +66,7 @@ class Stage:
     least: float
     most: float
     resumes: str = ""
+    unfinished: tuple[int | None, ...] = (None, 1)
     needs: str = ""
 
 
@@ -91,8 +92,9 @@ def stages(rehearsal: bool = False) -> list[Stage]:
 
     def tests(part: int) -> Stage:
         own = ("--rehearse-gpu",) if rehearsal else _side_by_side()
-        command = ("pytest", "-vv", "-m", "gpu", "--gpu-part", f"{part}/{TEST_PARTS}", *own, *TEST_FILES)
-        return Stage(f"tests {part}", command, 60, 180, needs="pytest")
+        file, which = f"tests_{part}.txt", ("-m", "gpu", "--gpu-part", f"{part}/{TEST_PARTS}")
+        command = ("pytest", "-vv", *which, "--gpu-passed", f"{{out}}/{file}", *own, *TEST_FILES)
+        return Stage(f"tests {part}", command, 60, 180, file, unfinished=(None,), needs="pytest")
 
     ranks = ("benchmarks.ranks", "--out", "{out}/ranks.json", "--seconds", "{seconds}", *(("--rehearse",) * rehearsal))
     return [
@@ -131,7 +133,7 @@ class Day:
     def add(self, stage: Stage, code: int | None, seconds: float, said: str = "", counts: bool = True) -> str:
         """Note a turn and its last line; the status it leaves the stage in. counts: whether a failure is the stage's own."""
         state = self.states.setdefault(stage.name, {"seconds": 0.0, "turns": 0, "failures": 0})
-        status = DONE if code == 0 else LEFT if not counts or (stage.resumes and code in (None, 1)) else FAILED
+        status = DONE if code == 0 else LEFT if not counts or (stage.resumes and code in stage.unfinished) else FAILED
         state.update(status=status, code=code, said=said)
         state.update(seconds=round(state["seconds"] + seconds, 1), turns=state["turns"] + 1)
         state["failures"] += status == FAILED

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Two test processes share the cores: threads that spin at barriers would keep each other from working.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -25,14 +26,46 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the golden files of generated source")
     parser.addoption("--gpu-part", metavar="K/N", help="of the GPU tests only the K-th of N parts (with -m gpu)")
     parser.addoption(
+        "--gpu-passed",
+        type=Path,
+        metavar="FILE",
+        help="note there what passed, and leave out what is noted: go on after a kill",
+    )
+    parser.addoption(
         "--rehearse-gpu",
         action="store_true",
         help="without a GPU: run the GPU tests in the interpreter, at small sizes",
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.gpu_passed and not hasattr(config, "workerinput"):  # one process notes for all of xdist's
+        config.pluginmanager.register(Passed(config.option.gpu_passed))
+
+
+class Passed:
+    """A file of the tests that passed, or skipped themselves, a line each as they end."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.known = set(path.read_text(encoding="utf-8").split("\n")) if path.is_file() else set[str]()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped or (report.when == "call" and report.passed):
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(report.nodeid + "\n")
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.known:
+            session.exitstatus = pytest.ExitCode.OK
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     _keep_part(config, items)
+    if config.option.gpu_passed:
+        known = Passed(config.option.gpu_passed).known
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in known])
+        items[:] = [item for item in items if item.nodeid not in known]
     if not torch.cuda.is_available() and not config.option.rehearse_gpu:
         skip = pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False")
         for item in items:

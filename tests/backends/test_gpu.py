@@ -2,6 +2,7 @@
 
     pytest -m gpu                       all of it
     pytest -m gpu --gpu-part 1/4        a quarter, for machines that are lent for minutes
+    pytest -m gpu --gpu-passed FILE     go on behind the tests that passed before, noted in FILE
     pytest -m gpu --rehearse-gpu        without a GPU: the same tests through the interpreter, to try the tests themselves
 
 Half types are checked by the rules of tests/check.py: at most twice (gradients three times) plain PyTorch's error.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,6 +95,46 @@ def test_what_is_left_alone_is_started_over_when_asked(tmp_path: Path):
     day.forget(broken)
     assert not (tmp_path / "broken.json").exists()
     assert lived(Machine({}), day, 1000, broken) == (["broken"], [])
+
+
+def test_failing_tests_are_no_unfinished_ones(tmp_path: Path):
+    tests = Stage("tests", ("tests",), 5, 50, "tests.txt", unfinished=(None,))
+    machine, day = Machine({"tests": [(1e9, 0), (10, 1), (10, 1)]}), Day(tmp_path)
+    assert lived(machine, day, 1000, tests) == (["tests"] * 3, ["tests"])
+    assert (day.states["tests"]["failures"], day.states["tests"]["status"]) == (2, FAILED)
+
+
+def test_tests_go_on_behind_those_that_passed(tmp_path: Path):
+    shutil.copy(Path("tests/conftest.py"), tmp_path / "conftest.py")
+    (tmp_path / "test_it.py").write_text("""if True:
+        import pathlib, pytest
+        def test_passes(): pass
+        def test_skips(): pytest.skip("so")
+        def test_needs_a_file(): assert pathlib.Path(__file__).with_name("there").exists()
+    """)
+
+    def run() -> tuple[int, str]:
+        words = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--gpu-passed",
+            "passed.txt",
+            "test_it.py",
+        ]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout.splitlines()[-1]
+
+    code, said = run()
+    assert code == 1 and "1 failed, 1 passed, 1 skipped" in said
+    (tmp_path / "there").touch()
+    code, said = run()
+    assert code == 0 and "1 passed, 2 deselected" in said
+    code, said = run()
+    assert code == 0 and "3 deselected" in said
 
 
 def test_a_gpu_that_is_gone_is_no_stages_failure(tmp_path: Path):
