@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import math
 import os
 import sys
 import time
@@ -106,7 +107,7 @@ class Search:
                 found[kernel] = (best.tile, best.seconds)
         if late := [kernel for kernel in self.kernels if kernel not in found]:
             first = next((one for one in sorted(tried, key=lambda one: not one.hung) if one.reason), None)
-            why = f" ({first.kernel} {first.tile}: {first.reason})" if first is not None else ""
+            why = f" ({first.kernel} {_bare(first.tile)}: {first.reason})" if first is not None else ""
             _say(
                 f"{self._where(', '.join(late))}: no tile was found within {allowed:g} s{why}: a safe one runs; give it longer "
                 f"({VARIABLE}=30), or attngen.tune finds a better one",
@@ -136,7 +137,7 @@ class Search:
 
     def _work(self) -> Iterator[Tried]:
         """One worker's share, until the time is over."""
-        allowed = self._deadline - time.monotonic()
+        allowed = self._rest()
         worker = Worker({}, allowed, self.command, VARIABLE, allowed, "searching tiles")
         try:
             for kernel, tile in self._left:
@@ -146,10 +147,14 @@ class Search:
         finally:
             worker.close()
 
+    def _rest(self) -> float:
+        """Seconds that are left, in tenths: messages show them."""
+        return max(0.0, math.floor(10 * (self._deadline - time.monotonic())) / 10)
+
     def _try(self, worker: Worker, kernel: str, tile: Tile) -> Tried:
         try:
             source = self._source(kernel, tile)
-            answer = worker.ask(self._request(source), max(0.0, self._deadline - time.monotonic()))
+            answer = worker.ask(self._request(source), self._rest())
         except WorkerDied as death:
             return Tried(kernel, tile, reason=death.reason, hung=death.status == "timeout")
         except AttngenError as problem:  # a tile that this spec or target can't have
@@ -217,7 +222,7 @@ class Search:
         fitting = [(one, made) for one, made in compiled if made.shared <= self.target.shared_limit]
         if whole and fitting:
             least, made = min(fitting, key=lambda pair: pair[1].spills)
-            said = f"{where}: {least.tile} needs {made.registers} registers a thread and spills {made.spills}"
+            said = f"{where}: {_bare(least.tile)} needs {made.registers} registers a thread and spills {made.spills}"
             _say(f"{said}, the fewest of {len(fitting)} tiles; it runs, slower for it", words)
             return Tried(kernel, least.tile, made, seconds=self._seconds(kernel, least.tile, made))
         if whole and compiled:

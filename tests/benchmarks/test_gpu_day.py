@@ -20,6 +20,8 @@ from benchmarks import gpu_day
 from benchmarks.gpu_day import DONE, FAILED, LEFT, Day, GpuGone, Stage, live, spawned, stages, summary
 from benchmarks.ranks import spearman
 
+ROOT = Path(__file__).parents[2]
+
 
 class Machine:
     """Runs nothing: each command takes the seconds and ends with the status that `plan` has for its first word."""
@@ -105,7 +107,7 @@ def test_failing_tests_are_no_unfinished_ones(tmp_path: Path):
 
 
 def test_tests_go_on_behind_those_that_passed(tmp_path: Path):
-    shutil.copy(Path("tests/conftest.py"), tmp_path / "conftest.py")
+    shutil.copy(ROOT / "tests/conftest.py", tmp_path / "conftest.py")
     (tmp_path / "test_it.py").write_text("""if True:
         import pathlib, pytest
         def test_passes(): pass
@@ -280,11 +282,8 @@ def test_every_stage_is_a_command_that_exists():
         assert found.least + gpu_day.GRACE < 540 and found.least <= found.most
         assert found.command[0] in ("tests.gpu_smoke", "benchmarks", "benchmarks.ranks", "attngen", "pytest")
         assert any(Path(found.resumes).stem in word for word in found.command)
-    marked = [
-        str(path)
-        for path in Path("tests/backends").glob("*.py")
-        if "\npytestmark = pytest.mark.gpu" in path.read_text()
-    ]
+    files = (ROOT / "tests/backends").glob("*.py")
+    marked = [str(path.relative_to(ROOT)) for path in files if "\npytestmark = pytest.mark.gpu" in path.read_text()]
     assert sorted(marked) == sorted(gpu_day.TEST_FILES)
 
 
