@@ -101,7 +101,7 @@ def stages(rehearsal: bool = False) -> list[Stage]:
         *(smoke(dtype) for dtype in _dtypes(rehearsal)),
         *(table(suite) for suite in ("dense", "windows", "documents", "decode")),
         *(tuning(name) for name in HEADLINES),
-        Stage("ranks", ranks, 45, 120),
+        Stage("ranks", ranks, 45, 120, "ranks.json"),
         *(tests(part) for part in range(1, TEST_PARTS + 1)),
         *(table(suite) for suite in ("scores", "seeds", "planning", "first_call", "overhead")),
     ]

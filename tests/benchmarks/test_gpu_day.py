@@ -12,11 +12,13 @@ import tarfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from attngen.language.schedule import Tile
 from benchmarks import __main__ as command
-from benchmarks import gpu_day
+from benchmarks import gpu_day, ranks
 from benchmarks.gpu_day import DONE, FAILED, LEFT, Day, GpuGone, Stage, live, spawned, stages, summary
 from benchmarks.ranks import spearman
 
@@ -285,6 +287,22 @@ def test_every_stage_is_a_command_that_exists():
     files = (ROOT / "tests/backends").glob("*.py")
     marked = [str(path.relative_to(ROOT)) for path in files if "\npytestmark = pytest.mark.gpu" in path.read_text()]
     assert sorted(marked) == sorted(gpu_day.TEST_FILES)
+
+
+def test_ranks_go_on_behind_those_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    measured: list[str] = []
+
+    def tiles(name: str, *_: Any) -> dict[Tile, float]:
+        measured.append(name)
+        return {Tile(64, 64, 4, 2): 1.0, Tile(64, 32, 4, 2): 2.0}
+
+    monkeypatch.setattr(ranks, "tiles", tiles)
+    monkeypatch.setattr(ranks, "measured", lambda *_: [1.0, 2.0])
+    arguments = ["--out", str(tmp_path / "ranks.json"), "--rehearse"]
+    assert ranks.main([*arguments, "--seconds", "-1"]) == 1 and not measured
+    assert ranks.main(arguments) == 0 == ranks.main(arguments)
+    assert measured == ["causal"]
+    assert json.loads((tmp_path / "ranks.json").read_text())[0]["spearman"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
