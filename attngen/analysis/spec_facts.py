@@ -115,8 +115,16 @@ class Facts:
 
     def sites_of(self, name: str, deterministic: bool) -> tuple[CaptureSite, ...]:
         """Where the score loads a captured tensor. deterministic: without atomics."""
-        found = sites(self.load_grads.get(name, ()), deterministic)
-        return tuple(site.plain(deterministic) for site in found)
+        return self._sites[deterministic].get(name, ())
+
+    @cached_property
+    def _sites(self) -> dict[bool, dict[str, tuple[CaptureSite, ...]]]:
+        """By whether atomics are ruled out; every backward asks."""
+
+        def plain(deterministic: bool, pairs: Any) -> tuple[CaptureSite, ...]:
+            return tuple(site.plain(deterministic) for site in sites(pairs, deterministic))
+
+        return {fixed: {n: plain(fixed, pairs) for n, pairs in self.load_grads.items()} for fixed in (True, False)}
 
     @cached_property
     def slopes(self) -> dict[str, tuple[SinkSlope, ...]]:
@@ -133,7 +141,7 @@ class Facts:
             WalkFacts(walk.summaries, walk.divisors, *walk.differ(False))
             for walk in (self.walk_keys, self.walk_queries)
         )
-        certain, atomic = ({n: self.sites_of(n, fixed) for n in self.load_grads} for fixed in (True, False))
+        certain, atomic = self._sites[True], self._sites[False]
         programs = self.program_keys.plain, self.program_queries.plain
         return CallFacts(keys, queries, *programs, self.positive, self.natural, certain, atomic, self.slopes)
 

@@ -1,9 +1,10 @@
 """Where attention runs. A backend is a module with
 
 forward(call, facts, schedule) -> (out, lse)
+forward_keeping(call, facts, schedule) -> (out, lse, a tensor that `backward` makes use of, or None)
 delta(out, do, dlse) -> rowsum(dO * O) - dlse of the whole attention; dlse may be None, for 0
-backward(call, facts, schedule, lse, delta, do, wanted) -> (dq, dk, dv, {capture name: gradient}), from the lse and delta of
-    the whole attention that the call is a part of
+backward(call, facts, schedule, lse, delta, do, wanted, kept=None) -> (dq, dk, dv, {capture name: gradient}), from the lse and delta of
+    the whole attention that the call is a part of; kept: what the forward left, without which it is found again
 tables(call, facts, schedule, kernel), table_tiles(call, schedule, kernel): summaries of captured data for a kernel's walk
 """
 

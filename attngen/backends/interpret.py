@@ -30,6 +30,15 @@ def forward(call: Call, facts: Any, schedule: Schedule) -> tuple[torch.Tensor, t
         return gpu.forward(call, facts, schedule)
 
 
+def forward_keeping(
+    call: Call, facts: Any, schedule: Schedule
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """out, lse, and what the backward makes use of, see `attngen.backends`."""
+    _check(call)
+    with interpreting():
+        return gpu.forward_keeping(call, facts, schedule)
+
+
 def delta(out: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor | None = None) -> torch.Tensor:
     """rowsum(dO * O) - dlse, see `attngen.backends`."""
     with interpreting():
@@ -44,11 +53,12 @@ def backward(
     delta: torch.Tensor,
     do: torch.Tensor,
     wanted: list[str],
+    kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Gradients, see `attngen.backends`."""
     _check(call)
     with interpreting():
-        return gpu.backward(call, facts, schedule, lse, delta, do, wanted)
+        return gpu.backward(call, facts, schedule, lse, delta, do, wanted, kept)
 
 
 def tables(call: Call, facts: Any, schedule: Schedule, kernel: str) -> dict[str, torch.Tensor]:

@@ -117,28 +117,38 @@ class Launcher:
         self._grids: dict[Any, Grid] = {}
 
     def forward(self, call: Call, facts: Facts, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor]:
-        """out and lse, see `attngen.backends`. A split forward writes partial states, which a second launch merges."""
+        """out and lse, see `attngen.backends`."""
+        return self.forward_keeping(call, facts, schedule)[:2]
+
+    def forward_keeping(
+        self, call: Call, facts: Facts, schedule: Schedule
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The same, and what a large lse lacks, where there is such (`Facts.restores`). A split forward writes partial states,
+        which a second launch merges.
+        """
         self._check(call)
         rows = call.q.shape[:3]
         out, lse = call.q.new_empty((*rows, call.v.shape[3])), call.q.new_empty(rows, dtype=torch.float32)
         made: dict[str, torch.Tensor] = {"out": out, "lse": lse}
+        if facts.restores(call.q.dtype):
+            made["excess"] = torch.empty_like(lse)
         if (
             call.spec.page_size is not None and min(call.k.shape[0], call.n_k) == 0
         ):  # not even a page to load nothing from
-            return out.zero_(), lse.fill_(-torch.inf)
+            return out.zero_(), lse.fill_(-torch.inf), None
         given = inputs_of(call, q=call.q, k=call.k, v=call.v)
         walk = walk_tables(call, facts, schedule, "forward", self.tables)
         walking = given.and_(walk)
         if schedule.split in (None, 1):
             self._launch("forward", call, facts, schedule, walking, made)
-            return out, lse
+            return out, lse, made.get("excess")
         grid, sizes = self._grid_of(call, facts, schedule, {**given.tensors, **made}), sizes_of(call, schedule)
         if schedule.split == "stream":
             made |= stream_runs(call, facts, schedule, grid, sizes, walk)
         made |= states_of(call, grid, sizes)
         self._launch("forward", call, facts, schedule, walking, made)
         self._launch("merge", call, facts, schedule, given, made)
-        return out, lse
+        return out, lse, made.get("excess")
 
     def delta(self, out: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor | None = None) -> torch.Tensor:
         """rowsum(dO * O) - dlse, float32 [B, Hq, Nq]; dlse: None for 0."""
@@ -162,6 +172,7 @@ class Launcher:
         delta: torch.Tensor,
         do: torch.Tensor,
         wanted: list[str],
+        kept: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Gradients, see `attngen.backends`, by the kernels that `attngen.plan.launches` names; no atomics between them."""
         self._check(call)
@@ -173,10 +184,11 @@ class Launcher:
         made = {"lse": lse.contiguous(), "delta": delta.contiguous(), "dq": dq, "dk": dk, "dv": dv}
         made["level"] = torch.empty_like(made["lse"])
         if facts.restores(call.q.dtype):
-            made["excess"] = torch.empty_like(made["lse"])
+            made["excess"] = torch.empty_like(made["lse"]) if kept is None else kept
         captured = {name: call.captures[name] for name in wanted}
         gradients = {n: torch.zeros(t.shape, dtype=torch.float32, device=t.device) for n, t in captured.items()}
-        for launch in backward_launches(facts, call.spec.lists, call.q.dtype, schedule, wanted, *call.q.shape[:2]):
+        own = call.spec.lists, call.q.dtype, schedule, wanted, call.q.shape[0], call.q.shape[1], kept is not None
+        for launch in backward_launches(facts, *own):
             buffers = {site.buffer: self._buffer(site, call, schedule) for site in launch.sites}
             walking = walks["dkv" if launch.by_keys else "dq"]
             self._launch(launch.kernel, call, facts, schedule, walking, {**made, **buffers}, launch.sites)

@@ -11,13 +11,18 @@ from attngen.backends.work import environment, table_tiles
 from attngen.language.call import Call
 from attngen.schedule import Schedule
 
-__all__ = ["backward", "delta", "forward", "table_tiles", "tables"]
+__all__ = ["backward", "delta", "forward", "forward_keeping", "table_tiles", "tables"]
 
 
 def forward(call: Call, facts: Any, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse, see `attngen.backends`."""
     lse = call.q.new_empty(call.q.shape[:3], dtype=_real(call.q.dtype))
     return call.q.new_empty((*call.q.shape[:3], call.v.shape[3])), lse
+
+
+def forward_keeping(call: Call, facts: Any, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """out and lse, see `attngen.backends`; there is nothing to keep."""
+    return *forward(call, facts, schedule), None
 
 
 def delta(out: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor | None = None) -> torch.Tensor:
@@ -33,6 +38,7 @@ def backward(
     delta: torch.Tensor,
     do: torch.Tensor,
     wanted: list[str],
+    kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Gradients, see `attngen.backends`."""
     captured = {name: torch.empty_like(call.captures[name], dtype=lse.dtype) for name in wanted}

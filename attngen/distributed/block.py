@@ -44,21 +44,27 @@ class Block:
         self.sources = {name: self.sources.get(name, (name, ())) for name in inner.tensors}
         self.learned = [name for name, tensor in inner.tensors.items() if tensor.kind == "float"]
 
-    def forward(self, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-        """out and lse of a block's call."""
+    def forward(self, call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """out and lse of a block's call, and what its backward makes use of."""
         stages = self.attention.specialiser.of(call)
-        return stages.backend.forward(call, stages.facts, stages.schedule)
+        return stages.backend.forward_keeping(call, stages.facts, stages.schedule)
 
     def delta(self, out: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor) -> torch.Tensor:
         """rowsum(dO * O) - dlse."""
         return self.attention.specialiser.backend(out.device).delta(out, do, dlse)
 
     def backward(
-        self, call: Call, lse: torch.Tensor, delta: torch.Tensor, do: torch.Tensor, wanted: list[str]
+        self,
+        call: Call,
+        lse: torch.Tensor,
+        delta: torch.Tensor,
+        do: torch.Tensor,
+        wanted: list[str],
+        kept: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """dq, dk, dv and the gradients of the block's tensors in `wanted`."""
         stages = self.attention.specialiser.of(call)
-        return stages.backend.backward(call, stages.facts, stages.schedule, lse, delta, do, wanted)
+        return stages.backend.backward(call, stages.facts, stages.schedule, lse, delta, do, wanted, kept)
 
     @property
     def names(self) -> list[str]:

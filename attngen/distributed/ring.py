@@ -140,6 +140,14 @@ class _Step(NamedTuple):
         return bind(inner, q, k, v, q_offset=self.q_offset + i.start, captures=captures)
 
 
+class _Piece(NamedTuple):
+    """What a block leaves for the backward: its rows, lse, and what its backend keeps."""
+
+    rows: range
+    lse: torch.Tensor
+    kept: torch.Tensor | None
+
+
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: _Step, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *tensors: Any) -> Result:
@@ -147,18 +155,18 @@ class _Ring(torch.autograd.Function):
         lse = torch.full(q.shape[:3], -torch.inf, dtype=lse_dtype(q.dtype), device=q.device)
         out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=lse.dtype, device=q.device)
         begun: set[range] = set()
-        own_lse = []  # of every block, in their order
+        pieces = []  # of every block, in their order
         for source, keys, values in _rotate(step, k, v):
             for rows, i, columns, j in step.blocks(source):
                 operands = _part(q, rows), _part(keys, columns), _part(values, columns)
-                piece, piece_lse = step.ring.block.forward(step.call(*operands, i, j, given))
-                own_lse.append((rows, piece_lse))
+                piece, piece_lse, kept = step.ring.block.forward(step.call(*operands, i, j, given))
+                pieces.append(_Piece(rows, piece_lse, kept))
                 so_far, result = (_part(out, rows), _part(lse, rows)), (piece.to(out.dtype), piece_lse)
                 for target, value in zip(so_far, merge(so_far, result) if rows in begun else result, strict=True):
                     target.copy_(value)
                 begun.add(rows)
         out = out.to(q.dtype)
-        ctx.step, ctx.own_lse = step, own_lse
+        ctx.step, ctx.pieces = step, pieces
         ctx.save_for_backward(q, k, v, out, *tensors)
         return out, lse
 
@@ -174,7 +182,7 @@ class _Ring(torch.autograd.Function):
         dq = torch.zeros(q.shape, dtype=real, device=q.device)
         totals = {name: torch.zeros(given[name].shape, dtype=real, device=q.device) for name in needed}
         delta = ring.block.delta(out, grad_out, grad_lse)
-        shares = zip(_shares(ctx.own_lse), ctx.own_lse, strict=True)
+        shares = zip(_shares(ctx.pieces), ctx.pieces, strict=True)
 
         hops, rank, world = shards.hops, shards.rank, shards.world
         home: list[tuple[torch.Tensor, int]] = []
@@ -186,11 +194,10 @@ class _Ring(torch.autograd.Function):
                 dk, dv = _unpack(share, keys.shape, values.shape)
                 for rows, i, columns, j in step.blocks(source):
                     operands = _part(q, rows), _part(keys, columns), _part(values, columns)
-                    share_of_block, (_, block_lse) = next(shares)
+                    share_of_block, piece = next(shares)
                     do = (_part(grad_out, rows) * share_of_block.unsqueeze(-1)).to(q.dtype)
-                    found = ring.block.backward(
-                        step.call(*operands, i, j, given), block_lse, _part(delta, rows) * share_of_block, do, wanted
-                    )
+                    block_call, block_delta = step.call(*operands, i, j, given), _part(delta, rows) * share_of_block
+                    found = ring.block.backward(block_call, piece.lse, block_delta, do, wanted, piece.kept)
                     block_dq, block_dk, block_dv, captured = found
                     _part(dq, rows).add_(block_dq)
                     _part(dk, columns).add_(block_dk)
@@ -295,12 +302,12 @@ def _sink(ring: Ring, shards: Shards, lse: torch.Tensor, q_offset: Any, env: Giv
     return value.to(lse.dtype).expand(lse.shape)
 
 
-def _shares(own_lse: Sequence[tuple[range, torch.Tensor]]) -> list[torch.Tensor]:
-    """How much of its rows each block has, from the blocks' rows and lse: those of one run of rows sum to 1."""
-    found = [torch.zeros_like(lse) for _, lse in own_lse]
-    for rows in {rows for rows, _ in own_lse}:
-        places = [place for place, (own, _) in enumerate(own_lse) if own == rows]
-        weights = weigh([(own_lse[place][1].reshape(-1), None) for place in places], found[places[0]].numel()).parts
+def _shares(pieces: Sequence[_Piece]) -> list[torch.Tensor]:
+    """How much of its rows each block has: the shares of one run of rows sum to 1."""
+    found = [torch.zeros_like(piece.lse) for piece in pieces]
+    for rows in {piece.rows for piece in pieces}:
+        places = [place for place, piece in enumerate(pieces) if piece.rows == rows]
+        weights = weigh([(pieces[place].lse.reshape(-1), None) for place in places], found[places[0]].numel()).parts
         for place, weight in zip(places, weights, strict=True):
             found[place] = weight.view(found[place].shape)
     return found

@@ -85,12 +85,14 @@ TABLE = {
         "forward: a query tile walks its keys with the online softmax",
         ("q", "k", "v", "out"),
         ("lse",),
+        more_rows=("excess",),
         stream_k=("starts", "begins", "firsts"),
     ),
     "merge": Takes(
         "forward, second step: merge the partial softmax states of each output",
         ("out",),
         ("lse",),
+        more_rows=("excess",),
         stream_k=("owners",),
         scaled=False,
     ),
@@ -103,7 +105,9 @@ TABLE = {
         ("delta",),
         scaled=False,
     ),
-    "excess": Takes("backward: what a large lse lacks", ("q", "k"), ("lse", "excess")),
+    "excess": Takes(
+        "backward, where the forward did not leave it: what a large lse lacks", ("q", "k"), ("lse", "excess")
+    ),
     "dq": Takes(
         "backward: a query tile walks its keys and sums dQ",
         ("q", "do", "k", "v", "dq"),
@@ -153,7 +157,7 @@ _LENGTHS = ("heads", "n_q", "group", "n_k", "batch", "together", "splits", "page
 
 
 def takes(kernel: str, *, restores: bool = False, by_keys: bool = False) -> Takes:
-    """What a kernel takes. restores: whether what a large lse lacks was found (`Facts.restores`); by_keys: whether keys are resident."""
+    """What a kernel takes. restores: whether what a large lse lacks is found (`Facts.restores`); by_keys: whether keys are resident."""
     found = TABLE["capture by keys" if by_keys and kernel == "capture" else kernel]
     return replace(found, rows=(*found.rows, *found.more_rows)) if restores else found
 

@@ -154,9 +154,10 @@ class PackedLauncher(Launcher):
         delta: torch.Tensor,
         do: torch.Tensor,
         wanted: list[str],
+        kept: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Gradients, see `attngen.backends`."""
-        return super().backward(call, facts, schedule, lse, delta, _laid_out(do), wanted)
+        return super().backward(call, facts, schedule, lse, delta, _laid_out(do), wanted, kept)
 
 
 def _laid_out(x: torch.Tensor) -> torch.Tensor:

@@ -50,9 +50,11 @@ def backward_launches(
     wanted: Collection[str] = (),
     batch: int = MANY,
     heads: int = MANY,
+    kept: bool = True,
 ) -> tuple[Launch, ...]:
     """The kernels of a backward whose delta is there already, in their order. facts: of the spec, or what its calls know of it;
-    lists: of the spec; wanted: captured tensors that want a gradient; batch, heads: of the call, where it matters whether they are 1.
+    lists: of the spec; wanted: captured tensors that want a gradient; batch, heads: of the call, where it matters whether they are 1;
+    kept: whether the forward left what a large lse lacks, which is found again otherwise.
 
     A kernel adds up gradients of one tensor, or of all that the spec loads: so it has few variants, and a pack can have all.
     """
@@ -66,7 +68,7 @@ def backward_launches(
             kernel = _carrier(site, lists, schedule.tile("dq")) if name in carried else "capture"
             beside[kernel].append(site)
     return (
-        *((Launch("excess"),) if facts.restores(dtype) else ()),
+        *((Launch("excess"),) if facts.restores(dtype) and not kept else ()),
         *(Launch(kernel, tuple(beside[kernel])) for kernel in ("dq", "dkv")),
         *(Launch("capture", (site,)) for site in beside["capture"]),
     )
@@ -79,7 +81,7 @@ def every_backward_launch(
     learned = learned_of(facts, lists)
     few = (wanted for count in range(3) for wanted in combinations(learned, count))
     sizes = product((*few, learned), (1, MANY), (1, MANY))
-    every = (backward_launches(facts, lists, dtype, schedule, *own) for own in sizes)
+    every = (backward_launches(facts, lists, dtype, schedule, *own, kept=False) for own in sizes)
     return tuple(dict.fromkeys(launch for launches in every for launch in launches))
 
 

@@ -85,6 +85,14 @@ class Attention:
         """The name of the backend that runs calls on a device. InputError."""
         raise NotImplementedError
 
+    def keeps(self, keys: KeySet | None, call: Call) -> bool:
+        """Whether a traced call hands its backward what its kernels find of a large lse: where it is one attention, so that who
+        traces knows of it.
+        """
+        if keys is not None or self.spec.page_size is not None or self.backend_of(call.q.device) in ("cpu", "meta"):
+            return False
+        return bool(facts_of(self.spec).restores(call.q.dtype))
+
     def looks_twice(self, keys: KeySet | None) -> bool:
         """Whether every call is looked at once more, by `look`."""
         return False

@@ -15,7 +15,7 @@ from attngen.language.keyset import KeySet
 from attngen.plan.backward import backward_plan, saved_by
 from attngen.plan.plan import Plan, Sizes
 from attngen.plan.steps import DLSE, DO, LSE, OUT, Attend
-from attngen.runtime.executor import Executor, inputs_of
+from attngen.runtime.executor import KEPT, Executor, inputs_of
 from attngen.runtime.preparation import Preparation
 
 if TYPE_CHECKING:
@@ -77,10 +77,21 @@ class Executable:
         self, call: Call, given: Mapping[str, Any], prepared: Mapping[str, Any] = {}
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """out and lse."""
+        return self.forward_of_one(call, given, prepared)[:2]
+
+    def forward_of_one(
+        self, call: Call, given: Mapping[str, Any], prepared: Mapping[str, Any] = {}
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """out, lse, and of a plan of one attention what its backend keeps for the backward, which takes it as `kept_name`."""
         buffers = {**inputs_of(call, given), **prepared}
         self.executor.run(self.forward_plan, call, buffers)
         out, lse = (buffers[name] for name in self.forward_plan.results)
-        return out, lse
+        return out, lse, buffers.get(self.kept_name)
+
+    @cached_property
+    def kept_name(self) -> str:
+        """What the first attention's backend keeps."""
+        return next(step.name for step in self.forward_plan.steps if isinstance(step, Attend)) + KEPT
 
     def forward_keeping(
         self, call: Call, given: Mapping[str, Any], prepared: Mapping[str, Any], wanted: frozenset[str]
@@ -89,8 +100,8 @@ class Executable:
         plan = self.training_plan(wanted)
         buffers = {**inputs_of(call, given), **prepared}
         self.executor.run(plan, call, buffers)
-        weights = tuple(name for name in buffers if name.endswith(".weights"))
-        kept = {name: buffers[name] for name in (*plan.prepared, *plan.saved, *weights) if name in buffers}
+        by_backends = tuple(name for name in buffers if name.endswith(KEPT))
+        kept = {name: buffers[name] for name in (*plan.prepared, *plan.saved, *by_backends) if name in buffers}
         out, lse = (buffers[name] for name in plan.results)
         return out, lse, {**prepared, **kept}
 

@@ -30,6 +30,7 @@ from attngen.plan.steps import (
 )
 
 Buffers = dict[str, Any]
+KEPT = ".kept"  # behind a step's name: what its backend keeps for the backward
 
 
 class Specialised(Protocol):
@@ -219,21 +220,19 @@ def _attend(executor: Executor, plan: Plan, step: Attend, call: Call, buffers: B
     if step.direction == "forward":
         if step.looks:
             check_indices(inner)
-        weights = f"{step.name}.weights"
-        if stages.schedule.store and call.wants_grad:
-            *result, buffers[weights] = stages.backend.forward_storing(inner, stages.facts, stages.schedule)
+        if call.wants_grad:
+            *result, kept = stages.backend.forward_keeping(inner, stages.facts, stages.schedule)
+            if kept is not None:
+                buffers[f"{step.name}{KEPT}"] = kept
         else:
             result = stages.backend.forward(inner, stages.facts, stages.schedule)
         buffers |= zip(step.writes, result, strict=True)
         return
     assert step.given is not None
     do, lse, delta = (buffers[name] for name in step.given)
-    stored = buffers.get(f"{step.name.removesuffix(', backward')}.weights")
-    if stored is not None and stored.dim() == 4:
-        found = stages.backend.backward_stored(inner, stages.facts, stages.schedule, stored, lse, delta, do)
-    else:
-        found = stages.backend.backward(inner, stages.facts, stages.schedule, lse, delta, do, list(step.wanted))
-    *own, captured = found
+    kept = buffers.get(f"{step.name.removesuffix(', backward')}{KEPT}")
+    differentiate, wanted = stages.backend.backward, list(step.wanted)
+    *own, captured = differentiate(inner, stages.facts, stages.schedule, lse, delta, do, wanted, kept)
     for name, value in zip(step.writes, (*own, *(captured[name] for name in step.wanted)), strict=True):
         _add(buffers, name, value)
 

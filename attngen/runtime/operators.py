@@ -39,13 +39,17 @@ class Attention(Protocol):
         self, captures: Mapping[str, Any], q: Any, k: Any, preparation: Preparation | None
     ) -> dict[str, Any]: ...
 
-    def bound_unfolded(self, q: Any, k: Any, v: Any, q_offset: Any, named: Mapping[str, Any]) -> Any: ...
+    def bound_unfolded(
+        self, q: Any, k: Any, v: Any, q_offset: Any, named: Mapping[str, Any]
+    ) -> tuple[Any, Call, dict[str, Any]]: ...
 
     def checked_unfolded(
         self, q: Any, k: Any, v: Any, q_offset: Any, named: Mapping[str, Any]
     ) -> tuple[Call, dict[str, Any], Executable]: ...
 
     def is_float(self, name: str) -> bool: ...
+
+    def keeps(self, keys: Any, call: Call) -> bool: ...
 
 
 # By handle the attentions that are alive: a traced graph names its own, and whoever can run it holds one.
@@ -74,7 +78,7 @@ def apply(
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         q, k, v, captures = attention.cast(torch.get_autocast_dtype(kind), q, k, v, captures)
     if torch.compiler.is_compiling() or _traced(q):
-        out, lse = torch.ops.attngen.forward(*arguments(attention, q, k, v, q_offset, preparation, captures))
+        out, lse, _ = torch.ops.attngen.forward(*arguments(attention, q, k, v, q_offset, preparation, captures))
         return out, lse
     call, given, executable = attention.checked(q, k, v, q_offset, captures, preparation)
     prepared = {} if preparation is None else preparation.values
@@ -289,9 +293,10 @@ _COMMON = (
     "Tensor q, Tensor k, Tensor v, Tensor[] tensors, SymInt[] ints, float[] floats, SymInt q_offset, Tensor? q_offsets, "
     "Tensor[] prepared, str handle"
 )
-_library.define(f"forward({_COMMON}) -> (Tensor, Tensor)")
+# kept: what the backward makes use of (`Attention.keeps`), or nothing, [0]
+_library.define(f"forward({_COMMON}) -> (Tensor out, Tensor lse, Tensor kept)")
 _library.define(
-    f"backward({_COMMON}, Tensor out, Tensor lse, Tensor grad_out, Tensor grad_lse, int[] wanted) -> Tensor[]"
+    f"backward({_COMMON}, Tensor out, Tensor lse, Tensor kept, Tensor grad_out, Tensor grad_lse, int[] wanted) -> Tensor[]"
 )
 
 
@@ -339,10 +344,11 @@ class _Names:
 
     def check(
         self, q: Any, k: Any, v: Any, tensors: Any, ints: Any, floats: Any, q_offset: Any, q_offsets: Any
-    ) -> None:
-        """InputError for tensors that do not fit together; nobody looks at values."""
+    ) -> bool:
+        """InputError for tensors that do not fit together; nobody looks at values. Whether the backward gets what was kept."""
         offset = q_offset if q_offsets is None else q_offsets
-        self.attention.bound_unfolded(q, k, v, offset, self._named(tensors, ints, floats))
+        keys, call, _ = self.attention.bound_unfolded(q, k, v, offset, self._named(tensors, ints, floats))
+        return self.attention.keeps(keys, call)
 
     def call(
         self, q: Any, k: Any, v: Any, tensors: Any, ints: Any, floats: Any, q_offset: Any, q_offsets: Any, prepared: Any
@@ -359,15 +365,18 @@ class _Names:
 
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
 def forward(q, k, v, tensors, ints, floats, q_offset, q_offsets, prepared, handle):  # type: ignore[no-untyped-def]
-    call, given, executable, values = _Names(handle).call(q, k, v, tensors, ints, floats, q_offset, q_offsets, prepared)
-    return executable.forward(call, given, values)
+    names = _Names(handle)
+    call, given, executable, values = names.call(q, k, v, tensors, ints, floats, q_offset, q_offsets, prepared)
+    out, lse, kept = executable.forward_of_one(call, given, values)
+    return out, lse, kept if names.attention.keeps(executable.keys, call) else lse.new_empty(0)
 
 
 @torch.library.register_fake("attngen::forward", lib=_library)
 def _(q, k, v, tensors, ints, floats, q_offset, q_offsets, prepared, handle):  # type: ignore[no-untyped-def]
-    _Names(handle).check(q, k, v, tensors, ints, floats, q_offset, q_offsets)
+    keeps = _Names(handle).check(q, k, v, tensors, ints, floats, q_offset, q_offsets)
     out = q.new_empty((*q.shape[:3], v.shape[3]))
-    return out, q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+    lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+    return out, lse, torch.empty_like(lse) if keeps else lse.new_empty(0)
 
 
 @torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
@@ -384,6 +393,7 @@ def backward(  # type: ignore[no-untyped-def]
     handle,
     out,
     lse,
+    kept,
     grad_out,
     grad_lse,
     wanted,
@@ -393,6 +403,8 @@ def backward(  # type: ignore[no-untyped-def]
     """
     names = _Names(handle)
     call, given, executable, values = names.call(q, k, v, tensors, ints, floats, q_offset, q_offsets, prepared)
+    if names.attention.keeps(executable.keys, call):
+        values[executable.kept_name] = kept
     own = ["q", "k", "v", *(names.tensors[place] for place in wanted)]
     found = executable.backward(call, given, values, out, lse, grad_out, grad_lse, frozenset(own))
     like = [q, k, v, *(tensors[place] for place in wanted)]
@@ -414,6 +426,7 @@ def _(  # type: ignore[no-untyped-def]
     handle,
     out,
     lse,
+    kept,
     grad_out,
     grad_lse,
     wanted,
@@ -431,17 +444,17 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.attention = _Names(handle).attention  # alive until the backward, whoever else forgets it
 
 
-def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> Any:
+def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None, _: Any) -> Any:
     q, k, v, *rest = ctx.saved_tensors
     many, made = ctx.counts
     tensors, prepared, rest = rest[:many], rest[many : many + made], rest[many + made :]
     q_offsets = rest.pop(0) if ctx.has_offsets else None
-    out, lse = rest
+    out, lse, kept = rest
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
     wanted = [place for place, t in enumerate(tensors) if ctx.needs_input_grad[3][place] and t.is_floating_point()]
     common = (q, k, v, tensors, ctx.ints, ctx.floats, ctx.q_offset, q_offsets, prepared, ctx.handle)
-    dq, dk, dv, *captured = torch.ops.attngen.backward(*common, out, lse, grad_out, grad_lse, wanted)
+    dq, dk, dv, *captured = torch.ops.attngen.backward(*common, out, lse, kept, grad_out, grad_lse, wanted)
     grads: list[torch.Tensor | None] = [None] * len(tensors)
     for place, grad in zip(wanted, captured, strict=True):
         grads[place] = grad

@@ -27,6 +27,7 @@ from hypothesis import given, settings
 
 import attngen as ag
 from attngen.language.call import bind
+from attngen.runtime import operators
 from attngen.store import device_of, read_records, write_records
 from tests.backends.test_backends import HEADS, MASKS, SCORES, D, qkv, table
 from tests.check import check, relative
@@ -557,9 +558,13 @@ def test_cuda_graph(place: Place, mask: str):
 
 
 def test_opcheck(ordinary: Place):
-    attn = ordinary.attention(ag.Spec(mask=ag.causal()))
     q, k, v = (t.requires_grad_() for t in ordinary.qkv(torch.float16, n_q=17, n_k=17))
-    torch.library.opcheck(torch.ops.attngen.forward, (q, k, v, [], [], [], 0, None, attn.handle, False))
+    for spec in (ag.Spec(mask=ag.causal()), ag.Spec(score=ag.alibi())):
+        attn, captures = (
+            ordinary.attention(spec),
+            {name: torch.ones(q.shape[1], device=q.device) for name in spec.tensors},
+        )
+        torch.library.opcheck(torch.ops.attngen.forward, operators.arguments(attn, q, k, v, 0, None, captures))
 
 
 # -- tuning and records -----------------------------------------------------------------------------------------------

@@ -6,11 +6,13 @@ import copy
 import gc
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
 
 import attngen as ag
+from attngen.backends.launcher import Launcher
 from attngen.runtime import operators
 
 SPEC = ag.Spec(mask=ag.causal() & ag.window(ag.Param("width")), score=ag.alibi(), sink=ag.sink())
@@ -43,6 +45,29 @@ def test_no_graph_break_and_equal_results():
     grads = torch.autograd.grad(out.square().sum(), leaves)
     for got, want in zip(grads, torch.autograd.grad(expected.square().sum(), leaves), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("traced", [False, True])
+def test_what_a_large_lse_lacks_comes_from_the_forward(traced: bool, dtype: torch.dtype, monkeypatch: Any):
+    """The logits of q and k are not found a second time for it."""
+    launched, launch = [], Launcher._launch
+    monkeypatch.setattr(Launcher, "_launch", lambda self, name, *a: launched.append(name) or launch(self, name, *a))
+    spec = ag.Spec(mask=ag.causal(), score=[ag.alibi(), ag.bias("j")])
+    attn = ag.compile(spec, backend="interpret")
+    (q, k, v), captures = inputs(n=24)
+    leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+    captures = {"slope": captures["slope"], "bias": torch.full((24,), 3e5)}
+    call = torch.compile(attn, fullgraph=True, backend="aot_eager") if traced else attn
+    grads = torch.autograd.grad(call(*leaves, **captures).square().sum(), leaves)
+    assert launched == ["forward", "delta" if traced else "delta_of_out", "dq", "dkv"]
+    right = [x.detach().double().requires_grad_() for x in leaves]
+    out, _ = ag.oracle(spec, *right, **{name: x.double() for name, x in captures.items()})
+    # Logits are rounded to 2^-5 beside the bias, in each pair alike; the weights of a row still sum to 1.
+    for got, want in zip(grads, torch.autograd.grad(out.square().sum(), right), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=0.1, atol=0.1)
+    dv = torch.autograd.grad(call(*leaves, **captures).sum(), leaves[2])[0]
+    torch.testing.assert_close(dv.float().sum((2,)), torch.full((2, 2, 16), 48.0), rtol=1e-3, atol=1e-3)
 
 
 def test_a_changed_param_is_no_new_graph():

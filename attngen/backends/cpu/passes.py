@@ -40,14 +40,18 @@ def forward(call: Call, facts: Facts, schedule: Schedule) -> tuple[torch.Tensor,
     return tiled_forward.attend(_for_forward(call, facts, schedule), schedule)
 
 
-def forward_storing(call: Call, facts: Facts, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`forward`, and the weights P [B, Hq, Nq, Nk] for `backward_stored`; where values are not finite they are empty, so that
-    the backward computes them with care.
+def forward_keeping(
+    call: Call, facts: Facts, schedule: Schedule
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """`forward`, and where the schedule stores them the weights P [B, Hq, Nq, Nk]; not where values are not finite, so that the
+    backward computes them with care.
     """
+    if not schedule.store:
+        return *forward(call, facts, schedule), None
     work = _for_forward(call, facts, schedule)
     weights = torch.zeros((*call.q.shape[:3], call.n_k), dtype=work.real)
     out, lse = tiled_forward.attend(work, Schedule(split=1), weights)
-    return out, lse, weights if work.finite else weights.new_empty(0)
+    return out, lse, weights if work.finite else None
 
 
 def delta(out: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor | None = None) -> torch.Tensor:
@@ -73,8 +77,13 @@ def backward(
     delta: torch.Tensor,
     do: torch.Tensor,
     wanted: list[str],
+    kept: torch.Tensor | None = None,
 ) -> tiled_backward.Gradients:
-    """dq, dk, dv and the gradients of the wanted captures, see `attngen.backends`; sums are made in a fixed order."""
+    """dq, dk, dv and the gradients of the wanted captures, see `attngen.backends`; sums are made in a fixed order. kept: the
+    weights. Of captures only a sink's can want gradients with them.
+    """
+    if kept is not None:
+        return _from_weights(_for_backward(call, facts, schedule, do), kept, lse, delta, do)
     if isinstance(call.spec.lists, RowLists):
         return rows.backward(call, facts, lse, delta, do, wanted)
     if not wanted and few.suits(call, facts, schedule):
@@ -86,19 +95,11 @@ def backward(
     return tiled_backward.differentiate(work, normalisers(work, lse.to(work.real)), None, delta, do, wanted)
 
 
-def backward_stored(
-    call: Call,
-    facts: Facts,
-    schedule: Schedule,
-    weights: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
-    do: torch.Tensor,
+def _from_weights(
+    work: Work, weights: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, do: torch.Tensor
 ) -> tiled_backward.Gradients:
-    """`backward` from the weights that `forward_storing` left. Of captures only a sink's can want gradients: all are given."""
-    work = _for_backward(call, facts, schedule, do)
-    norms = normalisers(work, lse.to(work.real)) if call.spec.sink is not None else None
-    return tiled_backward.differentiate(work, norms, weights, delta, do, list(facts.sink_grads))
+    norms = normalisers(work, lse.to(work.real)) if work.call.spec.sink is not None else None
+    return tiled_backward.differentiate(work, norms, weights, delta, do, list(work.facts.sink_grads))
 
 
 def tables(call: Call, facts: Facts, schedule: Schedule, kernel: str) -> dict[str, torch.Tensor]:

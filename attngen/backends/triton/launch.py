@@ -155,6 +155,7 @@ def _source(
 
 
 _launcher = Launcher(Rendered())
-forward, delta, backward, tables = _launcher.forward, _launcher.delta, _launcher.backward, _launcher.tables
+forward, forward_keeping, backward = _launcher.forward, _launcher.forward_keeping, _launcher.backward
+delta, tables = _launcher.delta, _launcher.tables
 
-__all__ = ["backward", "delta", "forward", "table_tiles", "tables"]
+__all__ = ["backward", "delta", "forward", "forward_keeping", "table_tiles", "tables"]

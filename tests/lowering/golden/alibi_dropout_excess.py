@@ -1,4 +1,4 @@
-"""attngen backward: what a large lse lacks.
+"""attngen backward, where the forward did not leave it: what a large lse lacks.
 
 spec 99dfc587a8cf28a7
     tensor slope: float[1]

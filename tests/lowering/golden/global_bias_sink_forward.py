@@ -52,6 +52,7 @@ def forward(
     v,  # [B, heads // group, n_k, Dv]
     out,  # [B, heads, n_q, Dv]
     lse,  # [B, heads, n_q]
+    excess,  # [B, heads, n_q]
     odd,  # [programs]: what is not finite there
     q_stride_b,
     q_stride_h,
@@ -254,8 +255,14 @@ def forward(
     # rows without a key: out = 0, lse = -inf
     empty = l == 0.0
     l = tl.where(empty, 1.0, l)
-    lse_rows = lse + (b.to(tl.int64) * heads + h) * n_q + row
-    tl.store(lse_rows, tl.where(empty, float("-inf"), m + tl.log2(l) * LN2), mask=row_in)
+    rows_at = (b.to(tl.int64) * heads + h) * n_q + row
+    lse_row = tl.where(empty, float("-inf"), m + tl.log2(l) * LN2)
+    tl.store(lse + rows_at, lse_row, mask=row_in)
+
+    # log2 of what P = exp(x - lse) sums to: beside a large logit lse has no room for the log of a sum
+    total = l * tl.exp2((m - lse_row) * LOG2E)
+    excess_row = tl.where(tl.abs(lse_row) < float("inf"), tl.log2(total), 0.0)
+    tl.store(excess + rows_at, excess_row, mask=row_in)
     out_head = out + b.to(tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h
     out_columns_0 = e_0[None, :] * out_stride_d
     out_columns_1 = e_1[None, :] * out_stride_d

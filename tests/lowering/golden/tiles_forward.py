@@ -137,8 +137,9 @@ def forward(
     # rows without a key: out = 0, lse = -inf
     empty = l == 0.0
     l = tl.where(empty, 1.0, l)
-    lse_rows = lse + (b.to(tl.int64) * heads + h) * n_q + row
-    tl.store(lse_rows, tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2), mask=row_in)
+    rows_at = (b.to(tl.int64) * heads + h) * n_q + row
+    lse_row = tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2)
+    tl.store(lse + rows_at, lse_row, mask=row_in)
     out_head = out + b.to(tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h
 
     norm = 1.0 / l
