@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from attngen.language.call import Call
-from attngen.language.device import cache_bytes, multiprocessors
+from attngen.language.device import cache_bytes, multiprocessors, places
 from attngen.language.lists import TileLists
 from attngen.language.schedule import Schedule
 from attngen.plan.grid import Grid
@@ -39,6 +39,7 @@ def environment(call: Call) -> dict[str, Any]:
 def sizes_of(call: Call, schedule: Schedule) -> dict[str, int]:
     """The lengths that kernels and grids take."""
     batch, heads, n_q, _ = call.q.shape
+    processors = multiprocessors(call.q.device)
     return {
         "batch": batch,
         "heads": heads,
@@ -47,8 +48,8 @@ def sizes_of(call: Call, schedule: Schedule) -> dict[str, int]:
         "n_k": call.n_k,
         "pages": call.k.shape[0],
         "splits": schedule.split if isinstance(schedule.split, int) else 1,
-        "programs": schedule.programs or multiprocessors(call.q.device),
-        "multiprocessors": multiprocessors(call.q.device),
+        "programs": schedule.programs or places(processors, schedule.tile("forward").num_warps),
+        "multiprocessors": processors,
         "together": heads_together(call),
     }
 

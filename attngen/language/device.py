@@ -6,11 +6,18 @@ from functools import lru_cache
 
 import torch
 
+SCHEDULERS = 4  # of a GPU's multiprocessor: each issues instructions of its own warps
+
 
 @lru_cache(maxsize=32)
 def multiprocessors(device: torch.device) -> int:
     """How many programs run side by side on a GPU if each fills a multiprocessor; elsewhere as many as is nice to test."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def places(processors: int, num_warps: int) -> int:
+    """How many programs of so many warps run side by side on multiprocessors that have a warp for each of their schedulers."""
+    return processors * max(1, SCHEDULERS // num_warps)
 
 
 @lru_cache(maxsize=32)

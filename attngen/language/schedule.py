@@ -96,7 +96,8 @@ class Schedule:
         `Schedule(forward=Tile(block_m=64))`, and `dq_block_m=`, `dkv_num_warps=`, ... are those of the other two. Next to a
         whole tile a flat field replaces that tile's, so that `dataclasses.replace(schedule, block_m=32)` works.
     split: into how many parts a forward program's keys are cut, each a partial state that a second launch merges (1: not at
-        all), or "stream": equal runs of key tiles over `programs` programs whatever the lengths (stream-K; None: one per SM).
+        all), or "stream": equal runs of key tiles over `programs` programs whatever the lengths (stream-K; None: one per SM,
+        or of 1 or 2 warps so many that an SM has 4 warps).
     pack: forward rows are (query, head) pairs of the heads that share keys, so that keys are read once per kv head.
     store: keep the weights P [B, Hq, Nq, Nk] for the backward instead of computing them again from lse: faster on a CPU for
         short lengths, and more memory; see `attngen.schedule.legality.why_not_stored`.

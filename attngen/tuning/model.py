@@ -16,6 +16,7 @@ from typing import Any
 
 from attngen.backends.triton.modelled import LAUNCH, Resources, Work, cycles
 from attngen.backends.worker import WorkerDied
+from attngen.language.device import places
 from attngen.language.schedule import PREFIXES
 from attngen.schedule import Target
 from attngen.store import Shape
@@ -141,7 +142,7 @@ class GpuModel:
             programs = shape.batch * shape.heads_kv * math.ceil(shape.n_k / n)
         else:
             programs = shape.batch * (shape.heads_q // group) * math.ceil(rows / m)
-        programs, merging = self._split(point.get("split", 1), programs, m, n) if prefix == "" else (programs, 0.0)
+        programs, merging = self._split(point, programs) if prefix == "" else (programs, 0.0)
         # Small tiles feed the matrix units badly: an operand is read again for each of them.
         feed = (m / (m + 16)) * (n / (n + 16)) * (1.0 if m >= 16 * warps or warps <= 4 else 0.8)
         busy = operations / (rates.matrix * feed) + exps / rates.exps
@@ -178,12 +179,13 @@ class GpuModel:
         """Heads whose rows share a tile."""
         return self.shape.heads_q // max(self.shape.heads_kv, 1) if prefix == "" and point.get("pack") else 1
 
-    def _split(self, split: int | str, outputs: int, m: int, n: int) -> tuple[int, float]:
+    def _split(self, point: Point, outputs: int) -> tuple[int, float]:
         """Programs when so many outputs' keys are cut, and seconds of the launch that merges their states."""
+        split, m = point.get("split", 1), point["block_m"]
         if split == 1:
             return outputs, 0.0
-        tiles = math.ceil(self.shape.n_k / n)
-        programs = min(self.rates.units, outputs * tiles) if split == "stream" else outputs * min(int(split), tiles)
+        tiles, most = math.ceil(self.shape.n_k / point["block_n"]), places(self.rates.units, point["num_warps"])
+        programs = min(most, outputs * tiles) if split == "stream" else outputs * min(int(split), tiles)
         states = programs + outputs if split == "stream" else programs
         moved = 2 * 4 * states * m * (self.shape.head_dim_v + 2)  # float32, written and read
         return programs, LAUNCH + moved / self.rates.bandwidth

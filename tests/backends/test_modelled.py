@@ -118,7 +118,8 @@ def test_a_loop_is_counted():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("LDSM.16.M88.4 R84, [R160+0x4400]", 512), ("LDS.64 R44, [R242]", 256), ("STS.128 [R5], R36", 512), ("LDS R1, [R2]", 128),
-     ("LDGSTS.E.BYPASS.LTC128B.128 [R1], [R2.64]", 512), ("FFMA R0, R1, R2, R3", 0)],
+     ("LDGSTS.E.BYPASS.LTC128B.128 [R1], [R2.64]", 512), ("FFMA R0, R1, R2, R3", 0),
+     ("@!PT LDS RZ, [RZ]", 0)],
 )  # fmt: skip
 def test_what_an_instruction_moves_through_shared_memory(text, expected):
     assert instruction(text).shared_bytes == expected

@@ -20,7 +20,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-SCHEDULERS = 4  # of a multiprocessor
+from attngen.language.device import SCHEDULERS
+
 WARP_GROUP = 4  # warps whose products Hopper's matrix unit does together
 MACS = {"HGMMA": 2048, "HMMA": 1024}  # multiply-adds of half types a cycle and multiprocessor: wgmma of sm_90, mma.sync
 MMA_SYNC = 16 * 8 * 16  # multiply-adds of an HMMA.16816, which one warp issues
@@ -136,7 +137,11 @@ class Instruction:
 
     @property
     def shared_bytes(self) -> int:
-        """That a warp moves from or to shared memory: 8 x 8 matrices of half types, or a word of each lane."""
+        """That a warp moves from or to shared memory: 8 x 8 matrices of half types, or a word of each lane; nothing where it never
+        runs, as what ptxas puts before copies to shared memory.
+        """
+        if "@!PT" in self.text:
+            return 0
         if self.opcode in ("LDSM", "STSM"):
             return 128 * int(self.text.split("M88.")[1][0] if "M88." in self.text else 1)
         if self.opcode in ("LDS", "STS", "LDGSTS"):
