@@ -19,12 +19,11 @@ from rich.progress import track
 
 import attngen as ag
 from attngen.analysis import facts as analyse
-from attngen.backends.triton.latency import GLOBAL_LATENCY
-from attngen.backends.triton.machine_code import Cycles
-from attngen.backends.triton.modelled import L2_BYTES, Resources
+from attngen.backends.triton import modelled
+from attngen.backends.triton.modelled import Resources, Stretch, Work
 from attngen.inspect.cross import Compiled, cross_compile
 from attngen.language.schedule import KERNELS, PLAIN, PREFIXES, Tile
-from attngen.runtime.first_tiles import sparing
+from attngen.runtime.first_tiles import HEADS, sparing
 from attngen.schedule import TARGETS, Target
 from attngen.schedule.legality import WIDE
 from attngen.schedule.shipped import (
@@ -37,10 +36,10 @@ from attngen.schedule.shipped import (
     triton_version,
     write_tiles,
 )
-from attngen.tuning.model import PRODUCTS, TILE_OVERHEAD
+from attngen.tuning.model import PRODUCTS
 from benchmarks import beside_flex, public_choices
 from benchmarks.suite import write_json
-from benchmarks.workload import pairs, tile_counts
+from benchmarks.workload import LENGTH, pairs, tile_counts
 
 Case = tuple[str, str, int]  # a name of SPECS, a kernel, a head dim
 FINALISTS = 4  # tiles that are compiled in special forms too
@@ -93,8 +92,7 @@ def candidates(kernel: str, head_dim: int, target: Target) -> Iterator[Tile]:
 
 def search(log: Log, case: Case) -> None:
     """Compile the candidates; the best, and those that hardly spill, also with loops that load ahead at the edges, where that is a
-    choice, and dkv's with tensor descriptors: it walks two tensors and stores two gradients. In the others the time until a tile
-    is there costs more than its addresses.
+    choice, and with tensor descriptors, which leave registers and shared memory to other loads.
     """
     name, kernel, head_dim = case
     target = Target.named(log.target)
@@ -103,7 +101,7 @@ def search(log: Log, case: Case) -> None:
     for _, tile, _ in ranked[:FINALISTS]:
         ahead = [replace(tile, pipeline_edges=True)] if edges and tile.num_stages > 1 else []
         forms = [tile, *ahead]
-        if kernel == "dkv" and target.has_descriptors:
+        if target.has_descriptors:
             forms += [replace(form, tma=True) for form in forms]
         for form in forms:
             log.made(case, form)
@@ -116,21 +114,14 @@ def compiled(spec: ag.Spec, kernel: str, tile: Tile, target: str, head_dim: int)
 
 
 def cycles(name: str, kernel: str, tile: Tile, made: dict[str, Any], target: str, head_dim: int) -> float:
-    """Modelled, of a multiprocessor by 1,000 pairs of a head: a program alone hides nothing, several hide one another's
-    products, and the waits between two tiles; where nothing is loaded ahead, for the rows of two tensors. None goes faster than the
-    cache hands those out.
-    """
-    resources = Resources(made["registers"], made["spills"], made["shared"], tile.num_warps)
-    programs = max(1, resources.resident(Target.named(target)))
-    walked = tile.block_m if kernel == "dkv" else tile.block_n
-    fetching = 2 * 2 * walked * head_dim / L2_BYTES
-    waits = TILE_OVERHEAD + (2 * GLOBAL_LATENCY if tile.num_stages == 1 else 0)
-    total, counts = 0.0, tile_counts(SPECS[name], tile.block_m, tile.block_n, kernel == "dkv") * tile.parts
-    for count, (matrix, rest) in zip(counts, made["loops"], strict=True):
-        modelled = Cycles(matrix, rest)
-        alone = modelled.serial - modelled.overlap + waits
-        total += count * max(modelled.overlap + alone / programs, fetching)
-    return 1000 * total / pairs(SPECS[name])
+    """Modelled as at a first call (`backends/triton/modelled.py`), of a multiprocessor by 1,000 pairs of a head."""
+    counts = tile_counts(SPECS[name], tile.block_m, tile.block_n, kernel == "dkv")
+    resident, walked = (tile.block_n, tile.block_m) if kernel == "dkv" else (tile.block_m, tile.block_n)
+    full, partial, outside = (Stretch(*stretch) for stretch in made["stretches"])
+    used = Resources(made["registers"], made["spills"], made["shared"], tile.num_warps, full, partial, outside)
+    full_tiles, partial_tiles = (HEADS * count for count in counts)  # many: the last wave hardly counts
+    work = Work(full_tiles, partial_tiles, HEADS * LENGTH / resident, 2 * 2 * walked * head_dim * tile.parts)
+    return 1000 * modelled.cycles(used, work, Target.named(target), 1) / (HEADS * pairs(SPECS[name]))
 
 
 @app.callback(invoke_without_command=True)
@@ -197,12 +188,10 @@ def tiles(
         if best is None:
             typer.echo(f"{' '.join(map(str, case))}: no tile without spills", err=True)
             continue
-        modelled, tile, made = best
+        cost, tile, made = best
         name, own, d = case
-        found.append(
-            ((form_of(SPECS[name]), own, d, since), tile, {"cycles": modelled, "registers": made["registers"]})
-        )
-        typer.echo(f"{name:20} {own:8} {d:4} {modelled:7.1f} {made['registers']} {tile}")
+        found.append(((form_of(SPECS[name]), own, d, since), tile, {"modelled": cost, "registers": made["registers"]}))
+        typer.echo(f"{name:20} {own:8} {d:4} {cost:7.1f} {made['registers']} {tile}")
     path, searched = out or FOLDER / f"tiles-{target}.json", {(form_of(SPECS[name]), own, d) for name, own, d in work}
     known, oldest = read_tiles(path) if path.is_file() else [], {entry[:3]: tile for entry, tile, _ in found}
     kept = [line for line in known if line[0][:3] not in searched]
@@ -255,19 +244,19 @@ class Log:
 
 
 def tried(name: str, kernel: str, tile: Tile, target: str, head_dim: int) -> dict[str, Any]:
-    """What compiling found: resources, and (matrix, rest) cycles of the loops over full and partial tiles, for each of the programs
-    that share an output; nothing where the tile doesn't fit.
+    """What compiling found: resources, and (busy, alone) cycles of a full and of a partial tile, of all programs that share an
+    output, and of what is outside of the loops; nothing where the tile doesn't fit.
     """
     try:
         made = compiled(SPECS[name], kernel, tile, target, head_dim)
     except ag.ScheduleError:
         return {}
-    found = [loop.cycles(tile.num_warps) for loops in made.walks(tile.parts) for loop in loops]
+    used = Resources.of(made, tile.num_warps, tile.parts)
+    stretches = [(part.busy, part.alone) for part in (used.full, used.partial, used.outside) if part is not None]
     if any("UTCHMMA" in loop.opcodes for loop in made.loops):
         products = PRODUCTS[PREFIXES[kernel]] * tile.block_m * tile.block_n * head_dim / TCGEN05
-        found = [replace(modelled, matrix=products) for modelled in found]
-    loops = [(modelled.matrix, modelled.rest) for modelled in found]
-    return {"registers": made.registers, "spills": made.spills, "shared": made.shared, "loops": loops}
+        stretches[:2] = [(max(busy, products), max(alone, products)) for busy, alone in stretches[:2]]
+    return {"registers": made.registers, "spills": made.spills, "shared": made.shared, "stretches": stretches}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from attngen.analysis import Facts
 from attngen.language.call import Call
 from attngen.language.device import places
 from attngen.language.expression import B, loads
-from attngen.language.schedule import Schedule, Tile
+from attngen.language.schedule import PLAIN, Schedule, Tile
 from attngen.schedule.legality import why_not_packed
 
 DECODE_ROWS = 64  # query rows times heads of a group up to which a call counts as decoding
@@ -28,7 +28,7 @@ def decode_choice(call: Call, facts: Facts, processors: int) -> Schedule:
     rows = n_q * (call.group if pack else 1)
     if spec.lists is not None or not 0 < rows <= DECODE_ROWS:
         return Schedule()
-    tile = decode_tile(rows, max(head_dim, call.v.shape[3]))
+    tile = decode_tile(rows, max(head_dim, call.v.shape[3])).over(PLAIN)  # special forms are of larger tiles
     outputs = batch * (call.k.shape[1] if pack else heads)
     tiles, at_once = -(-call.n_k // tile.block_n), places(processors, tile.num_warps)
     short = call.n_k * (head_dim + call.v.shape[3]) * call.k.element_size() <= SHORT

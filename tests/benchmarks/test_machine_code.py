@@ -117,7 +117,7 @@ def test_the_best_tiles_are_written_beside_what_was_not_searched(monkeypatch, tm
 
     def made(name, kernel, tile, target, head_dim):
         rest = 1000.0 - 100 * bool(tile.pipeline_edges) - tile.block_m - tile.block_n
-        return {"registers": 100, "spills": int(tile.block_n == 128), "shared": 1, "loops": [(rest, rest)] * 2}
+        return {"registers": 100, "spills": int(tile.block_n == 128), "shared": 1, "stretches": [(rest, rest)] * 3}
 
     monkeypatch.setattr("benchmarks.machine_code.tried", made)
     path, kept = tmp_path / "tiles.json", (("mask other; score s", "dq", 64, "3.6"), tile_of((64, 32, 4, 1), ()))
@@ -138,7 +138,12 @@ def test_both_tiles_are_written_where_an_older_triton_takes_another(monkeypatch,
         def made(name, kernel, tile, target, head_dim):
             narrow = tile.block_m == 64
             spills = int(narrow and triton == "3.6.0")
-            return {"registers": 100, "spills": spills, "shared": 1, "loops": [(100.0, 500.0 if narrow else 5e4)] * 2}
+            return {
+                "registers": 100,
+                "spills": spills,
+                "shared": 1,
+                "stretches": [(100.0, 500.0 if narrow else 5e4)] * 3,
+            }
 
         monkeypatch.setattr("benchmarks.machine_code.tried", made)
         monkeypatch.setattr("benchmarks.machine_code.triton_version", lambda: triton)

@@ -143,6 +143,7 @@ def test_small_programs_share_a_multiprocessor() -> None:
     q, k = torch.empty(8, 32, 1, 64), torch.empty(8, 4, 16384, 64)  # 32 outputs
     chosen = decode_choice(bind(ag.Spec(), q, k, k, q_offset=0, captures={}), facts(ag.Spec()), 132)
     assert chosen.forward.num_warps == 2 and chosen.split == 8
+    assert chosen.forward.tma is False  # whatever form the tile has that ships for many rows
 
 
 @given(outputs=st.integers(1, 105), tiles=st.integers(5, 600))
