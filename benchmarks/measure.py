@@ -15,7 +15,7 @@ from benchmarks.case import BACKWARD, FORWARD, Case
 from benchmarks.check import Reference, WrongResult
 from benchmarks.memory import peak_memory
 from benchmarks.peers import PEERS, VARIANTS, Attention, Build, Built, Unavailable, forget_compiled
-from benchmarks.timing import Candidate, Clock, DeviceStopwatch, HostStopwatch, Stopwatch, Timing, race
+from benchmarks.timing import Candidate, Clock, DeviceStopwatch, HostStopwatch, Race, Stopwatch, Timing, race
 from benchmarks.work import Inputs, Rates, Work, measure_rates, work
 
 OK, WRONG, FAILED, UNAVAILABLE = "ok", "wrong", "failed", "not available"
@@ -26,7 +26,7 @@ class Record:
     """What came of one peer in one case. figure: the case's headline number, in `unit`.
 
     error: the check's error over what is allowed. bound_fraction: the modelled bound's time over the median. ratio, of
-    attngen and of sparse systems: the best right dense peer's median over this one's.
+    attngen and of sparse systems: the time of the best right dense peer over this one's, within one lap of their race.
     """
 
     case: str
@@ -98,15 +98,15 @@ def attention(case: Case, peers: tuple[str, ...], context: Context) -> Iterator[
             ready[peer] = candidate(run, own), error, notes | _peak(run, own)
         except Exception as problem:
             yield failure(case, peer, problem)
-    timings, failed = _race(case, {peer: action for peer, (action, _, _) in ready.items()}, context)
-    for peer, reason in failed.items():
+    raced = _race(case, {peer: action for peer, (action, _, _) in ready.items()}, context)
+    for peer, reason in raced.failed.items():
         yield Record(case.id, peer, FAILED, clean(reason), described=describe(case))
     done, rates = work(inputs), context.rates(case.dtype)
     bound, limit = rates.bound(done)
     unit, figure = throughput(case, done, context.device)
     counted = {"pairs": done.pairs, "flops": done.flops, "bytes": done.bytes}
     records = []
-    for peer, timing in timings.items():
+    for peer, timing in raced.timings.items():
         _, relative, notes = ready[peer]
         record = Record(case.id, peer, OK, error=relative, timing=timing, notes=notes, described=describe(case))
         if peer in systems:
@@ -117,7 +117,7 @@ def attention(case: Case, peers: tuple[str, ...], context: Context) -> Iterator[
                 bound_fraction=bound / timing.median, described=describe(case) | counted,
             )  # fmt: skip
         records.append(record)
-    yield from with_ratio(records, tuple(systems))
+    yield from with_ratio(records, tuple(systems), raced)
 
 
 def _peak(run: Attention, inputs: Inputs) -> dict[str, Any]:
@@ -165,16 +165,17 @@ def _overhead(case: Case, peers: tuple[str, ...], context: Context, calls: int =
         return Candidate(lambda: synchronize(context.device), run)
 
     host = replace(context, stopwatch=on_host(context))
-    timings, failed = _race(case, {peer: many(built) for peer, built in ready.items()}, host)
-    for peer, reason in failed.items():
+    raced = _race(case, {peer: many(built) for peer, built in ready.items()}, host)
+    for peer, reason in raced.failed.items():
         yield Record(case.id, peer, FAILED, clean(reason), described=describe(case))
-    yield from with_ratio(
+    records = [
         Record(
             case.id, peer, OK, timing=_scaled(timing, 1 / calls), figure=1e6 * timing.median / calls, unit="us",
             notes=ready[peer].notes, described=describe(case),
         )
-        for peer, timing in timings.items()
-    )  # fmt: skip
+        for peer, timing in raced.timings.items()
+    ]  # fmt: skip
+    yield from with_ratio(records, raced=raced)
 
 
 def on_host(context: Context) -> Stopwatch:
@@ -182,7 +183,7 @@ def on_host(context: Context) -> Stopwatch:
     return HostStopwatch(context.clock) if isinstance(context.stopwatch, DeviceStopwatch) else context.stopwatch
 
 
-def _race(case: Case, candidates: dict[str, Candidate], context: Context) -> tuple[dict[str, Timing], dict[str, str]]:
+def _race(case: Case, candidates: dict[str, Candidate], context: Context) -> Race:
     context.starting("")
     return race(candidates, context.stopwatch, context.seconds, clock=context.clock)
 
@@ -222,9 +223,9 @@ def candidate(run: Attention, inputs: Inputs) -> Candidate:
     return Candidate(lambda: None, lambda _: torch.autograd.grad(run(), leaves, inputs.d_out))
 
 
-def with_ratio(records: Iterable[Record], systems: tuple[str, ...] = ()) -> Iterator[Record]:
+def with_ratio(records: Iterable[Record], systems: tuple[str, ...] = (), raced: Race | None = None) -> Iterator[Record]:
     """How attngen stands to the best peer, its own variants left out, and a sparse system to the best dense attention; the
-    others pass.
+    others pass. raced: what timed them; None where they were no race's, whose medians are compared then.
     """
     records = list(records)
     dense = {r.peer: r.timing.median for r in records if r.peer not in {*systems, *VARIANTS} and r.timing}
@@ -232,7 +233,8 @@ def with_ratio(records: Iterable[Record], systems: tuple[str, ...] = ()) -> Iter
         rivals = {peer: median for peer, median in dense.items() if peer != record.peer}
         if record.peer in ("attngen", *systems) and rivals and record.timing:
             best = min(rivals, key=rivals.__getitem__)
-            yield replace(record, ratio=rivals[best] / record.timing.median, best_peer=best)
+            ratio = rivals[best] / record.timing.median if raced is None else raced.ratio(best, record.peer)
+            yield replace(record, ratio=ratio, best_peer=best)
         else:
             yield record
 

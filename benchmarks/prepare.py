@@ -59,16 +59,17 @@ def planning(case: Case, peers: tuple[str, ...], context: Context) -> Iterator[R
             yield failure(case, peer, error)
     context.starting("")
     candidates = {peer: _finished(plan, context.device) for peer, plan in ready.items()}
-    timings, failed = race(candidates, on_host(context), context.seconds, clock=context.clock)
-    for peer, reason in failed.items():
+    raced = race(candidates, on_host(context), context.seconds, clock=context.clock)
+    for peer, reason in raced.failed.items():
         yield Record(case.id, peer, FAILED, clean(reason), described=describe(case))
-    yield from with_ratio(
+    records = [
         Record(
             case.id, peer, OK, timing=timing, figure=1e3 * timing.median, unit="ms",
             notes={"peak bytes": peaks[peer]}, described=describe(case),
         )
-        for peer, timing in timings.items()
-    )  # fmt: skip
+        for peer, timing in raced.timings.items()
+    ]  # fmt: skip
+    yield from with_ratio(records, raced=raced)
 
 
 def _finished(plan: Callable[[], Any], device: torch.device) -> Candidate:

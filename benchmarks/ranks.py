@@ -61,10 +61,10 @@ def measured(name: str, head_dim: int, found: Sequence[Tile], device: torch.devi
     for number, tile in enumerate(found):
         attn = ag.compile(spec, backend=backend, schedule=ag.Schedule(forward=tile))
         runs[str(number)] = Candidate(lambda: None, lambda _, attn=attn: attn(q, k, v, **captures))
-    timings, failed = race(runs, stopwatch_for(device), seconds)
-    for number, reason in failed.items():
+    raced = race(runs, stopwatch_for(device), seconds)
+    for number, reason in raced.failed.items():
         print(f"{found[int(number)]}: {reason}", flush=True)
-    return [timings[number].median if number in timings else math.inf for number in runs]
+    return [raced.timings[number].median if number in raced.times else math.inf for number in runs]
 
 
 def main(arguments: list[str] | None = None) -> int:

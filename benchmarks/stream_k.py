@@ -231,10 +231,10 @@ def measure(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
             if not error <= LIMITS[dtype]:
                 failed[name] = f"wrong: relative error {error:.1e}"
         right = {name: Candidate(lambda: None, run) for name, run in runs.items() if name not in failed}
-        timings, broken = race(right, stopwatch_for(device), seconds)
-    found: dict[str, Any] = {name: asdict(timing) for name, timing in timings.items()}
+        raced = race(right, stopwatch_for(device), seconds)
+    found: dict[str, Any] = {name: asdict(timing) for name, timing in raced.timings.items()}
     return {"case": case.name, "dtype": str(dtype), "note": batch.note, "splits": splits, "timings": found} | {
-        "failed": {**failed, **broken}
+        "failed": {**failed, **raced.failed}
     }
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-from attngen.tuning.race import Timing, race
+from attngen.tuning.race import Race, Timing, race
 from attngen.tuning.stopwatch import Candidate, Clock, DeviceStopwatch, HostStopwatch, Stopwatch, stopwatch_for
 
 __all__ = [
-    "Candidate", "Clock", "DeviceStopwatch", "HostStopwatch", "Stopwatch", "Timing", "interleaved", "race", "ratio",
-    "stopwatch_for",
+    "Candidate", "Clock", "DeviceStopwatch", "HostStopwatch", "Race", "Stopwatch", "Timing", "interleaved", "race",
+    "ratio", "stopwatch_for",
 ]  # fmt: skip
 
 

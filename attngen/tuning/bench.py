@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,14 +18,15 @@ from attngen.schedule import Schedule
 from attngen.store import Shape
 from attngen.tuning.captures import make_captures
 from attngen.tuning.check import WrongResult
+from attngen.tuning.race import race
 from attngen.tuning.sizes import offset_of, small_shape
 from attngen.tuning.space import Point
 from attngen.tuning.stopwatch import Candidate, Clock, Stopwatch, stopwatch_for
 
 CHECK_ROWS = 16  # rows in each sample at full length
-ROUNDS = (5, 200)
-LATE = 20.0  # times the patience: then even fewer rounds must do
-HOPELESS = 3.0  # times slower than the fastest after two rounds: not worth more of them
+LAPS = (5, 2000)
+LATE = 20.0  # times the patience: then even fewer laps must do
+HOPELESS = 3.0  # times slower than the fastest after two laps: not worth more of them
 
 Attention = Callable[..., torch.Tensor]
 Build = Callable[[Schedule], Attention]
@@ -89,29 +89,11 @@ class Bench:
         return error
 
     def race(self, points: Sequence[Point], patience: float) -> list[list[float]]:
-        """Times of the prepared points, run in turns until `patience` seconds are used; the hopeless drop out early."""
-        candidates = [self._candidate(self._ready[_name(point)]) for point in points]
-        start = self.clock()
-        for candidate in candidates:
-            self.stopwatch(candidate.prepare, candidate.run)
-        times: list[list[float]] = [[] for _ in candidates]
-        end, late = self.clock() + patience, start + LATE * patience
-        gc.disable()
-        try:
-            racing = list(range(len(candidates)))
-            for number in range(ROUNDS[1]):
-                now = self.clock()
-                if (number >= ROUNDS[0] and now >= end) or (number >= 1 and now >= late):
-                    break
-                turn = number % len(racing)  # nobody always runs after the same one
-                for place in [*racing[turn:], *racing[:turn]]:
-                    times[place].append(self.stopwatch(candidates[place].prepare, candidates[place].run))
-                if number == 1:
-                    fastest = min(map(min, times))
-                    racing = [place for place in racing if min(times[place]) < HOPELESS * fastest]
-        finally:
-            gc.enable()
-        return times
+        """Times of the prepared points by lap, in a `race` of `patience` seconds; the hopeless drop out early."""
+        candidates = {str(place): self._candidate(self._ready[_name(point)]) for place, point in enumerate(points)}
+        limits = {"late": LATE * patience, "hopeless": HOPELESS}
+        found = race(candidates, self.stopwatch, patience, LAPS, self.clock, **limits, strict=True)
+        return [list(times) for times in found.times.values()]
 
     def _compile(self, schedule: Schedule) -> Attention:
         return compile_spec(self.spec, schedule=schedule, backend="cpu" if self.device.type == "cpu" else "triton")

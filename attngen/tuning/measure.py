@@ -13,6 +13,7 @@ from typing import Protocol
 
 from attngen.backends.worker import Worker, WorkerDied
 from attngen.store import NOISY
+from attngen.tuning.race import WARM_UP, paired_ratio
 from attngen.tuning.space import Point
 
 STATUSES = ("ok", "wrong", "failed", "timeout", "crashed", "memory")
@@ -20,8 +21,8 @@ STATUSES = ("ok", "wrong", "failed", "timeout", "crashed", "memory")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of trying a schedule. seconds: median; spread: (80th - 20th percentile) / median; error: the oracle
-    check's error over what its rule allows; reason: why it is not ok."""
+    """What came of trying a schedule. seconds: median, in terms of the race's fastest (`summarise`); spread: (80th - 20th
+    percentile) / median; error: the oracle check's error over what its rule allows; reason: why it is not ok."""
 
     status: str
     seconds: float = float("inf")
@@ -51,12 +52,16 @@ class Measurer(Protocol):
     def close(self) -> None: ...
 
 
-def summarise(times: Sequence[float], error: float) -> Outcome:
-    """Median and spread of repeated times."""
+def summarise(times: Sequence[float], error: float, fastest: Sequence[float] | None = None) -> Outcome:
+    """Median and spread of repeated times. fastest: those of the race's fastest, lap by lap: seconds are then its median times the
+    ratio within the laps, so that outcomes of one race compare as the laps did."""
     ordered = sorted(times)
     median = statistics.median(ordered)
     low, high = ordered[len(ordered) // 5], ordered[-1 - len(ordered) // 5]
-    return Outcome("ok", median, (high - low) / median if median else 0.0, error)
+    spread = (high - low) / median if median else 0.0
+    if fastest is not None and median:
+        median = statistics.median(fastest) * paired_ratio(times, fastest)
+    return Outcome("ok", median, spread, error)
 
 
 class WorkerMeasurer:
@@ -80,7 +85,7 @@ class WorkerMeasurer:
             return outcomes
         request = {"op": "race", "points": [points[place] for place in racing], "patience": patience}
         try:
-            answer = self.worker.ask(request, self.worker.limit + patience)
+            answer = self.worker.ask(request, self.worker.limit + (1 + WARM_UP) * patience)
         except WorkerDied as death:
             answer = {"status": death.status, "reason": death.reason}
         if answer["status"] != "ok":
@@ -90,8 +95,9 @@ class WorkerMeasurer:
             for place, outcome in zip(rest, self.measure([points[p] for p in rest], patience), strict=True):
                 outcomes[place] = outcome
             return outcomes
+        fastest = min(answer["times"], key=statistics.median)
         for place, times in zip(racing, answer["times"], strict=True):
-            outcomes[place] = summarise(times, outcomes[place].error)
+            outcomes[place] = summarise(times, outcomes[place].error, fastest)
         return outcomes
 
     def _prepare(self, point: Point) -> Outcome:

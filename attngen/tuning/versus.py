@@ -19,7 +19,7 @@ from attngen.tuning.attends import check_names, example
 from attngen.tuning.bench import Inputs
 from attngen.tuning.check import Reference, WrongResult
 from attngen.tuning.peers import PEERS, Built, Problem, Unavailable
-from attngen.tuning.race import Timing, race
+from attngen.tuning.race import Race, Timing, race
 from attngen.tuning.stopwatch import Candidate, Clock, stopwatch_for
 
 OK, WRONG, FAILED, UNAVAILABLE = "ok", "wrong", "failed", "not available"
@@ -75,7 +75,7 @@ def compare(
     """Time attngen and its peers on random inputs of a shape.
 
     direction: "forward", or "backward" alone, whose forward is not timed. captures: as of `ag.tune`; others are made up. seconds: of the
-    race in which all take turns, after one round that does not count. A peer whose result is not the oracle's, by the rules of
+    race in which all take turns, after a warm-up that does not count. A peer whose result is not the oracle's, by the rules of
     `attngen.tuning.check`, is not timed. starting: called with the name of what is prepared, "" for the race. InputError.
     """
     if direction not in DIRECTIONS:
@@ -98,8 +98,8 @@ def compare(
         except Exception as error:  # a peer may fail in any way it likes
             found[peer] = _failure(peer, error)
     starting("")
-    timings, failed = race(ready, stopwatch_for(device, clock), seconds, clock=clock)
-    rows = [_timed(found[peer], timings, failed) for peer in found]
+    raced = race(ready, stopwatch_for(device, clock), seconds, clock=clock)
+    rows = [_timed(found[peer], raced) for peer in found]
     return Comparison(
         spec.text, str(shape), str(dtype).removeprefix("torch."), direction, device_identity(device).name,
         tuple(rows), tuple(made_up),
@@ -159,14 +159,14 @@ def _failure(peer: str, error: Exception) -> Row:
     return Row(peer, FAILED, _one_line(f"{type(error).__name__}: {error}"))
 
 
-def _timed(row: Row, timings: Mapping[str, Timing], failed: Mapping[str, str]) -> Row:
-    if row.peer in failed:
-        return Row(row.peer, FAILED, _one_line(failed[row.peer]), error=row.error)
-    if row.peer not in timings:
+def _timed(row: Row, raced: Race) -> Row:
+    if row.peer in raced.failed:
+        return Row(row.peer, FAILED, _one_line(raced.failed[row.peer]), error=row.error)
+    if row.peer not in raced.times:
         return row
-    ours, timing = timings.get("attngen"), timings[row.peer]
-    ratio = None if ours is None or row.peer == "attngen" else timing.median / ours.median
-    return Row(row.peer, row.status, row.note, row.error, timing, ratio)
+    compared = "attngen" in raced.times and row.peer != "attngen"
+    ratio = raced.ratio(row.peer, "attngen") if compared else None
+    return Row(row.peer, row.status, row.note, row.error, raced.timings[row.peer], ratio)
 
 
 def _one_line(text: str) -> str:
