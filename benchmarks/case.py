@@ -10,7 +10,7 @@ DIRECTIONS = (FORWARD, BACKWARD, TRAINING)  # training: forward and backward tog
 
 SDPA = ("sdpa-cudnn", "sdpa-flash", "sdpa-efficient")
 CPU_SDPA = ("sdpa-flash", "sdpa-math")
-DENSE = ("attngen", *SDPA, "flex", "flashinfer")
+DENSE = ("attngen", *SDPA, "flex", "flashinfer", "cudnn-flex")
 # attngen's own schedules, beside the one it chooses. Warps can be specialised only where there is no mask.
 HOPPER = ("attngen-tma", "attngen-persistent", "attngen-longest-first")
 SPLITS = ("attngen-no-split", "attngen-split-8", "attngen-stream", "attngen-paged")
@@ -101,7 +101,7 @@ class Sizes:
             names = tuple(
                 dict.fromkeys("sdpa-math" if name in ("sdpa-cudnn", "sdpa-efficient") else name for name in names)
             )
-            of_gpu = {"flex-max-autotune", "flashinfer", *HOPPER, "attngen-warp-specialize", *SPLITS} - {
+            of_gpu = {"flex-max-autotune", "flashinfer", "cudnn-flex", *HOPPER, "attngen-warp-specialize", *SPLITS} - {
                 "attngen-paged"
             }
             names = tuple(name for name in names if name not in of_gpu)

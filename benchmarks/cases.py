@@ -51,7 +51,7 @@ def windows(sizes: Sizes) -> Iterable[Case]:
         if pattern == "window" and n != shapes[0][0]:
             continue
         tuned = ("flex-max-autotune",) if n == shapes[1][0] else ()
-        names = ("flex", *tuned, "sdpa-efficient", "flashinfer")
+        names = ("flex", *tuned, "sdpa-efficient", "flashinfer", "cudnn-flex")
         hq, hkv = (4, 4) if sizes.small else (32, 8)
         yield Case(
             "windows", pattern, direction, 1, hq, hkv, n, n, 64 if sizes.small else 128, sizes.dtype,
@@ -67,7 +67,7 @@ def documents(sizes: Sizes) -> Iterable[Case]:
         hq, hkv = (4, 4) if sizes.small else (32, 8)
         yield Case(
             "documents", "causal documents", direction, 1, hq, hkv, n, n, 64 if sizes.small else 128, sizes.dtype,
-            sizes.peers("flex", *tuned, "sdpa-efficient"), (("documents", count),),
+            sizes.peers("flex", *tuned, "sdpa-efficient", "cudnn-flex"), (("documents", count),),
         )  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def scores(sizes: Sizes) -> Iterable[Case]:
 
 def decode(sizes: Sizes) -> Iterable[Case]:
     """One query per sequence against its cache: even batches, then ragged ones by a length per sequence."""
-    peers = sizes.peers(*SPLITS, *(CPU_SDPA if sizes.small else (*SDPA, "flex", "flashinfer")))
+    peers = sizes.peers(*SPLITS, *(CPU_SDPA if sizes.small else (*SDPA, "flex", "flashinfer", "cudnn-flex")))
     even = ((1, 1024), (1, 32768), (1, 131072), (1, 524288), (8, 8192), (8, 32768), (8, 131072), (32, 8192), (32, 32768),
             (128, 1024), (128, 4096), (128, 16384))  # fmt: skip
     hq, hkv, dim = (8, 2, 64) if sizes.small else (32, 8, 128)

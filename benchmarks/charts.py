@@ -32,6 +32,7 @@ COLOURS = {
     "sdpa-efficient": "#ae3ec9",
     "sdpa-math": "#868e96",
     "flashinfer": "#f59f00",
+    "cudnn-flex": "#087f5b",
     "create_block_mask": "#1971c2",
     "create_block_mask-compiled": "#74c0fc",
     "dense-mask": "#868e96",

@@ -16,6 +16,7 @@ TIMING = 1.0  # seconds of a case's race, and about as much for its inputs, its 
 ATTNGEN = (3.0, 8.0)
 SYSTEM = (15.0, 35.0)  # several pieces, compiled for the check in float32 too
 READY = {"flex": (10.0, 20.0), "flex-max-autotune": (45.0, 120.0), "flashinfer": (10.0, 10.0)}
+READY["cudnn-flex"] = (5.0, 10.0)  # on average: a kernel serves all sizes of its head dim
 CALLED = (0.2, 0.2)  # what is compiled already
 PAIRS = 4e9  # pairs of a float64 reference a second
 PROCESSES = {"attngen": 60.0, "flex": 40.0}  # seconds of `first_call`: three new processes, or one

@@ -270,6 +270,45 @@ def _flashinfer_decode(inputs: Inputs, workspace: torch.Tensor) -> Built:
     return Built(lambda: wrapper.run(q, cache)[:, :, None])
 
 
+# -- cuDNN's flex -----------------------------------------------------------------------------------------------------
+
+
+def cudnn_flex(inputs: Inputs) -> Built:
+    """flex_attn_func of cuDNN's frontend (1.32 or newer), on keys by intervals; its mask plan is made beforehand and not timed."""
+    if inputs.q.device.type != "cuda":
+        raise Unavailable("cuDNN's flex needs a GPU")
+    if find_spec("cudnn") is None:
+        raise Unavailable("cuDNN's frontend is not installed")
+    try:
+        from cudnn.flex_attention import create_mask_plan, flex_attn_func
+    except ImportError as problem:
+        raise Unavailable(f"this cuDNN frontend has no flex attention, or not what it needs: {problem}") from problem
+    return by_intervals(inputs, create_mask_plan, flex_attn_func)
+
+
+def by_intervals(inputs: Inputs, plan_of: Callable[..., Any], attend: Callable[..., torch.Tensor]) -> Built:
+    """The case through cuDNN's two functions, which take tensors [B, N, H, D]."""
+    if inputs.pattern.flex_score is not None:
+        raise Unavailable(f"cuDNN's flex has no score function, which {inputs.case.pattern} needs")
+
+    def laid_out() -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.transpose(1, 2) for tensor in (inputs.q, inputs.k, inputs.v))
+
+    try:
+        plan = plan_of(endpoints(inputs), *laid_out(), build_backward=inputs.backward)
+    except NotImplementedError as problem:
+        raise Unavailable(f"cuDNN's flex: {problem}") from problem
+    return Built(lambda: attend(*laid_out(), mask_plan=plan).transpose(1, 2))
+
+
+def endpoints(inputs: Inputs) -> torch.Tensor:
+    """The keys that each query sees as cuDNN's flex takes them, int32 [1, 1 or 3, B Nq]: [0, F0) and [F1, F2)."""
+    low, high = (bound.expand(inputs.case.batch, -1).reshape(-1) for bound in inputs.span)
+    high = high.maximum(low)  # a query without keys
+    ends = [torch.zeros_like(low), low, high] if bool(low.any()) else [high]
+    return torch.stack(ends)[None].to(inputs.q.device, torch.int32).contiguous()
+
+
 # attngen itself in other ways: measured in the same turns, but nobody's rival.
 VARIANTS: Mapping[str, Build] = {
     "attngen-no-split": variant(split=1),
@@ -295,4 +334,5 @@ PEERS: Mapping[str, Build] = {
     "flex": flex(),
     "flex-max-autotune": flex("max-autotune-no-cudagraphs"),
     "flashinfer": flashinfer,
+    "cudnn-flex": cudnn_flex,
 }

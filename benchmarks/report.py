@@ -94,6 +94,7 @@ def setting(device: torch.device) -> dict[str, Any]:
         "attngen": _version("attngen"),
         "generator": generator_hash("triton" if cuda else "cpu"),
         "flashinfer": _version("flashinfer-python"),
+        "cudnn frontend": _version("nvidia-cudnn-frontend"),
         "commit": commit(),
     }
 

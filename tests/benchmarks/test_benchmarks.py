@@ -28,7 +28,7 @@ from benchmarks.measure import Context, clean
 from benchmarks.memory import peak_memory
 from benchmarks.papers import FLASH, HYPER, PAPERS, SCFA
 from benchmarks.patterns import PATTERNS
-from benchmarks.peers import PEERS, Built, Unavailable, sdpa_backend
+from benchmarks.peers import PEERS, Built, Unavailable, by_intervals, cudnn_flex, sdpa_backend
 from benchmarks.seeds import KEY_SETS
 from benchmarks.suite import DeviceLost, Mixed, Results
 from benchmarks.timing import Candidate, HostStopwatch, race
@@ -240,6 +240,44 @@ def test_right_results_pass_and_wrong_ones_do_not(pattern: str, direction: str):
         reference.error(bad, grads)
     with pytest.raises(WrongResult, match="inf"):
         reference.error(torch.full_like(out, torch.nan), grads)
+
+
+@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_cudnns_flex_gets_the_mask_as_intervals(pattern: str, direction: str):
+    """Through functions that take what cuDNN's frontend documents: [0, F0) and [F1, F2) of each row, tensors [B, N, H, D]."""
+    inputs = Inputs.make(tiny(pattern, direction), CPU)
+
+    def plan_of(ends: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, build_backward: bool) -> Any:
+        assert ends.shape[0] == 1 and ends.shape[1] % 2 == 1 and ends.dtype == torch.int32 and ends.is_contiguous()
+        assert bool((ends.diff(dim=1) >= 0).all()) and int(ends.min()) >= 0 and int(ends.max()) <= k.shape[1]
+        assert build_backward is (direction == BACKWARD)
+        first, *others = ends[0].view(ends.shape[1], q.shape[0], 1, q.shape[1], 1)
+        keys = torch.arange(k.shape[1])
+        seen = keys < first
+        for low, high in zip(others[::2], others[1::2], strict=True):
+            seen = seen | ((keys >= low) & (keys < high))
+        return seen
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask_plan: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask_plan, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    if PATTERNS[pattern].flex_score is not None:
+        with pytest.raises(Unavailable, match="no score function"):
+            by_intervals(inputs, plan_of, attend)
+        return
+    built = by_intervals(inputs, plan_of, attend)
+    assert 0 < Reference(inputs).error(*measure.results(built.run, inputs)) <= 1
+    with pytest.raises(Unavailable, match="needs a GPU"):
+        cudnn_flex(inputs)
+
+    def refuses(*given: Any, **more: Any) -> Any:
+        raise NotImplementedError("supports SM90")
+
+    with pytest.raises(Unavailable, match="supports SM90"):
+        by_intervals(inputs, refuses, attend)
 
 
 def test_half_types_are_held_to_plain_pytorch():
