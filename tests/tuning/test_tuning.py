@@ -16,8 +16,10 @@ from typer.testing import CliRunner
 import attngen as ag
 from attngen.cli.main import app
 from attngen.errors import AttngenWarning, InputError
-from attngen.store import Store
+from attngen.store import Device, Key, Record, Shape, Store, Versions
 from attngen.tuning.measure import WorkerMeasurer
+from attngen.tuning.search import Progress, Result
+from attngen.tuning.tuner import Tuned, TuneReport
 
 
 @pytest.fixture
@@ -44,6 +46,8 @@ def test_tune_on_the_cpu(cache):
     assert set(records) == {tuned.piece for tuned in report.results}
     for one in records.values():
         assert one.kind == "measured" and one.seconds > 0 and one.error <= 1.0 and one.schedule
+    last = str(report).splitlines()[-1]
+    assert last.startswith("measured: forward ") and "; backward " in last and last.count("x the untuned speed") == 2
     again = ag.tune(spec, shapes=["B1 H2 N256 D32"], **options)
     assert all(tuned.result.progress.resumed == tuned.result.progress.done for tuned in again.results)
     assert "finished before, measured" in str(again) and again.records == report.records
@@ -52,6 +56,36 @@ def test_tune_on_the_cpu(cache):
     attention = ag.compile(spec, db=str(db))
     assert torch.allclose(attention(q, k, v).double(), ag.oracle(spec, q, k, v)[0], atol=1e-4)
     assert "measured record, exact" in attention.explain(q, k, v)
+
+
+def test_the_last_line_says_what_was_won(cache, tmp_path):
+    key = Key.of("spec", "forward", "float32", Shape.of("B1 H2 N256 D32"), Device("a GPU", 1), Versions("g"))
+    record = Record(key, {}, 2e-3, 0.01, "measured", 0.1, "2026-11-30T00:00:00Z", "a test")
+
+    def tuned(name: str, record: Record | None, start: float | None, seconds: float = 1.0) -> Tuned:
+        return Tuned(
+            name,
+            "",
+            "forward",
+            Shape.of("B1 H2 N256 D32"),
+            record,
+            start,
+            Result(None, (), Progress(), "trials"),
+            seconds,
+        )
+
+    def last(*results: Tuned) -> str:
+        return str(TuneReport(results, "a GPU", "measured", "some.db", False, ())).splitlines()[-1]
+
+    assert last(tuned("", record, 3e-3)) == "measured: forward 2 ms, 1.50x the untuned speed"
+    noisy, broken = tuned("a", replace(record, spread=2.0), None), tuned("b", None, None)
+    assert last(noisy, broken) == "measured: a, forward 2 ms, too noisy; b, forward: no schedule worked"
+    assert last(tuned("", record, None, 0.0)) == "measured: forward 2 ms, finished before" and last().endswith(
+        "nothing was tuned"
+    )
+    many = [tuned(str(place), record, start) for place, start in enumerate((2e-3, 4e-3, 3e-3, None, None))]
+    assert last(*many) == "measured: 3 raced: 1.00x to 2.00x the untuned speed, median 1.50x"
+    assert last(*many[3:], *many[3:], many[3]) == "measured: none of 5 raced the untuned schedule"
 
 
 def test_tune_for_a_gpu_that_is_not_here(cache):
