@@ -305,7 +305,7 @@ def summary(every: Sequence[Stage], day: Day) -> str:
     for stage in every:
         state = day.states.get(stage.name)
         status, seconds, said = ("-", "", "") if state is None else (state["status"], state["seconds"], state["said"])
-        lines.append(f"{status:<6} {stage.name:<16} {seconds:>6} {said[:110]}".rstrip())
+        lines.append(f"{status:<6} {stage.name:<16} {seconds:>6} {said[:120]}".rstrip())
     open_stages = [stage for stage in every if day.open(stage)]
     failed = [stage.name for stage in left(every, day) if not day.open(stage)]
     lines.append(f"all of it is in {day.out / 'day.tar.gz'}")

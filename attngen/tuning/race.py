@@ -16,9 +16,11 @@ from dataclasses import dataclass
 
 from attngen.tuning.stopwatch import Candidate, Clock, Stopwatch
 
-WINDOW = 0.25  # of the race's seconds: laps of a warm-up that are compared with the window before
+WINDOW = 1 / 8  # of the longest that a warm-up may take: its laps are compared with those of the window before
 STEADY = 0.02  # relative difference of two windows' typical laps
 WARM_UP = 2.0  # times the race's seconds: a warm-up's end, whatever the clock does
+LONGEST = 5.0  # seconds of a warm-up: in these a GPU's clock has settled
+MOST_LAPS = 1000  # of a window, where the host's clock hardly moves
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def race(
     candidates: Mapping[str, Candidate],
     stopwatch: Stopwatch,
     seconds: float = 1.0,
-    laps: tuple[int, int] = (5, 200),
+    laps: tuple[int, int] = (5, 60),
     clock: Clock = time.perf_counter,
     *,
     late: float = float("inf"),
@@ -88,7 +90,7 @@ def race(
     times: dict[str, list[float]] = {name: [] for name in candidates}
     with _no_collecting():
         course.lap()
-        steady = _warm_up(course, seconds, laps[1], clock, start + late)
+        steady = _warm_up(course, seconds, clock, start + late)
         course.laps, end = 0, clock() + seconds
         while course.racing and course.laps < laps[1]:
             now = clock()
@@ -126,12 +128,13 @@ class _Course:
         return took
 
 
-def _warm_up(course: _Course, seconds: float, most: int, clock: Clock, late: float) -> bool:
-    """Laps until two windows in succession, of `most` laps at most, have the same typical one; whether they had in time."""
-    end, before, course.laps = min(late, clock() + WARM_UP * seconds), float("inf"), 0
+def _warm_up(course: _Course, seconds: float, clock: Clock, late: float) -> bool:
+    """Laps until two windows in succession have the same typical one; whether they had in time."""
+    longest = min(LONGEST, WARM_UP * seconds)
+    end, before, course.laps = min(late, clock() + longest), float("inf"), 0
     while course.racing and clock() < end:
-        window, found = clock() + WINDOW * seconds, list[float]()
-        while not found or (len(found) < most and clock() < window):
+        window, found = clock() + WINDOW * longest, list[float]()
+        while not found or (found[-1] > 0 and len(found) < MOST_LAPS and clock() < window):
             found.append(sum(course.lap().values()))
         typical = statistics.median(found)
         if abs(typical - before) <= STEADY * before < float("inf"):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from attngen.tuning.race import WARM_UP, paired_ratio, race
+from attngen.tuning.race import LONGEST, WARM_UP, paired_ratio, race
 from attngen.tuning.stopwatch import Candidate, HostStopwatch
 from tests.tuning.test_search import Clock
 
@@ -49,6 +49,8 @@ def test_a_clock_that_is_never_steady_is_said_and_waited_for_no_longer_than_so()
     found = track.race(1.0)
     assert not found.steady and min(found.times["a"]) >= 0.01 * (1 + WARM_UP)
     assert min(found.times["a"]) < 0.011 * (1 + WARM_UP) + 0.001
+    longer = Track({"a": 0.01}, lambda now: 1.0 + now).race(100.0, (5, 1000))
+    assert min(longer.times["a"]) == pytest.approx(0.01 * (1 + LONGEST), rel=0.05)
 
 
 def test_ratios_are_those_within_a_pair_of_laps():
