@@ -144,7 +144,7 @@ def pretending(kernels: bool = True) -> Iterator[None]:
     with (
         mock.patch.object(gpu, "_start", start),
         mock.patch.object(operators._Names, "call", within(operators._Names.call)),
-        mock.patch.object(Executable, "forward_of_one", within(Executable.forward_of_one)),
+        mock.patch.object(Executable, "forward_and_kept", within(Executable.forward_and_kept)),
         mock.patch.object(Executable, "backward", within(Executable.backward)),
         mock.patch.object(torch.autograd, "has_torch_function", lambda args: False),
         mock.patch.object(torch.autograd, "grad", _grad),

@@ -76,7 +76,7 @@ class CallFacts:
         return (self.sites if deterministic else self.atomic_sites).get(name, ())
 
     def restores(self, dtype: torch.dtype) -> bool:
-        """Whether the backward begins by finding what a large lse lacks, see `Facts.restores`."""
+        """Whether the backward takes what a large lse lacks, see `Facts.restores`."""
         return self.natural or dtype == torch.float32
 
 

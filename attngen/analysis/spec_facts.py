@@ -167,12 +167,12 @@ class Facts:
         """Whether kernels keep logits in their natural unit, since the score may be large whatever q and k are.
 
         finfo.min times log2(e) would be -inf. And beside a large logit float32 has no room for the log of a sum: what lse
-        lacks there is found again by the first step of the backward.
+        lacks there the forward leaves for the backward.
         """
         return self.form != "folded" and sum(map(_bound, self.score_terms)) >= LARGE
 
     def restores(self, dtype: torch.dtype) -> bool:
-        """Whether the backward begins by finding what a large lse lacks: where float32 results would show it, and where the score
+        """Whether the backward takes what a large lse lacks: where float32 results would show it, and where the score
         may be large by itself. (Products of q and k that are large for half a float have lost more before they are summed.)
         """
         return self.natural or dtype == torch.float32

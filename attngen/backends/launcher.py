@@ -184,7 +184,7 @@ class Launcher:
         made = {"lse": lse.contiguous(), "delta": delta.contiguous(), "dq": dq, "dk": dk, "dv": dv}
         made["level"] = torch.empty_like(made["lse"])
         if facts.restores(call.q.dtype):
-            made["excess"] = torch.empty_like(made["lse"]) if kept is None else kept
+            made["excess"] = torch.empty_like(made["lse"]) if kept is None else kept.contiguous()
         captured = {name: call.captures[name] for name in wanted}
         gradients = {n: torch.zeros(t.shape, dtype=torch.float32, device=t.device) for n, t in captured.items()}
         own = call.spec.lists, call.q.dtype, schedule, wanted, call.q.shape[0], call.q.shape[1], kept is not None

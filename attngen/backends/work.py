@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from attngen.language.call import Call
-from attngen.language.device import cache_bytes, multiprocessors, places
+from attngen.language.device import cache_bytes, multiprocessors, programs_at_once
 from attngen.language.lists import TileLists
 from attngen.language.schedule import Schedule
 from attngen.plan.grid import Grid
@@ -48,7 +48,7 @@ def sizes_of(call: Call, schedule: Schedule) -> dict[str, int]:
         "n_k": call.n_k,
         "pages": call.k.shape[0],
         "splits": schedule.split if isinstance(schedule.split, int) else 1,
-        "programs": schedule.programs or places(processors, schedule.tile("forward").num_warps),
+        "programs": schedule.programs or programs_at_once(processors, schedule.tile("forward").num_warps),
         "multiprocessors": processors,
         "together": heads_together(call),
     }

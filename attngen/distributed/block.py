@@ -45,9 +45,11 @@ class Block:
         self.learned = [name for name, tensor in inner.tensors.items() if tensor.kind == "float"]
 
     def forward(self, call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """out and lse of a block's call, and what its backward makes use of."""
+        """out and lse of a block's call, and what its backward makes use of, if it can have one."""
         stages = self.attention.specialiser.of(call)
-        return stages.backend.forward_keeping(call, stages.facts, stages.schedule)
+        if call.wants_grad:
+            return stages.backend.forward_keeping(call, stages.facts, stages.schedule)
+        return *stages.backend.forward(call, stages.facts, stages.schedule), None
 
     def delta(self, out: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor) -> torch.Tensor:
         """rowsum(dO * O) - dlse."""

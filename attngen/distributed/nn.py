@@ -94,9 +94,9 @@ class Block(nn.Module):
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """function(*args, **kwargs), of which the backward keeps the arguments and the results of attngen's attention (out and lse,
-    O(N)) and computes everything else again, but never attention: for whole transformer blocks. Gradients are the same as
-    without. See `torch.utils.checkpoint.checkpoint`, which this calls without re-entering.
+    """function(*args, **kwargs), of which the backward keeps the arguments and the results of attngen's attention (out, lse and what
+    a large lse lacks, O(N)) and computes everything else again, but never attention: for whole transformer blocks. Gradients are the
+    same as without. See `torch.utils.checkpoint.checkpoint`, which this calls without re-entering.
     """
     return torch_checkpoint(function, *args, use_reentrant=False, context_fn=_contexts, **kwargs)
 

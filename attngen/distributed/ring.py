@@ -159,7 +159,9 @@ class _Ring(torch.autograd.Function):
         for source, keys, values in _rotate(step, k, v):
             for rows, i, columns, j in step.blocks(source):
                 operands = _part(q, rows), _part(keys, columns), _part(values, columns)
-                piece, piece_lse, kept = step.ring.block.forward(step.call(*operands, i, j, given))
+                call = step.call(*operands, i, j, given)
+                call.wants_grad = any(ctx.needs_input_grad)
+                piece, piece_lse, kept = step.ring.block.forward(call)
                 pieces.append(_Piece(rows, piece_lse, kept))
                 so_far, result = (_part(out, rows), _part(lse, rows)), (piece.to(out.dtype), piece_lse)
                 for target, value in zip(so_far, merge(so_far, result) if rows in begun else result, strict=True):

@@ -14,7 +14,7 @@ import torch
 from attngen.analysis import Facts, facts
 from attngen.backends import meta, work
 from attngen.language.call import Call
-from attngen.language.device import multiprocessors
+from attngen.language.device import multiprocessors, programs_at_once
 from attngen.language.lists import RowLists, TileLists
 from attngen.lowering import Source, render
 from attngen.plan.stream_k import Runs, stream_k
@@ -79,7 +79,8 @@ def _forward(attention: CompiledAttention, call: Call, given: Schedule | None) -
     known = facts(call.spec)
     schedule = _schedule(attention, call, known, given)
     size = call.q.element_size()
-    results = call.q[..., 0].numel() * (call.v.shape[3] * size + 4)
+    rows_of_floats = 1 + known.restores(call.q.dtype)  # lse, and what a large one lacks
+    results = call.q[..., 0].numel() * (call.v.shape[3] * size + 4 * rows_of_floats)
     if call.q.numel() == 0 or call.n_k == 0 or call.k.numel() == 0:
         return Traffic(results=results)
     d, dv = call.q.shape[3], call.v.shape[3]
@@ -104,7 +105,7 @@ def _schedule(attention: CompiledAttention, call: Call, known: Facts, given: Sch
         schedule = on_gpu(call, known, Target.named(MODELLED), PROCESSORS, pins)
     if schedule.split == "stream" and schedule.programs is None:
         processors = multiprocessors(call.q.device) if call.q.is_cuda else PROCESSORS
-        schedule = replace(schedule, programs=processors)
+        schedule = replace(schedule, programs=programs_at_once(processors, schedule.tile("forward").num_warps))
     return schedule
 
 

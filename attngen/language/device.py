@@ -15,7 +15,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def places(processors: int, num_warps: int) -> int:
+def programs_at_once(processors: int, num_warps: int) -> int:
     """How many programs of so many warps run side by side on multiprocessors that have a warp for each of their schedulers."""
     return processors * max(1, SCHEDULERS // num_warps)
 

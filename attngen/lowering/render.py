@@ -93,7 +93,7 @@ def render(
     sites: tuple[Site, ...] = (),
 ) -> Source:
     """The source of `kernel`: "forward" and for a split one "merge", "delta", "dq", "dkv", "capture" for one site, and for a
-    backward that begins with it "excess" (`Facts.restores`). Where there are masks, "forward_guarded", "dq_guarded" and
+    backward that lacks what a forward left "excess" (`Facts.restores`). Where there are masks, "forward_guarded", "dq_guarded" and
     "dkv_guarded" do again what came out as no number.
 
     sites: of captured tensors whose gradients it adds up, see `attngen.plan.launches`; a guarded kernel leaves them as the first did.

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from ..errors import PackError
 from .record import MOST_BYTES, Kernel
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "pack.json"
 KERNELS = "kernels"  # the folder of cubins, and the manifest's field of their records
 OWN_FIELDS = ("schema", "attngen", "digest", KERNELS)
@@ -151,6 +151,11 @@ def _parsed(path: Path, content: bytes) -> dict[str, Any]:
         raise PackError(
             f"{path}: made by a newer attngen, {maker}, with schema {schema}; this one is {_own_version()}, which reads schema "
             f"{SCHEMA}: upgrade attngen, or build the pack with this one"
+        )
+    if schema < SCHEMA:
+        raise PackError(
+            f"{path}: made by an older attngen, {maker}, with schema {schema}, whose kernels this one ({_own_version()}, schema {SCHEMA}) "
+            "does not launch: build the pack again"
         )
     digest = _digest({name: value for name, value in whole.items() if name != "digest"})
     if whole.get("digest") != digest:

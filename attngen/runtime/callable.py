@@ -86,8 +86,8 @@ class Attention:
         raise NotImplementedError
 
     def keeps(self, keys: KeySet | None, call: Call) -> bool:
-        """Whether a traced call hands its backward what its kernels find of a large lse: where it is one attention, so that who
-        traces knows of it.
+        """Whether a traced forward's third result is what a large lse lacks: for kernels, where a call is one attention; else it
+        is empty.
         """
         if keys is not None or self.spec.page_size is not None or self.backend_of(call.q.device) in ("cpu", "meta"):
             return False

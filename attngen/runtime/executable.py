@@ -77,9 +77,9 @@ class Executable:
         self, call: Call, given: Mapping[str, Any], prepared: Mapping[str, Any] = {}
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """out and lse."""
-        return self.forward_of_one(call, given, prepared)[:2]
+        return self.forward_and_kept(call, given, prepared)[:2]
 
-    def forward_of_one(
+    def forward_and_kept(
         self, call: Call, given: Mapping[str, Any], prepared: Mapping[str, Any] = {}
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """out, lse, and of a plan of one attention what its backend keeps for the backward, which takes it as `kept_name`."""
@@ -90,7 +90,7 @@ class Executable:
 
     @cached_property
     def kept_name(self) -> str:
-        """What the first attention's backend keeps."""
+        """What the backend of a plan's only attention keeps."""
         return next(step.name for step in self.forward_plan.steps if isinstance(step, Attend)) + KEPT
 
     def forward_keeping(
@@ -103,7 +103,8 @@ class Executable:
         by_backends = tuple(name for name in buffers if name.endswith(KEPT))
         kept = {name: buffers[name] for name in (*plan.prepared, *plan.saved, *by_backends) if name in buffers}
         out, lse = (buffers[name] for name in plan.results)
-        return out, lse, {**prepared, **kept}
+        # Of an earlier forward nothing is left that this one did not keep.
+        return out, lse, {**{name: x for name, x in prepared.items() if not name.endswith(KEPT)}, **kept}
 
     def backward(
         self,

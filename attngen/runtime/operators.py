@@ -367,7 +367,7 @@ class _Names:
 def forward(q, k, v, tensors, ints, floats, q_offset, q_offsets, prepared, handle):  # type: ignore[no-untyped-def]
     names = _Names(handle)
     call, given, executable, values = names.call(q, k, v, tensors, ints, floats, q_offset, q_offsets, prepared)
-    out, lse, kept = executable.forward_of_one(call, given, values)
+    out, lse, kept = executable.forward_and_kept(call, given, values)
     return out, lse, kept if names.attention.keeps(executable.keys, call) else lse.new_empty(0)
 
 

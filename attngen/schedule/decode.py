@@ -6,7 +6,7 @@ import math
 
 from attngen.analysis import Facts
 from attngen.language.call import Call
-from attngen.language.device import places
+from attngen.language.device import programs_at_once
 from attngen.language.expression import B, loads
 from attngen.language.schedule import PLAIN, Schedule, Tile
 from attngen.schedule.legality import why_not_packed
@@ -30,7 +30,7 @@ def decode_choice(call: Call, facts: Facts, processors: int) -> Schedule:
         return Schedule()
     tile = decode_tile(rows, max(head_dim, call.v.shape[3])).over(PLAIN)  # special forms are of larger tiles
     outputs = batch * (call.k.shape[1] if pack else heads)
-    tiles, at_once = -(-call.n_k // tile.block_n), places(processors, tile.num_warps)
+    tiles, at_once = -(-call.n_k // tile.block_n), programs_at_once(processors, tile.num_warps)
     short = call.n_k * (head_dim + call.v.shape[3]) * call.k.element_size() <= SHORT
     split: int | str = 1 if short else even_splits(outputs, tiles, at_once)
     ragged = any(B in load.free_symbols for load in loads(spec.mask)) and not facts.walk_keys.needs_tables

@@ -16,7 +16,7 @@ from typing import Any
 
 from attngen.backends.triton.modelled import LAUNCH, Resources, Work, cycles
 from attngen.backends.worker import WorkerDied
-from attngen.language.device import places
+from attngen.language.device import programs_at_once
 from attngen.language.schedule import PREFIXES
 from attngen.schedule import Target
 from attngen.store import Shape
@@ -184,7 +184,10 @@ class GpuModel:
         split, m = point.get("split", 1), point["block_m"]
         if split == 1:
             return outputs, 0.0
-        tiles, most = math.ceil(self.shape.n_k / point["block_n"]), places(self.rates.units, point["num_warps"])
+        tiles, most = (
+            math.ceil(self.shape.n_k / point["block_n"]),
+            programs_at_once(self.rates.units, point["num_warps"]),
+        )
         programs = min(most, outputs * tiles) if split == "stream" else outputs * min(int(split), tiles)
         states = programs + outputs if split == "stream" else programs
         moved = 2 * 4 * states * m * (self.shape.head_dim_v + 2)  # float32, written and read

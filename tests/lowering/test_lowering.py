@@ -314,6 +314,22 @@ def test_a_large_logit_leaves_no_room_for_the_log_of_a_sum() -> None:
     compare(sink, torch.float32, wrt=("sink",), sink=torch.tensor([1e6, 0.0]))
 
 
+@pytest.mark.parametrize("options", [dict(), dict(split=3), dict(split="stream", programs=3)], ids=str)
+@pytest.mark.parametrize("sunk", [False, True])
+@pytest.mark.parametrize("size", [2.0**14, 2.0**30, 2.0**40])
+def test_weights_sum_to_one_however_large_the_products_are(size: float, sunk: bool, options: dict[str, Any]) -> None:
+    """A step of lse is more than the log of any sum there: dV says what P sums to. Products of powers of 2 are exact."""
+    spec = ag.Spec(scale=1.0, mask=ag.causal(), sink=ag.sink() if sunk else None)
+    q, k = torch.full((1, 2, 40, 16), (size / 16) ** 0.5), torch.full((1, 2, 40, 16), (size / 16) ** 0.5)
+    v = torch.randn(1, 2, 40, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    captures = dict(sink=torch.tensor([size / 2, 0.0])) if sunk else {}
+    attn = ag.compile(spec, schedule=Schedule(**options).over(SMALL), backend="interpret")
+    out = attn(q.requires_grad_(), k.requires_grad_(), v, **captures)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(bool(x.isfinite().all()) for x in grads)
+    torch.testing.assert_close(grads[2].sum(2), torch.full((1, 2, 16), 40.0), rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     "score",

@@ -272,14 +272,15 @@ def bad_json(rng: Random, folder: Path) -> set[Path]:
             [
                 json.dumps(whole, indent=rng.choice([None, 0, 2])).encode(),
                 text.replace(digest, f"{digest}\n {digest}").encode(),
-                text.replace('"schema": 1', '"schema": 1, "schema": 1').encode(),
+                text.replace(f'"schema": {SCHEMA}', f'"schema": {SCHEMA}, "schema": {SCHEMA}').encode(),
                 b"\xef\xbb\xbf" + text.encode(),
                 text.encode("utf-16"),
                 rng.choice([b"[]", b"1", b'"pack"', b"null", b"", b"{}", rng.randbytes(500)]),
                 b"[" * depth + b"]" * depth,
                 b'{"a":' * depth + b"1" + b"}" * depth,
                 text.replace(
-                    '"schema": 1', f'"schema": {rng.choice(["NaN", "Infinity", "1e999", "9" * 5000, "1.0", "-1", "0"])}'
+                    f'"schema": {SCHEMA}',
+                    f'"schema": {rng.choice(["NaN", "Infinity", "1e999", "9" * 5000, "1.0", "-1", "0"])}',
                 ).encode(),
                 _canonical({name: value for name, value in whole.items() if name != rng.choice(list(whole))}).encode(),
             ]

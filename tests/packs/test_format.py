@@ -13,7 +13,7 @@ import pytest
 import attngen as ag
 from attngen.errors import PackError
 from attngen.packs.elf import read_cubin
-from attngen.packs.format import KERNELS, MANIFEST, read, write
+from attngen.packs.format import KERNELS, MANIFEST, SCHEMA, read, write
 from attngen.packs.record import SHARED_LIMITS, Kernel
 from attngen.schedule.target import TARGETS
 from tests.packs.cases import causal_pack, record_of
@@ -92,8 +92,19 @@ def test_a_damaged_cubin_never_crashes_the_reader():
 
 def test_a_pack_of_a_newer_attngen_says_so(sound: Path, tmp_path: Path):
     folder = shutil.copytree(sound, tmp_path / "pack")
-    seal(folder, manifest_of(folder) | {"schema": 2, "attngen": "3.1.0"})
-    with pytest.raises(PackError, match=r"made by a newer attngen, 3\.1\.0, with schema 2.*upgrade attngen"):
+    seal(folder, manifest_of(folder) | {"schema": SCHEMA + 1, "attngen": "3.1.0"})
+    with pytest.raises(
+        PackError, match=rf"made by a newer attngen, 3\.1\.0, with schema {SCHEMA + 1}.*upgrade attngen"
+    ):
+        read(folder)
+
+
+def test_a_pack_of_an_older_attngen_is_not_launched(sound: Path, tmp_path: Path):
+    folder = shutil.copytree(sound, tmp_path / "pack")
+    seal(folder, manifest_of(folder) | {"schema": SCHEMA - 1, "attngen": "0.0.1"})
+    with pytest.raises(
+        PackError, match=rf"made by an older attngen, 0\.0\.1, with schema {SCHEMA - 1}.*build the pack again"
+    ):
         read(folder)
 
 

@@ -13,7 +13,7 @@ import attngen as ag
 from attngen.analysis import facts
 from attngen.inspect.cross import cross_compile
 from attngen.language.call import bind
-from attngen.language.device import places
+from attngen.language.device import programs_at_once
 from attngen.language.lists import TileLists
 from attngen.plan.launches import forward_launches
 from attngen.schedule.decode import decode_choice, decode_tile, even_splits
@@ -139,7 +139,7 @@ def test_the_models_choice_fills_the_processors() -> None:
 
 def test_small_programs_share_a_multiprocessor() -> None:
     """Keys are split so far that each of its four schedulers has a warp."""
-    assert [places(132, warps) for warps in (8, 4, 2, 1)] == [132, 132, 264, 528]
+    assert [programs_at_once(132, warps) for warps in (8, 4, 2, 1)] == [132, 132, 264, 528]
     q, k = torch.empty(8, 32, 1, 64), torch.empty(8, 4, 16384, 64)  # 32 outputs
     chosen = decode_choice(bind(ag.Spec(), q, k, k, q_offset=0, captures={}), facts(ag.Spec()), 132)
     assert chosen.forward.num_warps == 2 and chosen.split == 8

@@ -168,8 +168,8 @@ def forward(
     tl.store(lse + rows_at, lse_row, mask=row_in)
 
     # log2 of what P = exp(x - lse) sums to: beside a large logit lse has no room for the log of a sum
-    total = l * tl.exp2((m - lse_row) * LOG2E)
-    excess_row = tl.where(tl.abs(lse_row) < float("inf"), tl.log2(total), 0.0)
+    excess_row = (m - lse_row) * LOG2E + tl.log2(l)
+    excess_row = tl.where(tl.abs(lse_row) < float("inf"), excess_row, 0.0)
     tl.store(excess + rows_at, excess_row, mask=row_in)
     out_head = out + b.to(tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h
 
