@@ -208,9 +208,9 @@ def decode(**schedule: Any) -> Case:
 
 
 CASES: dict[str, Run] = {
-    "causal d64, descriptors in dkv by default": Case(CAUSAL, hopper={"dkv_tma": True}),
-    "causal d128 by default": Case(CAUSAL, d=128),
-    "causal d128, descriptors in dkv": Case(CAUSAL, d=128, schedule=ag.Schedule(dkv=Tile(32, 128, 8, 2, tma=True))),
+    "causal d128, descriptors in dkv by default": Case(CAUSAL, d=128, hopper={"dkv_tma": True}),
+    "causal d64 by default": Case(CAUSAL),
+    "causal d64, descriptors in dkv": Case(CAUSAL, schedule=ag.Schedule(dkv=Tile(64, 128, 8, 2, tma=True))),
     "descriptors in forward, dq and dkv, gradients stored by them": Case(
         ag.Spec(mask=ag.causal(), score=ag.soft_cap(20.0)), schedule=FORMS["tma"]
     ),

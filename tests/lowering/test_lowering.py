@@ -142,7 +142,9 @@ def test_head_dims_are_split_not_padded(head_dim: int, widths: list[int]) -> Non
 
 
 def plain_schedule() -> Schedule:
-    return complete(ag.Spec(), Gpu.named("sm_90"), 64, 64, torch.bfloat16, SMALL)
+    forms = [f"{prefix}{form}" for prefix in ("", "dq_", "dkv_") for form in ("tma", "pipeline_edges", "disable_licm")]
+    plain = Schedule(**dict.fromkeys(forms, False)).over(SMALL)
+    return complete(ag.Spec(), Gpu.named("sm_90"), 64, 64, torch.bfloat16, plain)
 
 
 def source(spec: ag.Spec, kernel: str = "forward", **options: Any) -> Any:

@@ -1,5 +1,6 @@
 """From decisions to a complete schedule, on a GPU and on the CPU, and what a target can't have."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ def test_the_first_who_decides_wins_and_the_model_fills_the_rest() -> None:
     spec = ag.Spec(mask=ag.causal())
     schedule = complete(spec, H100, 64, 128, torch.bfloat16, pins, None, tuned)
     default = default_tile(spec, H100, "forward", 128, torch.bfloat16)
-    assert schedule.forward == ag.Tile(32, default.block_n, 4, default.num_stages).over(PLAIN)
+    assert schedule.forward == replace(default, block_m=32, num_warps=4).over(PLAIN)
     assert schedule.dq.tma is True and schedule.forward.tma is False and schedule.split == 3
     assert schedule.dkv == default_tile(spec, H100, "dkv", 128, torch.bfloat16).over(PLAIN)
     assert schedule.deterministic is True and schedule.precision == "ieee"
