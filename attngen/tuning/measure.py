@@ -59,8 +59,8 @@ def summarise(times: Sequence[float], error: float, fastest: Sequence[float] | N
     median = statistics.median(ordered)
     low, high = ordered[len(ordered) // 5], ordered[-1 - len(ordered) // 5]
     spread = (high - low) / median if median else 0.0
-    if fastest is not None and median:
-        median = statistics.median(fastest) * paired_ratio(times, fastest)
+    if fastest is not None and median and (best := statistics.median(fastest)):
+        median = best * paired_ratio(times, fastest)
     return Outcome("ok", median, spread, error)
 
 

@@ -8,6 +8,7 @@ laps, since a clock that changes between pairs leaves these as they are.
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,10 +64,15 @@ class Race:
 
 
 def paired_ratio(times: Sequence[float], others: Sequence[float]) -> float:
-    """Seconds of two candidates lap by lap: the median of their ratios, each of a lap there and one back."""
+    """Seconds of two candidates lap by lap: the median of their ratios, each of a lap there and one back. Of all laps together
+    where the clock is too coarse for a pair, and inf (1 for both) where it never moved.
+    """
     both = list(zip(times, others, strict=False))
-    pairs = [both[at : at + 2] for at in range(0, max(1, len(both) - 1), 2)]
-    return statistics.median(sum(one for one, _ in pair) / sum(other for _, other in pair) for pair in pairs)
+    pairs = [[sum(side) for side in zip(*both[at : at + 2], strict=True)] for at in range(0, max(1, len(both) - 1), 2)]
+    if all(min(pair) > 0 for pair in pairs):
+        return statistics.median(one / other for one, other in pairs)
+    one, other = (sum(side) for side in zip(*both, strict=True))
+    return one / other if other else math.inf if one else 1.0
 
 
 def race(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from attngen.tuning.measure import summarise
 from attngen.tuning.race import LONGEST, WARM_UP, paired_ratio, race
 from attngen.tuning.stopwatch import Candidate, HostStopwatch
 from tests.tuning.test_search import Clock
@@ -62,6 +63,12 @@ def test_ratios_are_those_within_a_pair_of_laps():
     )
     assert paired_ratio([2.0, 4.0, 9.0], [1.0, 2.0, 1.0]) == 2.0  # a last lap without one back
     assert paired_ratio([3.0], [1.0]) == 3.0 and paired_ratio([1.0, 1.0, 7.0, 7.0], [2.0, 2.0]) == 0.5
+
+
+def test_a_clock_that_hardly_moves_is_no_error():
+    assert paired_ratio([1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]) == 2.0  # of all laps: no pair's says anything
+    assert paired_ratio([0.0, 0.0], [0.0, 0.0]) == 1.0 and paired_ratio([1.0, 1.0], [0.0, 0.0]) == float("inf")
+    assert summarise([1.0, 1.0], 0.0, [0.0, 0.0]).seconds == 1.0 and summarise([0.0], 0.0, [0.0]).seconds == 0.0
 
 
 def test_what_breaks_drops_out_or_ends_a_strict_race():
