@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from attngen.tuning.race import LONGEST, WARM_UP
 from benchmarks.case import FORWARD, Case, Sizes
 from benchmarks.cases import CASES, cases_of
 from benchmarks.peers import VARIANTS
 
 BUDGET = 450.0  # seconds of a run
-TIMING = 1.0  # seconds of a case's race, and about as much for its inputs, its reference and the first rounds
+TIMING = 1.0  # seconds of a case's race behind its warm-up; its inputs, reference and first lap take about twice that
 # Seconds to have a peer ready, forward and with a backward: kernels to compile, or a list of them to try.
 ATTNGEN = (3.0, 8.0)
 SYSTEM = (15.0, 35.0)  # several pieces, compiled for the check in float32 too
@@ -24,7 +25,7 @@ PROCESSES = {"attngen": 60.0, "flex": 40.0}  # seconds of `first_call`: three ne
 
 def seconds(case: Case, timing: float = TIMING) -> float:
     """Of one case."""
-    total = 3 * timing
+    total = 3 * timing + min(LONGEST, WARM_UP * timing)  # a warm-up at its longest
     if case.suite == "first_call":
         return total + sum(PROCESSES.get(peer, 0.0) for peer in case.peers)
     backward = case.direction != FORWARD
