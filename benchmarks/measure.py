@@ -1,4 +1,4 @@
-"""Measuring one case: every peer built, checked, then timed in turns. One record per peer, whatever came of it."""
+"""Measuring one case: every peer built, checked, then timed in mirrored laps. One record per peer, whatever came of it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Record:
     """What came of one peer in one case. figure: the case's headline number, in `unit`.
 
     error: the check's error over what is allowed. bound_fraction: the modelled bound's time over the median. ratio, of
-    attngen and of sparse systems: the time of the best right dense peer over this one's, within one lap of their race.
+    attngen and of sparse systems: the time of the best right dense peer over this one's, the median over pairs of laps
+    of their race; where they were no race's, of their medians.
     """
 
     case: str

@@ -46,7 +46,7 @@ def attngen(inputs: Inputs) -> Built:
 
 
 def variant(**decisions: Any) -> Build:
-    """attngen with decisions of the schedule pinned, the others as the user has them: what a GPU session compares."""
+    """attngen with decisions of the schedule pinned, the others as the user has them: what a day on a GPU compares."""
 
     def build(inputs: Inputs) -> Built:
         if inputs.q.device.type != "cuda":

@@ -129,7 +129,7 @@ def run(
         if pace and started - begun + pace * modelled > budget:
             say(f"stopped at case {number} of {len(cases)} after {started - begun:.0f} s: run again with --resume")
             return False
-        # A case is timed in turns or not at all: those that already failed stay out, all others run (again).
+        # A case is timed in one race or not at all: those that already failed stay out, all others run (again).
         peers = tuple(peer for peer in case.peers if peer not in known or known[peer]["status"] == OK)
         _case(case, peers, results, context, say, f"[{number}/{len(cases)}]")
         pace = max(pace, (context.clock() - started) / modelled)

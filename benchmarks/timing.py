@@ -1,4 +1,4 @@
-"""Timing candidates against each other on a machine that does other things too."""
+"""What the benchmarks time with: the tuner's race for the suites and `ranks`, and plain rounds in turn for the tables of a CPU."""
 
 from __future__ import annotations
 
