@@ -33,6 +33,9 @@ from benchmarks.suite import write_json
 
 DONE, LEFT, FAILED = "done", "left", "failed"
 TURNS = 2  # that a stage may fail
+AGAIN = """start these stages over, whatever became of them: what they go on from is deleted. After a correction name what has to
+run again, done stages too; of those that go on, smoke, ranks and tests repeat by themselves what ran with other kernels. Tuned
+records in records.db stay: tuning starts from them"""
 GRACE = 5.0  # seconds that a stage has to end in, once it is asked to
 TEST_FILES = (
     "tests/backends/test_gpu.py",
@@ -86,9 +89,10 @@ def stages(rehearsal: bool = False) -> list[Stage]:
     def tuning(name: str) -> Stage:
         spec, *shapes = HEADLINES[name]
         shape, dtype, trials = (shapes[1], "float32", "2") if rehearsal else (shapes[0], "bfloat16", "40")
-        kept = ("--db", "{out}/records.db", "--storage", "{out}/trials.log")
+        file = f"trials_{name.replace(' ', '_')}.log"
+        kept = ("--db", "{out}/records.db", "--storage", f"{{out}}/{file}")
         options = ("--shape", shape, "--dtype", dtype, "--trials", trials, "--timeout", "{seconds}", *kept)
-        return Stage(f"tune {name}", ("attngen", "tune", spec, *options), 60, 120, needs="optuna")
+        return Stage(f"tune {name}", ("attngen", "tune", spec, *options), 60, 120, file, unfinished=(), needs="optuna")
 
     def tests(part: int) -> Stage:
         own = ("--rehearse-gpu",) if rehearsal else _side_by_side()
@@ -250,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the day's folder; an earlier one is gone on with")
     parser.add_argument("--budget", type=float, default=540, help="seconds in all (default 540)")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="stages whose names begin with one of these")
-    parser.add_argument("--again", nargs="+", metavar="WORD", help="start these stages over, whatever became of them")
+    parser.add_argument("--again", nargs="+", metavar="WORD", help=AGAIN)
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, at small sizes, kernels interpreted")
     given = parser.parse_args(arguments)
     if not given.rehearse and not _gpu_answers():

@@ -18,6 +18,7 @@ import torch
 import attngen as ag
 from attngen.language.schedule import Tile
 from attngen.schedule import Target
+from attngen.schedule.choice import generator_hash
 from attngen.tuning.stopwatch import Candidate
 from benchmarks import machine_code
 from benchmarks.suite import write_json
@@ -49,7 +50,7 @@ def tiles(name: str, head_dim: int, target: str, most: int) -> dict[Tile, float]
 
 
 def measured(name: str, head_dim: int, found: Sequence[Tile], device: torch.device, seconds: float) -> list[float]:
-    """Medians of the forward, in turns."""
+    """Medians of the forward, in the laps of one race."""
     batch, heads, n = SHAPE if device.type == "cuda" else (1, 1, 256)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     q, k, v = (torch.randn(batch, heads, n, head_dim, device=device, dtype=dtype) for _ in range(3))
@@ -68,7 +69,9 @@ def measured(name: str, head_dim: int, found: Sequence[Tile], device: torch.devi
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Writes one entry a case as it goes, behind those that are there: 0 when all cases have one, 1 when some are left."""
+    """Writes one entry a case as it goes, behind those that are there: 0 when all cases have one of this device and these kernels, 1 when
+    some are left.
+    """
     parser = argparse.ArgumentParser("python -m benchmarks.ranks", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=100)
@@ -79,7 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
     begun, entries = time.monotonic(), list[dict[str, Any]]()
     if given.out.is_file():
         entries = json.loads(given.out.read_text(encoding="utf-8"))
-    known = {(entry["case"], entry["head_dim"]) for entry in entries if entry["target"] == target}
+    made_by = {"target": target, "kernels": generator_hash("interpret" if given.rehearse else "triton")}
+    known = {(entry["case"], entry["head_dim"]) for entry in entries if made_by.items() <= entry.items()}
     for name, head_dim in CASES[: 1 if given.rehearse else len(CASES)]:
         if (name, head_dim) in known:
             continue
@@ -90,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
         entry = {
             "case": name,
             "head_dim": head_dim,
-            "target": target,
+            **made_by,
             "spearman": spearman(list(modelled.values()), times),
             "tiles": [
                 [str(tile), cycles, seconds] for (tile, cycles), seconds in zip(modelled.items(), times, strict=True)

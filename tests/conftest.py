@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 # Two test processes share the cores: threads that spin at barriers would keep each other from working.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -39,21 +40,42 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.gpu_passed and not hasattr(config, "workerinput"):  # one process notes for all of xdist's
-        config.pluginmanager.register(Passed(config.option.gpu_passed))
+    if config.option.gpu_passed and not hasattr(
+        config, "workerinput"
+    ):  # one process reads and notes for all of xdist's
+        config.pluginmanager.register(Passed(config.option.gpu_passed), PASSED)
+
+
+NO_GPU = "torch.cuda.is_available() is False"
+PASSED = "gpu-passed"
+
+
+def _lacks_gpu(config: pytest.Config) -> bool:
+    return not torch.cuda.is_available() and not config.option.rehearse_gpu
 
 
 class Passed:
-    """A file of the tests that passed, or skipped themselves, a line each as they end."""
+    """A file of the tests that passed, or skipped themselves: a line each as they end, behind the hash of the kernels' generator.
+    Those of other kernels count for nothing.
+    """
 
     def __init__(self, path: Path):
-        self.path = path
-        self.known = set(path.read_text(encoding="utf-8").split("\n")) if path.is_file() else set[str]()
+        from attngen.schedule.choice import generator_hash
+
+        self.path, self.kernels = path, generator_hash("triton" if torch.cuda.is_available() else "interpret")
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        noted = [line.partition(" ") for line in lines]
+        self.known = {name for kernels, _, name in noted if kernels == self.kernels}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """xdist: a worker in place of one that crashed has to collect what the others did, though the file has grown."""
+        node.workerinput[PASSED] = sorted(self.known)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.skipped or (report.when == "call" and report.passed):
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(report.nodeid + "\n")
+                file.write(f"{self.kernels} {report.nodeid}\n")
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.known:
@@ -63,11 +85,13 @@ class Passed:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     _keep_part(config, items)
     if config.option.gpu_passed:
-        known = Passed(config.option.gpu_passed).known
+        if _lacks_gpu(config):  # skips would count as done
+            raise pytest.UsageError(f"--gpu-passed: {NO_GPU}; --rehearse-gpu runs without one")
+        known = _passed(config)
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in known])
         items[:] = [item for item in items if item.nodeid not in known]
-    if not torch.cuda.is_available() and not config.option.rehearse_gpu:
-        skip = pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False")
+    if _lacks_gpu(config):
+        skip = pytest.mark.skip(reason=f"needs a GPU: {NO_GPU}")
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
@@ -77,6 +101,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if name in item.keywords and not asked:
                 item.add_marker(left_out)
+
+
+def _passed(config: pytest.Config) -> set[str]:
+    if hasattr(config, "workerinput"):
+        return set(config.workerinput[PASSED])
+    return config.pluginmanager.get_plugin(PASSED).known
 
 
 def _keep_part(config: pytest.Config, items: list[pytest.Item]) -> None:

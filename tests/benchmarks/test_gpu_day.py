@@ -110,6 +110,7 @@ def test_failing_tests_are_no_unfinished_ones(tmp_path: Path):
 
 def test_tests_go_on_behind_those_that_passed(tmp_path: Path):
     shutil.copy(ROOT / "tests/conftest.py", tmp_path / "conftest.py")
+    noted = tmp_path / "passed.txt"
     (tmp_path / "test_it.py").write_text("""if True:
         import pathlib, pytest
         def test_passes(): pass
@@ -117,28 +118,57 @@ def test_tests_go_on_behind_those_that_passed(tmp_path: Path):
         def test_needs_a_file(): assert pathlib.Path(__file__).with_name("there").exists()
     """)
 
-    def run() -> tuple[int, str]:
-        words = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "--gpu-passed",
-            "passed.txt",
-            "test_it.py",
-        ]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
-        return done.returncode, done.stdout.splitlines()[-1]
+    def run(*options: str) -> tuple[int, str]:
+        words = ["pytest", "-q", "-p", "no:cacheprovider", "--gpu-passed", "passed.txt", *options, "test_it.py"]
+        done = subprocess.run(
+            [sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, check=False,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        return done.returncode, (done.stdout + done.stderr).strip().splitlines()[-1]
 
     code, said = run()
+    assert code == 4 and "is_available() is False" in said and not noted.exists()
+    code, said = run("--rehearse-gpu")
     assert code == 1 and "1 failed, 1 passed, 1 skipped" in said
     (tmp_path / "there").touch()
-    code, said = run()
+    code, said = run("--rehearse-gpu")
     assert code == 0 and "1 passed, 2 deselected" in said
-    code, said = run()
+    code, said = run("--rehearse-gpu")
     assert code == 0 and "3 deselected" in said
+    kernels, _, rest = noted.read_text().partition(" ")
+    noted.write_text(f"{'0' * len(kernels)} {rest}")  # the first of them with other kernels
+    code, said = run("--rehearse-gpu")
+    assert code == 0 and "1 passed, 2 deselected" in said
+
+
+@pytest.mark.slow
+def test_a_worker_in_place_of_one_that_crashed_collects_what_the_others_did(tmp_path: Path):
+    shutil.copy(ROOT / "tests/conftest.py", tmp_path / "conftest.py")
+    (tmp_path / "test_it.py").write_text("""if True:
+        import os, pytest, time
+        @pytest.mark.parametrize("number", range(12))
+        def test_it(number):
+            time.sleep(0.05)
+            if number == 6:
+                os._exit(3)
+    """)
+    words = [
+        "pytest",
+        "-n",
+        "2",
+        "-p",
+        "no:cacheprovider",
+        "--rehearse-gpu",
+        "--gpu-passed",
+        "passed.txt",
+        "test_it.py",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 1 and "1 failed, 11 passed" in done.stdout
+    assert len((tmp_path / "passed.txt").read_text().splitlines()) == 11
 
 
 def test_a_gpu_that_is_gone_is_no_stages_failure(tmp_path: Path):
@@ -302,6 +332,9 @@ def test_ranks_go_on_behind_those_that_are_there(tmp_path: Path, monkeypatch: py
     assert ranks.main([*arguments, "--seconds", "-1"]) == 1 and not measured
     assert ranks.main(arguments) == 0 == ranks.main(arguments)
     assert measured == ["causal"]
+    monkeypatch.setattr(ranks, "generator_hash", lambda backend: "other kernels")
+    assert ranks.main(arguments) == 0 and measured == ["causal"] * 2
+    assert len(json.loads((tmp_path / "ranks.json").read_text())) == 2
     assert json.loads((tmp_path / "ranks.json").read_text())[0]["spearman"] == pytest.approx(1)
 
 
