@@ -86,7 +86,7 @@ class Tuned:
         if self.record is None:
             return f"{self.title}: no schedule worked"
         gain = f"{self.gain:.2f}x the untuned speed" if self.gain is not None else ""
-        doubts = ["finished before"] * self.skipped + ["too noisy"] * self.record.noisy
+        doubts = ["too noisy"] * self.record.noisy
         return ", ".join(filter(None, [f"{self.title} {time_text(self.record.seconds)}", gain, *doubts]))
 
     def __str__(self) -> str:
