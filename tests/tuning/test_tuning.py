@@ -80,9 +80,7 @@ def test_the_last_line_says_what_was_won(cache, tmp_path):
     assert last(tuned("", record, 3e-3)) == "measured: forward 2 ms, 1.50x the untuned speed"
     noisy, broken = tuned("a", replace(record, spread=2.0), None), tuned("b", None, None)
     assert last(noisy, broken) == "measured: a, forward 2 ms, too noisy; b, forward: no schedule worked"
-    assert last(tuned("", record, None, 0.0)) == "measured: forward 2 ms" and last().endswith(
-        "nothing was tuned"
-    )
+    assert last(tuned("", record, None, 0.0)) == "measured: forward 2 ms" and last().endswith("nothing was tuned")
     many = [tuned(str(place), record, start) for place, start in enumerate((2e-3, 4e-3, 3e-3, None, None))]
     assert last(*many) == "measured: 3 raced: 1.00x to 2.00x the untuned speed, median 1.50x"
     assert last(*many[3:], *many[3:], many[3]) == "measured: none of 5 raced the untuned schedule"
