@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import time
 import traceback
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 import attngen as ag
+from attngen.backends.cpu import passes
 from attngen.distributed.ring import Ring
 from attngen.distributed.shards import positions, shard
 
@@ -279,6 +282,39 @@ def disagreement(rank: int) -> None:
     )
     rejects(lambda: biased(q(), q(), q(), slope=torch.zeros(2, dtype=torch.int32)), "slope: expected a floating dtype")
     assert ring(q(), q(), q()).shape == (1, 2, 8, 16)  # the group is in order
+
+
+@case
+def what_blocks_keep(rank: int) -> None:
+    """For the backward: nothing without gradients, and nothing behind the backward or in a checkpoint."""
+    q, k, v = (torch.randn(1, 2, 32, 16, requires_grad=True) for _ in range(3))
+    ring = ag.ring(ag.compile(ag.Spec(), schedule=ag.Schedule(store=True)))
+    seen: list[Any] = []
+    keeping = passes.forward_keeping
+
+    def noted(*args: Any) -> Any:
+        result = keeping(*args)
+        seen.append(weakref.ref(result[2]))
+        return result
+
+    def alive() -> int:
+        return sum(ref() is not None for ref in seen)
+
+    passes.forward_keeping = noted  # type: ignore[assignment]
+    try:
+        with torch.no_grad():
+            ring(q, k, v)
+        assert not seen, "kept without gradients"
+        out = ring(q, k, v)
+        assert alive() == WORLD
+        torch.autograd.grad(out.sum(), (q, k, v))
+        assert not alive(), "kept behind the backward"
+        out = checkpoint(ring, q, k, v, use_reentrant=False)
+        assert not alive(), "kept in a checkpoint"
+        torch.autograd.grad(out.sum(), (q, k, v))
+        assert len(seen) == 3 * WORLD and not alive()
+    finally:
+        passes.forward_keeping = keeping
 
 
 @case

@@ -85,8 +85,10 @@ class Ring:
             raise InputError("shards", f"those of {identity(self, call)}", shards.of, "make new ones: ring.shards(...)")
         given = {name: _Shared.apply(value, self) if _learned(value) else value for name, value in captures.items()}
         names = self.block.names
-        step = _Step(self, shards, q_offset, call.params, names)
-        out, lse = _Ring.apply(step, q, k, v, *(given[name] for name in names))
+        tensors = q, k, v, *(given[name] for name in names)
+        # Asked here: a Function's own forward runs without gradients, and ctx.needs_input_grad does not know of no_grad.
+        wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        out, lse = _Ring.apply(_Step(self, shards, q_offset, call.params, names, wants_grad), *tensors)
         if self.attention.spec.sink is not None:
             sink = _sink(self, shards, lse, q_offset, {**call.params, **given})
             out, lse = merge((out, lse), (out.new_zeros(()).expand(out.shape), sink))
@@ -117,13 +119,14 @@ class Ring:
 
 
 class _Step(NamedTuple):
-    """A call apart from its differentiable tensors, whose names are in `names`."""
+    """A call apart from its differentiable tensors, whose names are in `names`. wants_grad: whether a backward may come."""
 
     ring: Ring
     shards: Shards
     q_offset: int | torch.Tensor
     params: Mapping[str, int | float]
     names: list[str]
+    wants_grad: bool
 
     def blocks(self, source: int) -> Iterator[tuple[range, range, range, range]]:
         """The blocks with an attended pair: own rows, their positions, rows of the keys of rank `source`, their positions."""
@@ -160,7 +163,7 @@ class _Ring(torch.autograd.Function):
             for rows, i, columns, j in step.blocks(source):
                 operands = _part(q, rows), _part(keys, columns), _part(values, columns)
                 call = step.call(*operands, i, j, given)
-                call.wants_grad = any(ctx.needs_input_grad)
+                call.wants_grad = step.wants_grad
                 piece, piece_lse, kept = step.ring.block.forward(call)
                 pieces.append(_Piece(rows, piece_lse, kept))
                 so_far, result = (_part(out, rows), _part(lse, rows)), (piece.to(out.dtype), piece_lse)
@@ -168,15 +171,21 @@ class _Ring(torch.autograd.Function):
                     target.copy_(value)
                 begun.add(rows)
         out = out.to(q.dtype)
-        ctx.step, ctx.pieces = step, pieces
-        ctx.save_for_backward(q, k, v, out, *tensors)
+        ctx.step, ctx.rows = step, [piece.rows for piece in pieces]
+        left = *(piece.lse for piece in pieces), *(piece.kept for piece in pieces)
+        ctx.save_for_backward(
+            q, k, v, out, *tensors, *left
+        )  # all of it: so checkpoints reach it, and a backward frees it
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> Any:
         step: _Step = ctx.step
-        q, k, v, out, *tensors = ctx.saved_tensors
+        q, k, v, out, *saved = ctx.saved_tensors
+        many, blocks = len(step.names), len(ctx.rows)
+        tensors, lses, kept = saved[:many], saved[many : many + blocks], saved[many + blocks :]
+        pieces = [_Piece(*piece) for piece in zip(ctx.rows, lses, kept, strict=True)]
         ring, shards, given = step.ring, step.shards, dict(zip(step.names, tensors, strict=True))
         needed = {name for name, need in zip(step.names, ctx.needs_input_grad[4:], strict=True) if need}
         wanted = [name for name in ring.block.learned if ring.block.sources[name][0] in needed]
@@ -184,7 +193,7 @@ class _Ring(torch.autograd.Function):
         dq = torch.zeros(q.shape, dtype=real, device=q.device)
         totals = {name: torch.zeros(given[name].shape, dtype=real, device=q.device) for name in needed}
         delta = ring.block.delta(out, grad_out, grad_lse)
-        shares = zip(_shares(ctx.pieces), ctx.pieces, strict=True)
+        shares = zip(_shares(pieces), pieces, strict=True)
 
         hops, rank, world = shards.hops, shards.rank, shards.world
         home: list[tuple[torch.Tensor, int]] = []
