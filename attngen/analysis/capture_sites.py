@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from attngen.language.programs import INDEX, ROW, Node, evaluate, tensor_of
+from attngen.language.programs import INDEX, ROW, Node, evaluate, names_in, tensor_of
 
 CAPTURED = "captured "  # before the name of a captured tensor among a kernel's tensors, which it may be called like
 B, H, I, J = (INDEX[axis] for axis in "bhij")
@@ -75,11 +75,15 @@ class CaptureSite:
         }
         return [batch, heads, *inner[self.kind]]
 
-    def within(self, batch: int, heads: int) -> CaptureSite:
-        """The same in calls of that many batches and query heads: a single one has elements of its own, whatever the indices use."""
+    def within(self, batch: int, heads: int, offsets: bool) -> CaptureSite:
+        """The same in calls of that many batches and query heads: a single one has elements of its own, whatever the indices use.
+        offsets: whether each batch has its own q_offset; then rows of one number are at different positions.
+        """
         if self.kind != "pairs":  # the other buffers don't depend on it
             return self
-        return replace(self, by_batch=self.by_batch or batch == 1, by_head=self.by_head or heads == 1)
+        moved = offsets and any("i" in names_in(index) for index in self.indices if index != ROW)
+        by_batch = self.by_batch or batch == 1 or moved
+        return replace(self, by_batch=by_batch, by_head=self.by_head or heads == 1)
 
     @property
     def buffer(self) -> str:

@@ -187,8 +187,9 @@ class Launcher:
             made["excess"] = torch.empty_like(made["lse"]) if kept is None else kept.contiguous()
         captured = {name: call.captures[name] for name in wanted}
         gradients = {n: torch.zeros(t.shape, dtype=torch.float32, device=t.device) for n, t in captured.items()}
-        own = call.spec.lists, call.q.dtype, schedule, wanted, call.q.shape[0], call.q.shape[1], kept is not None
-        for launch in backward_launches(facts, *own):
+        own = call.spec.lists, call.q.dtype, schedule, wanted, call.q.shape[0], call.q.shape[1]
+        offsets = isinstance(call.q_offset, torch.Tensor)
+        for launch in backward_launches(facts, *own, offsets=offsets, kept=kept is not None):
             buffers = {site.buffer: self._buffer(site, call, schedule) for site in launch.sites}
             walking = walks["dkv" if launch.by_keys else "dq"]
             self._launch(launch.kernel, call, facts, schedule, walking, {**made, **buffers}, launch.sites)

@@ -167,7 +167,7 @@ def _kernels(call: Call, known: Facts, schedule: Schedule, sizes: Sizes) -> dict
     kernels = {"forward": forward_launches(schedule)}
     if call.spec.page_size is None:
         wanted = [name for name, tensor in call.captures.items() if tensor.requires_grad]
-        own = sizes.batch, sizes.heads_q
+        own = sizes.batch, sizes.heads_q, isinstance(call.q_offset, torch.Tensor)
         launches = backward_launches(known, call.spec.lists, call.q.dtype, schedule, wanted, *own)
         kernels["backward"] = ("delta", *map(str, launches))
     return kernels

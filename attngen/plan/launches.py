@@ -50,11 +50,13 @@ def backward_launches(
     wanted: Collection[str] = (),
     batch: int = MANY,
     heads: int = MANY,
+    offsets: bool = False,
     kept: bool = True,
 ) -> tuple[Launch, ...]:
     """The kernels of a backward whose delta is there already, in their order. facts: of the spec, or what its calls know of it;
     lists: of the spec; wanted: captured tensors that want a gradient; batch, heads: of the call, where it matters whether they are 1;
-    kept: whether the forward left what a large lse lacks, which is found again otherwise.
+    offsets: whether its q_offset is a tensor, a number for each batch; kept: whether the forward left what a large lse lacks, which is
+    found again otherwise.
 
     A kernel adds up gradients of one tensor, or of all that the spec loads: so it has few variants, and a pack can have all.
     """
@@ -64,7 +66,7 @@ def backward_launches(
     beside: dict[str, list[CaptureSite]] = {"dq": [], "dkv": [], "capture": []}
     for name in named:
         for site in _sites(facts, lists, schedule, name):
-            site = site.within(batch, heads)
+            site = site.within(batch, heads, offsets)
             kernel = _carrier(site, lists, schedule.tile("dq")) if name in carried else "capture"
             beside[kernel].append(site)
     return (
@@ -80,7 +82,7 @@ def every_backward_launch(
     """All that some backward launches, whichever captured tensors want a gradient, of one batch or head and of more."""
     learned = learned_of(facts, lists)
     few = (wanted for count in range(3) for wanted in combinations(learned, count))
-    sizes = product((*few, learned), (1, MANY), (1, MANY))
+    sizes = product((*few, learned), (1, MANY), (1, MANY), (False, True))
     every = (backward_launches(facts, lists, dtype, schedule, *own, kept=False) for own in sizes)
     return tuple(dict.fromkeys(launch for launches in every for launch in launches))
 

@@ -384,6 +384,18 @@ def test_each_kind_of_captured_gradient(score: Callable[..., Any], kind: str) ->
     assert (got[0] - want).norm() <= 1e-4 * want.norm()
 
 
+@pytest.mark.parametrize("index", ["h, i, j", "h, i // 2, j // 3", "h, i - q_offset, j"])
+def test_gradients_of_what_batches_share_at_positions_of_their_own(index: str) -> None:
+    """Rows of one number are at other positions in each batch, so that their shares go to other elements."""
+    spec = ag.Spec(mask=ag.causal(), score=f"s + x[{index}]", tensors=[ag.Tensor("x", 3)])
+    q, k, v, weight = (torch.randn(2, 2, 21, 16) for _ in range(4))
+    x, offset = torch.randn(2, 30, 21, requires_grad=True), torch.tensor([0, 5])
+    attn = ag.compile(spec, schedule=SMALL, backend="interpret")
+    found = [attn(q, k, v, x=x, q_offset=offset), ag.oracle(spec, q, k, v, x=x, q_offset=offset)[0]]
+    got, want = (torch.autograd.grad((out * weight).sum(), x)[0] for out in found)
+    assert (got - want).norm() <= 1e-4 * want.norm()
+
+
 LEARNED = {"slope": 1, "pad": 2, "table": 2, "bias": 3, "same": 2}  # and their dimensions
 SCORE = (
     "s * (1 + pad[b, j]) + slope[h] * (j - i) + table[h, min(i - j, 7)] + bias[h, i, j] + same[i, j] * bias[h, j, i]"

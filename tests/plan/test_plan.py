@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import networkx
@@ -85,8 +85,8 @@ def test_a_pack_has_every_kernel_that_some_call_launches():
     every = {*every_backward_launch(known, None, dtype, DECIDED)}
     names = ("slope", "pad", "table", "bias", "same")
     for wanted in (chosen for count in range(6) for chosen in combinations(names, count)):
-        for sizes in ((1, 1), (1, 3), (5, 1), (2, 2)):
-            assert {*backward_launches(known, None, dtype, DECIDED, wanted, *sizes)} <= every
+        for batch, heads, offsets in product((1, 5), (1, 3), (False, True)):
+            assert {*backward_launches(known, None, dtype, DECIDED, wanted, batch, heads, offsets)} <= every
 
 
 def test_closed_forms_need_no_tables():
