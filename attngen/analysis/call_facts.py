@@ -49,7 +49,7 @@ class WalkFacts:
 @dataclass(frozen=True, eq=False)
 class CallFacts:
     """`Facts` for who only calls. sites: of each captured tensor with a gradient the places that load it, by whether atomics are
-    allowed; slopes: of each one that the sink loads; natural: see `Facts`.
+    allowed; slopes: of each one that the sink loads; natural, paged: see `Facts`.
     """
 
     walk_keys: WalkFacts
@@ -58,6 +58,7 @@ class CallFacts:
     program_queries: TileProgram
     positive: frozenset[str]
     natural: bool
+    paged: bool
     sites: Mapping[str, tuple[CaptureSite, ...]] = field(default_factory=dict)
     atomic_sites: Mapping[str, tuple[CaptureSite, ...]] = field(default_factory=dict)
     slopes: Mapping[str, tuple[SinkSlope, ...]] = field(default_factory=dict)
@@ -76,8 +77,15 @@ class CallFacts:
         return (self.sites if deterministic else self.atomic_sites).get(name, ())
 
     def restores(self, dtype: torch.dtype) -> bool:
-        """Whether the backward takes what a large lse lacks, see `Facts.restores`."""
-        return self.natural or dtype == torch.float32
+        """Whether the backward takes what a large lse lacks, see `restores`."""
+        return restores(self.natural, self.paged, dtype)
+
+
+def restores(natural: bool, paged: bool, dtype: torch.dtype) -> bool:
+    """Whether the backward, where there is one, takes what a large lse lacks: where float32 results would show it, and where the
+    score may be large by itself. (Products of q and k that are large for half a float have lost more before they are summed.)
+    """
+    return not paged and (natural or dtype == torch.float32)
 
 
 def facts_of(spec: Any) -> Any:

@@ -12,7 +12,7 @@ import sympy
 import torch
 from sympy.core.relational import Relational
 
-from attngen.analysis.call_facts import CallFacts, WalkFacts
+from attngen.analysis.call_facts import CallFacts, WalkFacts, restores
 from attngen.analysis.capture_sites import CaptureSite, SinkSlope
 from attngen.analysis.cost import Cost, cost
 from attngen.analysis.order import ZERO, Order
@@ -143,7 +143,9 @@ class Facts:
         )
         certain, atomic = self._sites[True], self._sites[False]
         programs = self.program_keys.plain, self.program_queries.plain
-        return CallFacts(keys, queries, *programs, self.positive, self.natural, certain, atomic, self.slopes)
+        return CallFacts(
+            keys, queries, *programs, self.positive, self.natural, self.paged, certain, atomic, self.slopes
+        )
 
     @cached_property
     def score_terms(self) -> tuple[Any, ...]:
@@ -171,11 +173,14 @@ class Facts:
         """
         return self.form != "folded" and sum(map(_bound, self.score_terms)) >= LARGE
 
+    @property
+    def paged(self) -> bool:
+        """Whether keys are in pages; then there is no backward."""
+        return self.spec.page_size is not None
+
     def restores(self, dtype: torch.dtype) -> bool:
-        """Whether the backward takes what a large lse lacks: where float32 results would show it, and where the score
-        may be large by itself. (Products of q and k that are large for half a float have lost more before they are summed.)
-        """
-        return self.natural or dtype == torch.float32
+        """Whether the backward takes what a large lse lacks, see `attngen.analysis.call_facts.restores`."""
+        return restores(self.natural, self.paged, dtype)
 
     def cost(self, **shape: Any) -> Cost:
         """FLOPs, bytes, exps and the speed-of-light time of a call, see `attngen.analysis.cost.cost`."""

@@ -4,6 +4,7 @@ a pack: where kernels come from, and how one is started, is a `Sources`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from attngen.language.schedule import Schedule
 from attngen.plan.grid import Grid
 from attngen.plan.launches import Launch, backward_launches
 
+LOG2E = math.log2(math.e)
 TABLES = " tables"  # behind the name of the kernel whose walk reads them
 MOST_READY = 4096  # launches that are kept ready; then all are forgotten: they cost some 100 us each
 
@@ -355,7 +357,8 @@ class Launcher:
         env, rows = dense_environment(call), (*call.q.shape[:3], 1)
         sink = tensor_of(evaluate(call.spec.sink, env), total.device).to(torch.float32)
         lse, excess = made["lse"][..., None], made["excess"][..., None] if "excess" in made else 0.0
-        p = torch.where(lse > -torch.inf, torch.exp(sink - lse) * 2.0**-excess, 0.0)  # [B, Hq, Nq, 1]
+        # One exponent: where logits are huge so is excess, and 2^-excess alone would be inf, or 0.
+        p = torch.where(lse > -torch.inf, torch.exp2((sink - lse) * LOG2E - excess), 0.0)  # [B, Hq, Nq, 1]
         ds = -p * made["delta"][..., None]
         for load in loads:
             share = (ds * evaluate(load.slope, env)).expand(rows)

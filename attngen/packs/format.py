@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from ..errors import PackError
 from .record import MOST_BYTES, Kernel
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "pack.json"
 KERNELS = "kernels"  # the folder of cubins, and the manifest's field of their records
 OWN_FIELDS = ("schema", "attngen", "digest", KERNELS)

@@ -214,6 +214,7 @@ FACTS = _record(
     program_queries=PROGRAM,
     positive=_many(TEXT, frozenset),
     natural=TRUTH,
+    paged=TRUTH,
     sites=SITES,
     atomic_sites=SITES,
     slopes=_named(_many(_record(SinkSlope, indices=_many(NODE), slope=NODE))),

@@ -89,7 +89,7 @@ class Attention:
         """Whether a traced forward's third result is what a large lse lacks: for kernels, where a call is one attention; else it
         is empty.
         """
-        if keys is not None or self.spec.page_size is not None or self.backend_of(call.q.device) in ("cpu", "meta"):
+        if keys is not None or self.backend_of(call.q.device) in ("cpu", "meta"):
             return False
         return bool(facts_of(self.spec).restores(call.q.dtype))
 

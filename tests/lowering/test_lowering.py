@@ -332,6 +332,32 @@ def test_weights_sum_to_one_however_large_the_products_are(size: float, sunk: bo
     torch.testing.assert_close(grads[2].sum(2), torch.full((1, 2, 16), 40.0), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("sink", [0.0, 0.45])
+def test_the_sink_has_its_gradient_beside_huge_products(sink: float) -> None:
+    """What lse lacks is hundreds there: 2 to the power of it is no float."""
+    spec, generator = ag.Spec(scale=0.3, sink=ag.sink()), torch.Generator().manual_seed(0)
+    q, k, v = torch.zeros(1, 1, 64, 16), torch.zeros(1, 1, 40, 16), torch.randn(1, 1, 40, 16, generator=generator)
+    q[..., 0], k[:, :, :20, 0] = 2.0**34 * (1 + torch.rand(64, generator=generator)), 1.0
+    leaf = torch.tensor([sink * 2.0**34], requires_grad=True)
+    _, lse = ag.compile(spec, backend="interpret")(q, k, v, sink=leaf, return_lse=True)
+    _, right = ag.oracle(spec, q, k, v, sink=leaf)
+    got, want = (torch.autograd.grad(x.sum(), leaf)[0] for x in (lse, right))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("split", [1, 4])
+@pytest.mark.parametrize("sunk", [False, True])
+def test_what_a_large_lse_lacks_is_of_the_rounded_product_that_dq_takes(sunk: bool, split: int) -> None:
+    """lse * log2(e) unrounded, inside of a multiply-add, would put P off by 3e-4 at logits of 1e4. Only compiled code has such."""
+    spec = ag.Spec(sink=ag.sink() if sunk else None)
+    made = ag.cross_compile(
+        spec, target="sm_90", dtype=torch.float32, head_dim=64, schedule=Schedule(split=split), passes=["forward"]
+    )
+    ptx = next(x.ptx for x in made if x.name == ("forward" if split == 1 else "merge"))
+    minus_log2e = "0fBFB8AA3B"
+    assert "0f3FB8AA3B" in ptx and not [x for x in ptx.splitlines() if "fma" in x and minus_log2e in x]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     "score",

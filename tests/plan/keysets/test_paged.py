@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import attngen as ag
 from attngen.backends.cpu.tiles import GRAIN
+from attngen.backends.launcher import Launcher
 from attngen.inspect import traffic
 from attngen.language.call import bind
 from attngen.language.moved import b as keys_b
@@ -53,6 +54,19 @@ def test_paged(page_size: int, head_major: bool, mask: str):
     spec = ag.Spec(keys=ag.paged(page_size, head_major), mask=MASKS[mask], sink="0.25")
     check(spec, ag.compile(spec), q, k, v, dict(page_table=table, k_len=lengths), lengths - 2, backward=False)
     assert ag.Spec.from_text(str(spec)).key == spec.key
+
+
+def test_nothing_is_kept_for_a_backward_that_cannot_come(monkeypatch: pytest.MonkeyPatch):
+    """What a large lse lacks is stored for the backward only, which pages do not have."""
+    launched, launch = [], Launcher._launch
+    monkeypatch.setattr(
+        Launcher, "_launch", lambda self, name, *a: launched.append((name, {*a[4]})) or launch(self, name, *a)
+    )
+    q, k, v, table, lengths = cache(16)
+    spec = ag.Spec(keys=ag.paged(16), score=ag.bias("j"))
+    captures = dict(page_table=table, k_len=lengths, bias=torch.full((48,), 1e6))
+    ag.compile(spec, backend="interpret")(q, k, v, q_offset=lengths - 2, **captures)
+    assert "forward" in dict(launched) and not [name for name, made in launched if "excess" in made]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
