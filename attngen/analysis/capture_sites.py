@@ -117,12 +117,14 @@ def collect(
     """
     if site.kind == "edges":
         return buffer.sum_to_size(tensor.shape)
-    if site.kind in ("total", "bins"):
+    if site.kind == "bins":
         buffer = buffer.sum(2)
-    if site.kind in ("total", "rows"):
-        buffer = buffer.view(*buffer.shape[:2], -1, 1)
+    elif site.kind == "total":
+        buffer = buffer.sum(2)[..., None, None]
+    elif site.kind == "rows":
+        buffer = buffer[..., None]
     elif site.kind == "keys":
-        buffer = buffer.view(*buffer.shape[:2], 1, -1)
+        buffer = buffer[..., None, :]
     binned = site.dims if site.kind in ("bins", "atomic") else ()
     # What each dimension of the buffer, and of the tensor, runs over: a symbol, an index expression, or a binned dimension.
     axes: list[Any] = [B, H, *binned] if binned else [B, H, I, J]

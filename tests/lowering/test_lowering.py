@@ -408,6 +408,8 @@ def test_each_kind_of_captured_gradient(score: Callable[..., Any], kind: str) ->
     want = torch.autograd.grad((ag.oracle(spec, q, k, v, x=x)[0] * weight).sum(), x)[0]
     assert torch.equal(got[0], got[1])
     assert (got[0] - want).norm() <= 1e-4 * want.norm()
+    of_nothing = attn(q[:0], k[:0], v[:0], x=x[:0] if kind == "rows" else x)  # an empty batch
+    assert not torch.autograd.grad(of_nothing.sum(), x)[0].any()
 
 
 @pytest.mark.parametrize("index", ["h, i, j", "h, i // 2, j // 3", "h, i - q_offset, j"])
