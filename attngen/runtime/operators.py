@@ -367,8 +367,10 @@ class _Names:
 def forward(q, k, v, tensors, ints, floats, q_offset, q_offsets, prepared, handle):  # type: ignore[no-untyped-def]
     names = _Names(handle)
     call, given, executable, values = names.call(q, k, v, tensors, ints, floats, q_offset, q_offsets, prepared)
+    # The backward gets nothing else of this call, and makes the rest again.
+    call.wants_grad = keeps = names.attention.keeps(executable.keys, call)
     out, lse, kept = executable.forward_and_kept(call, given, values)
-    return out, lse, kept if names.attention.keeps(executable.keys, call) else lse.new_empty(0)
+    return out, lse, kept if keeps else lse.new_empty(0)
 
 
 @torch.library.register_fake("attngen::forward", lib=_library)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import attngen as ag
+from attngen.backends.cpu import passes
 from attngen.backends.launcher import Launcher
 from attngen.runtime import operators
 
@@ -68,6 +69,17 @@ def test_what_a_large_lse_lacks_comes_from_the_forward(traced: bool, dtype: torc
         torch.testing.assert_close(got.double(), want, rtol=0.1, atol=0.1)
     dv = torch.autograd.grad(call(*leaves, **captures).sum(), leaves[2])[0]
     torch.testing.assert_close(dv.float().sum((2,)), torch.full((2, 2, 16), 48.0), rtol=1e-3, atol=1e-3)
+
+
+def test_a_traced_forward_keeps_nothing_that_its_backward_does_not_get(monkeypatch: Any):
+    """The weights of a schedule that stores them, on a CPU: they are no result of the operator."""
+    attn = ag.compile(ag.Spec(mask=ag.causal()), schedule=ag.Schedule(store=True), backend="cpu")
+    leaves, _ = inputs(grad=True)
+    want = torch.autograd.grad(attn(*leaves).square().sum(), leaves)
+    monkeypatch.setattr(passes, "forward_keeping", lambda *a: pytest.fail("kept for nobody"))
+    out = torch.compile(attn, fullgraph=True, backend="aot_eager")(*leaves)
+    for got, right in zip(torch.autograd.grad(out.square().sum(), leaves), want, strict=True):
+        torch.testing.assert_close(got, right)
 
 
 def test_a_changed_param_is_no_new_graph():
