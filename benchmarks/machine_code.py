@@ -1,7 +1,8 @@
 """What the machine code of kernels says where no GPU is: modelled, never measured. `python -m benchmarks.machine_code --help`
 
 `tiles` finds default tiles: it compiles the kernels of common specs in every tile that may be good, leaves out those that
-spill registers or don't fit, and keeps for each spec and kernel the one with the fewest modelled cycles.
+spill registers or don't fit, and keeps for each spec and kernel the one with the fewest modelled cycles, or of those that the
+model hardly tells apart the one that keeps a multiprocessor busy shortest.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ from benchmarks.suite import write_json
 from benchmarks.workload import LENGTH, pairs, tile_counts
 
 Case = tuple[str, str, int]  # a name of SPECS, a kernel, a head dim
+Line = tuple[float, Tile, dict[str, Any]]  # modelled cycles of 1,000 pairs, a tile, what compiling it found
 FINALISTS = 4  # tiles that are compiled in special forms too
 HARDLY = 80  # registers a thread that a finalist may spill: special forms need fewer
+EQUAL = 1.01  # times the best tile's modelled cycles, within which the model tells nothing apart
 TCGEN05 = (
     4096  # multiply-adds of half types a cycle and multiprocessor of sm_100, whose products don't say their shapes
 )
@@ -116,11 +119,15 @@ def compiled(spec: ag.Spec, kernel: str, tile: Tile, target: str, head_dim: int)
     return cross_compile(spec, target, head_dim=head_dim, schedule=pinned, passes=(kernel,))[0]
 
 
-def cycles(name: str, kernel: str, tile: Tile, made: dict[str, Any], target: str, head_dim: int) -> float:
-    """Modelled as at a first call (`backends/triton/modelled.py`), of a multiprocessor by 1,000 pairs of a head."""
+def cycles(
+    name: str, kernel: str, tile: Tile, made: dict[str, Any], target: str, head_dim: int, waits: bool = True
+) -> float:
+    """Modelled as at a first call (`backends/triton/modelled.py`), of a multiprocessor by 1,000 pairs of a head. waits: as warps
+    do for each other; without it what its busiest part does alone.
+    """
     counts = tile_counts(SPECS[name], tile.block_m, tile.block_n, kernel == "dkv")
     resident, walked = (tile.block_n, tile.block_m) if kernel == "dkv" else (tile.block_m, tile.block_n)
-    full, partial, outside = (Stretch(*stretch) for stretch in made["stretches"])
+    full, partial, outside = (Stretch(busy, alone if waits else busy) for busy, alone in made["stretches"])
     used = Resources(made["registers"], made["spills"], made["shared"], tile.num_warps, full, partial, outside)
     full_tiles, partial_tiles = (HEADS * count for count in counts)  # many: the last wave hardly counts
     work = Work(full_tiles, partial_tiles, HEADS * LENGTH / resident, 2 * 2 * walked * head_dim * tile.parts)
@@ -186,8 +193,7 @@ def tiles(
         if there is None:
             search(here, case)
         source = there or here
-        ranked = (line for line in source.ranked(case, source.tiles(case)) if here.fits(case, line[1]))
-        best = next(ranked, None)
+        best = chosen(source, here, case)
         if best is None:
             typer.echo(f"{' '.join(map(str, case))}: no tile without spills", err=True)
             continue
@@ -201,6 +207,16 @@ def tiles(
     if beside is not None:  # what the newer Triton takes instead
         kept += [(e, tile, about) for e, tile, about in known if e[3] != since and oldest.get(e[:3]) != tile]
     write_tiles(path, [*kept, *found])
+
+
+def chosen(source: Log, here: Log, case: Case) -> Line | None:
+    """By the cycles of one log, without spills in the other too: of those within `EQUAL` the one that is busy shortest."""
+    ranked = (line for line in source.ranked(case, source.tiles(case)) if here.fits(case, line[1]))
+    best = next(ranked, None)
+    if best is None:
+        return None
+    equal = itertools.takewhile(lambda line: line[0] <= EQUAL * best[0], ranked)
+    return min([best, *equal], key=lambda line: source.cycles(case, line[1], waits=False))
 
 
 class Log:
@@ -238,12 +254,17 @@ class Log:
         most = min(Target.named(name).shared_limit for name in TARGETS if family_of(name) == self.target)
         return bool(made) and made["spills"] <= spills and made["shared"] <= most
 
-    def ranked(self, case: Case, tiles: Iterable[Tile], spills: int = 0) -> list[tuple[float, Tile, dict[str, Any]]]:
-        """Those that fit, by modelled cycles."""
+    def cycles(self, case: Case, tile: Tile, waits: bool = True) -> float:
+        """See the function."""
         name, kernel, d = case
-        found = [(tile, self.made(case, tile)) for tile in tiles if self.fits(case, tile, spills)]
-        lines = [(round(cycles(name, kernel, tile, made, self.target, d), 1), tile, made) for tile, made in found]
-        return sorted(lines, key=lambda line: line[0])
+        return round(cycles(name, kernel, tile, self.made(case, tile), self.target, d, waits), 1)
+
+    def ranked(self, case: Case, tiles: Iterable[Tile], spills: int = 0) -> list[Line]:
+        """Those that fit, by modelled cycles."""
+        fitting = [tile for tile in tiles if self.fits(case, tile, spills)]
+        return sorted(
+            ((self.cycles(case, tile), tile, self.made(case, tile)) for tile in fitting), key=lambda line: line[0]
+        )
 
 
 def tried(name: str, kernel: str, tile: Tile, target: str, head_dim: int) -> dict[str, Any]:
