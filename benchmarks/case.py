@@ -12,7 +12,7 @@ SDPA = ("sdpa-cudnn", "sdpa-flash", "sdpa-efficient")
 CPU_SDPA = ("sdpa-flash", "sdpa-math")
 DENSE = ("attngen", *SDPA, "flex", "flashinfer", "cudnn-flex")
 # attngen's own schedules, beside the one it chooses. Warps can be specialised only where there is no mask.
-HOPPER = ("attngen-tma", "attngen-persistent", "attngen-longest-first")
+HOPPER = ("attngen-tma", "attngen-persistent", "attngen-by-head")
 SPLITS = ("attngen-no-split", "attngen-split-8", "attngen-stream", "attngen-paged")
 
 

@@ -23,7 +23,7 @@ COLOURS = {
     "attngen-tma": "#ff8787",
     "attngen-warp-specialize": "#c92a2a",
     "attngen-persistent": "#ffc9c9",
-    "attngen-longest-first": "#9c36b5",
+    "attngen-by-head": "#9c36b5",
     "flex": "#1971c2",
     "flex-max-autotune": "#74c0fc",
     "sdpa": "#2f9e44",

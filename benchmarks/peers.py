@@ -320,7 +320,7 @@ VARIANTS: Mapping[str, Build] = {
         block_m=128, block_n=64, num_warps=4, num_stages=2, tma=True, warp_specialize=True
     ),
     "attngen-persistent": variant(persistent=1),
-    "attngen-longest-first": variant(order="longest_first"),
+    "attngen-by-head": variant(order="by_head"),
 }
 
 PEERS: Mapping[str, Build] = {

@@ -16,7 +16,7 @@ import torch
 
 from attngen.analysis.intervals import INFINITY, Cover, Interval, cover, join_neighbours, merge
 from attngen.analysis.normal import Reader
-from attngen.analysis.order import BEGIN, BLOCK, END, ZERO, Down, Order, Up
+from attngen.analysis.order import BEGIN, BLOCK, END, FIRST, LAST, ZERO, Down, Order, Up
 from attngen.analysis.scalars import ScalarProgram
 from attngen.analysis.summaries import Axis, Summary, prepare
 from attngen.analysis.tables import Table, Tables
@@ -132,6 +132,18 @@ class Walk:
         return bool(self.tables)
 
     @cached_property
+    def uneven(self) -> bool:
+        """Whether tiles at one end have most to visit, as under a causal mask: the last queries, or the first keys. Never where
+        captured data decides.
+        """
+        fixed = {(_fixed(x.low), _fixed(x.high)) for x in self.live}
+        wanted = (
+            self.axis == "j",
+            self.axis == "i",
+        )  # keys from a fixed one up to the tile's; queries from the tile's on
+        return not self.needs_tables and wanted in fixed and wanted[::-1] not in fixed
+
+    @cached_property
     def symbols(self) -> tuple[str, ...]:
         """The names of its tables' values."""
         return tuple(symbol.name for table in self.tables for symbol in table.symbols)
@@ -155,6 +167,13 @@ class Walk:
         """The program in tile numbers. `begin` defaults to 0 for keys and to BEGIN for queries."""
         start = begin if begin is not None else ZERO if self.axis == "j" else BEGIN
         return _program(self, sympy.sympify(start) if isinstance(start, int) else start)
+
+
+def _fixed(bound: Any) -> bool:
+    """Whether it is the same for all tiles, or for all but the first few."""
+    if isinstance(bound, Minimum) and any(arg.is_Integer for arg in bound.args):
+        return True
+    return not {FIRST, LAST} & bound.free_symbols
 
 
 def analyse(mask: Any, tile: Any, walked: Any) -> Walk:

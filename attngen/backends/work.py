@@ -55,10 +55,14 @@ def sizes_of(call: Call, schedule: Schedule) -> dict[str, int]:
 
 
 def heads_together(call: Call) -> int:
-    """How many heads' keys and values fit half of the second-level cache: those whose tiles come by turns."""
+    """How many heads' tiles come by turns: those whose keys and values fit half of the second-level cache, or as many fewer as
+    all heads are a multiple of, since a last few of them would wait for their longest tile.
+    """
     cache = cache_bytes(call.q.device)
+    every = max(1, call.q.shape[0] * call.q.shape[1] // call.group)
     head = max(1, call.n_k * (call.k.shape[3] + call.v.shape[3]) * call.k.element_size())
-    return max(1, cache // 2 // head) * call.group
+    fit = min(every, max(1, cache // 2 // head))
+    return next((heads for heads in range(fit, fit // 2, -1) if every % heads == 0), fit) * call.group
 
 
 def stream_runs(

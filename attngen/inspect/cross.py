@@ -164,7 +164,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tensor descriptors": {"tma": True, "dq_tma": True, "dkv_tma": True},
     "specialised warps": {"tma": True, "warp_specialize": True, "num_warps": 4},
     "persistent": {"persistent": 1, "dq_persistent": 1, "dkv_persistent": 1},
-    "longest first": {f"{prefix}order": "longest_first" for prefix in ("", "dq_", "dkv_")},
+    "by head": {f"{prefix}order": "by_head" for prefix in ("", "dq_", "dkv_")},
     "packed heads, stream-K": {"pack": True, "split": "stream"},
 }
 FORWARD_ONLY = ("specialised warps", "packed heads, stream-K")

@@ -36,7 +36,7 @@ class Tile:
         (sm_90 and above, with tma; on sm_90 4 warps; forward only).
     persistent: so many programs per multiprocessor, each of which takes one output after the other; 0: a program per output.
     order: of the outputs: "by_head", or "longest_first": the last query tiles (those that see most keys under a causal mask)
-        of as many heads as fit the second-level cache, then the ones before them.
+        of as many heads as fit the second-level cache, then the ones before them. The default where the mask says that.
     pipeline_edges: where only a few tiles at the edges of intervals are partial, their loop has num_stages too. It loads ahead, and
         the loop over full tiles may take fewer instructions beside it, but some kernels spill; False: one stage.
     disable_licm: as in Triton: a step computes again what no step changes, mostly where in shared memory operands are. That takes

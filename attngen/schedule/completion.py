@@ -7,12 +7,13 @@ from dataclasses import replace
 import torch
 
 from attngen.analysis import Facts
+from attngen.analysis import facts as analyse
 from attngen.errors import ScheduleError
 from attngen.language.call import Call
 from attngen.language.lists import Lists, TileLists
 from attngen.language.schedule import KERNELS, PLAIN, PREFIXES, Schedule, Tile
 from attngen.language.spec import Spec
-from attngen.schedule.defaults import default_on_cpu, default_tile
+from attngen.schedule.defaults import default_on_cpu, default_order, default_tile
 from attngen.schedule.legality import check_targeted, why_not_listed
 from attngen.schedule.target import Target
 
@@ -31,7 +32,8 @@ def complete(
     schedule = schedule.over(SHARED)
     for kernel in KERNELS:
         default = default_tile(spec, target, kernel, max(head_dim, head_dim_v), dtype)
-        schedule = schedule.with_tile(kernel, getattr(schedule, kernel).over(default).over(PLAIN))
+        ordered = Tile(order=default_order(analyse(spec), kernel, schedule))
+        schedule = schedule.with_tile(kernel, getattr(schedule, kernel).over(default).over(ordered).over(PLAIN))
     check_targeted(schedule, target)
     return schedule
 

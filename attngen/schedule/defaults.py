@@ -183,6 +183,21 @@ def default_tile(spec: Spec, target: Target, kernel: str, head_dim: int, dtype: 
     return tile
 
 
+def default_order(known: Facts, kernel: str, schedule: Schedule) -> str:
+    """Of a kernel's outputs. Where tiles at one end have most to visit the longest come first, so that the last that run are short.
+    By head where that says nothing, where a split forward shares out the tiles itself, and where dq adds up a bias's gradient
+    over the batch. schedule: what is decided.
+    """
+    if known.spec.lists is not None or not known.walk_of(kernel).uneven:
+        return "by_head"
+    if kernel == "forward" and schedule.split not in (None, 1):
+        return "by_head"
+    sites = (site for name in known.load_grads for site in known.sites_of(name, schedule.deterministic is not False))
+    if kernel == "dq" and any(site.kind == "pairs" and not site.by_batch for site in sites):
+        return "by_head"
+    return "longest_first"
+
+
 def steps(spec: Spec) -> int:
     """How much a pair takes besides its logit: comparisons of the mask, more for what it loads or divides and where only loaded
     values are compared; what is loaded in full tiles too; a seed on the device; lists, of tiles a little, of single keys most of

@@ -18,6 +18,7 @@ from attngen.schedule.defaults import default_tile
 from attngen.schedule.legality import why_not_targeted
 
 H100 = Target.named("sm_90")
+LENGTH = ag.Tensor("length", 1, dtype=torch.int32)
 
 
 def test_the_first_who_decides_wins_and_the_model_fills_the_rest() -> None:
@@ -25,9 +26,10 @@ def test_the_first_who_decides_wins_and_the_model_fills_the_rest() -> None:
     spec = ag.Spec(mask=ag.causal())
     schedule = complete(spec, H100, 64, 128, torch.bfloat16, pins, None, tuned)
     default = default_tile(spec, H100, "forward", 128, torch.bfloat16)
+    ordered = ag.Tile(order="longest_first").over(PLAIN)
     assert schedule.forward == replace(default, block_m=32, num_warps=4).over(PLAIN)
     assert schedule.dq.tma is True and schedule.forward.tma is False and schedule.split == 3
-    assert schedule.dkv == default_tile(spec, H100, "dkv", 128, torch.bfloat16).over(PLAIN)
+    assert schedule.dkv == default_tile(spec, H100, "dkv", 128, torch.bfloat16).over(ordered)
     assert schedule.deterministic is True and schedule.precision == "ieee"
     assert all(getattr(schedule, kernel) == schedule.tile(kernel) for kernel in KERNELS)
 
@@ -62,6 +64,37 @@ def test_what_a_target_cannot_have(kernel: str, tile: ag.Tile, target: str, says
         pins = ag.Schedule().with_tile(kernel, tile)
         with pytest.raises(ag.ScheduleError, match=f"^{kernel} "):
             complete(ag.Spec(), Target.named(target), 64, 64, torch.float16, pins)
+
+
+CAUSAL, BIAS = ag.causal(), ag.bias("hij")
+
+
+@pytest.mark.parametrize(
+    ("spec", "pins", "first"),
+    [
+        (ag.Spec(mask=CAUSAL), ag.Schedule(), KERNELS),
+        (ag.Spec(mask=lambda b, h, i, j: (i >= j) & (j < LENGTH[b])), ag.Schedule(), KERNELS),
+        (ag.Spec(mask="i >= j or j < 7"), ag.Schedule(), KERNELS),
+        (ag.Spec(mask="i // 64 >= j // 64"), ag.Schedule(), KERNELS),
+        (
+            ag.Spec(mask=CAUSAL & (ag.window(64) | ag.global_tokens(4))),
+            ag.Schedule(),
+            ["dkv"],
+        ),  # which those tokens all have
+        (ag.Spec(mask=CAUSAL, score=BIAS), ag.Schedule(), ["forward", "dkv"]),  # dq adds up its gradient over the batch
+        (ag.Spec(mask=CAUSAL, score=ag.bias("bhij")), ag.Schedule(), KERNELS),
+        (ag.Spec(mask=CAUSAL), ag.Schedule(split=4), ["dq", "dkv"]),
+        (ag.Spec(mask=CAUSAL), ag.Schedule(order="by_head", split=1), ["dq", "dkv"]),
+        (ag.Spec(mask=CAUSAL), ag.Schedule(dq_order="by_head", dkv_order="by_head"), ["forward"]),
+        (ag.Spec(), ag.Schedule(), []),
+        (ag.Spec(mask=CAUSAL & ag.window(64)), ag.Schedule(), []),
+        (ag.Spec(mask="i <= j"), ag.Schedule(), []),  # the first queries have most
+        (ag.Spec(mask=CAUSAL & ag.documents()), ag.Schedule(), []),  # data decides
+    ],
+)
+def test_the_longest_come_first_where_the_mask_says_which(spec: ag.Spec, pins: ag.Schedule, first: list[str]) -> None:
+    schedule = complete(spec, H100, 64, 64, torch.bfloat16, pins)
+    assert [kernel for kernel in KERNELS if schedule.tile(kernel).order == "longest_first"] == list(first)
 
 
 def test_blocks_divide_listed_tiles() -> None:

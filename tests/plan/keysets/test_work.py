@@ -12,6 +12,7 @@ import attngen as ag
 from attngen.analysis import facts
 from attngen.backends import work
 from attngen.backends.meta import tables as tables_of
+from attngen.language.call import bind
 from attngen.lowering import render
 from attngen.schedule import Target, complete, fit
 from tests.keys_cases import inputs
@@ -256,3 +257,12 @@ def test_what_waits_is_found(monkeypatch: pytest.MonkeyPatch):
     ):
         with pytest.raises((RuntimeError, NotImplementedError, AssertionError)), OnDevice():
             wait()
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv", "together"), [(1, 6, 6, 3), (1, 7, 7, 4), (2, 6, 2, 12), (1, 1, 1, 1)]
+)
+def test_heads_that_take_turns_are_a_part_of_all(batch: int, heads: int, kv: int, together: int):
+    """Keys and values of four heads fit half of the cache here: fewer, if all heads are a multiple of more than half of them."""
+    q, k = torch.empty(batch, heads, 128, 64), torch.empty(batch, kv, 1024, 64)
+    assert work.heads_together(bind(ag.Spec(), q, k, k, captures={})) == together
