@@ -38,7 +38,7 @@ from attngen.schedule.shipped import (
     write_tiles,
 )
 from attngen.tuning.model import PRODUCTS
-from benchmarks import beside_flex, public_choices
+from benchmarks import beside_flex, orders, public_choices
 from benchmarks.suite import write_json
 from benchmarks.workload import LENGTH, pairs, tile_counts
 
@@ -166,6 +166,14 @@ def ranks(
     results = public_choices.run(typer.echo, tuple(gpu))
     write_json(out / "ranks.json", results)
     (out / "ranks.md").write_text(public_choices.table(results), encoding="utf-8")
+
+
+@app.command()
+def order(out: Annotated[Path, typer.Option(help="folder of the JSON and the table")] = RESULTS) -> None:
+    """What it is worth that the longest tiles of a causal mask come first."""
+    results = orders.run(typer.echo)
+    write_json(out / "order.json", results)
+    (out / "order.md").write_text(orders.table(results), encoding="utf-8")
 
 
 @app.command()

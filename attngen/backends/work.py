@@ -55,14 +55,16 @@ def sizes_of(call: Call, schedule: Schedule) -> dict[str, int]:
 
 
 def heads_together(call: Call) -> int:
-    """How many heads' tiles come by turns: those whose keys and values fit half of the second-level cache, or as many fewer as
-    all heads are a multiple of, since a last few of them would wait for their longest tile.
-    """
-    cache = cache_bytes(call.q.device)
-    every = max(1, call.q.shape[0] * call.q.shape[1] // call.group)
+    """How many heads' tiles come by turns, by the keys and values that fit half of the second-level cache."""
+    every = call.q.shape[0] * call.q.shape[1] // call.group
     head = max(1, call.n_k * (call.k.shape[3] + call.v.shape[3]) * call.k.element_size())
-    fit = min(every, max(1, cache // 2 // head))
-    return next((heads for heads in range(fit, fit // 2, -1) if every % heads == 0), fit) * call.group
+    return turns(every, cache_bytes(call.q.device) // 2 // head) * call.group
+
+
+def turns(every: int, fit: int) -> int:
+    """As many heads as fit, or a few less that all are a multiple of: a last few heads alone would wait for their longest tile."""
+    fit = max(1, min(every, fit))
+    return next((heads for heads in range(fit, fit // 2, -1) if every % heads == 0), fit)
 
 
 def stream_runs(
