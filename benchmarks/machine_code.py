@@ -213,7 +213,11 @@ def tiles(
     known, oldest = read_tiles(path) if path.is_file() else [], {entry[:3]: tile for entry, tile, _ in found}
     kept = [line for line in known if line[0][:3] not in searched]
     if beside is not None:  # what the newer Triton takes instead
-        kept += [(e, tile, about) for e, tile, about in known if e[3] != since and oldest.get(e[:3]) != tile]
+        kept += [
+            line
+            for line in known
+            if line[0][:3] in searched and line[0][3] != since and oldest.get(line[0][:3]) != line[1]
+        ]
     write_tiles(path, [*kept, *found])
 
 

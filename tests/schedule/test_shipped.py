@@ -103,6 +103,15 @@ def test_an_older_triton_has_its_own_tile_where_the_best_spills_there():
     assert tiles_under("3.5.1", found) == {}
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_entries_are_told_apart(path: Path):
+    """One a form, kernel, head dim and Triton; a newer Triton's is not the older one's."""
+    found = read_tiles(path)
+    assert len({entry for entry, _, _ in found}) == len(found)
+    tiles = [(entry[:3], tile) for entry, tile, _ in found]
+    assert len(set(tiles)) == len(tiles)
+
+
 def test_common_specs_have_tiles():
     """Those that `benchmarks.machine_code tiles` compiles, at the usual head dims."""
     have = {entry[1:4] for entry in ENTRIES if entry[0] == "sm_90"}
