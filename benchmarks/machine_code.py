@@ -23,7 +23,7 @@ from attngen.analysis import facts as analyse
 from attngen.backends.triton import modelled
 from attngen.backends.triton.modelled import Resources, Stretch, Work
 from attngen.inspect.cross import Compiled, cross_compile
-from attngen.language.schedule import KERNELS, PLAIN, PREFIXES, Tile
+from attngen.language.schedule import KERNELS, PREFIXES, Tile
 from attngen.runtime.first_tiles import HEADS, sparing
 from attngen.schedule import TARGETS, Target
 from attngen.schedule.legality import WIDE
@@ -88,9 +88,14 @@ def candidates(kernel: str, head_dim: int, target: Target) -> Iterator[Tile]:
             continue
         if (spared := sparing(kernel, found, target, head_dim)) is None:
             continue
-        yield spared.over(PLAIN)
+        yield plainly(spared)
         if wide and target.has_descriptors:
-            yield replace(spared, tma=True).over(PLAIN)
+            yield plainly(replace(spared, tma=True))
+
+
+def plainly(tile: Tile) -> Tile:
+    """With every special form decided, and what files of tiles leave open left open: the order of outputs."""
+    return tile_of((tile.block_m, tile.block_n, tile.num_warps, tile.num_stages), forms_of(tile))
 
 
 def search(log: Log, case: Case) -> None:

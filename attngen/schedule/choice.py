@@ -20,7 +20,7 @@ from attngen.language.call import Call
 from attngen.language.device import multiprocessors
 from attngen.language.schedule import KERNELS, Schedule, Tile
 from attngen.language.spec import Spec
-from attngen.schedule.completion import complete, complete_on_cpu, fit
+from attngen.schedule.completion import complete, complete_on_cpu, fit, ordered
 from attngen.schedule.decode import decode_choice
 from attngen.schedule.identities import IDENTITIES, gpu_named
 from attngen.schedule.legality import check, why_not_stored
@@ -228,7 +228,7 @@ def complete_for(
 ) -> Schedule:
     """The schedule for a named target, without a database: what cross-compilation and `source` use."""
     if target == "interpreter":
-        return pins.over(INTERPRETED)
+        return ordered(spec, pins.over(INTERPRETED))
     return complete(spec, Target.named(target), head_dim, head_dim_v, dtype, pins)
 
 

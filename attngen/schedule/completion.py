@@ -29,12 +29,20 @@ def complete(
     schedule = Schedule()
     for choice in choices:
         schedule = schedule.over(choice)
-    schedule = schedule.over(SHARED)
+    schedule = ordered(spec, schedule.over(SHARED))
     for kernel in KERNELS:
         default = default_tile(spec, target, kernel, max(head_dim, head_dim_v), dtype)
-        ordered = Tile(order=default_order(analyse(spec), kernel, schedule))
-        schedule = schedule.with_tile(kernel, getattr(schedule, kernel).over(default).over(ordered).over(PLAIN))
+        schedule = schedule.with_tile(kernel, getattr(schedule, kernel).over(default).over(PLAIN))
     check_targeted(schedule, target)
+    return schedule
+
+
+def ordered(spec: Spec, schedule: Schedule) -> Schedule:
+    """The schedule with an order of outputs for every kernel."""
+    known = analyse(spec)
+    for kernel in KERNELS:
+        default = Tile(order=default_order(known, kernel, schedule))
+        schedule = schedule.with_tile(kernel, getattr(schedule, kernel).over(default))
     return schedule
 
 
