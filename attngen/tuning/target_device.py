@@ -69,6 +69,8 @@ class TargetDevice:
         if self.target is not None:
             start = on_gpu(call, known, self.target, self.device.units, pins)
             forms = special_forms(job.spec, shape, self.target, job.piece)
+            if self.torch_device is None:  # the model does not see in which order programs come: the default stays
+                forms = {name: every for name, every in forms.items() if not name.endswith(("order", "persistent"))}
             return gpu_space(
                 job.piece, shape, job.dtype.itemsize, self.target, start, pins, forms, job.spec.lists
             ), start

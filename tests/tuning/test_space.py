@@ -10,6 +10,7 @@ import torch
 from attngen.analysis import facts
 from attngen.errors import ScheduleError
 from attngen.language.expression import Tensor
+from attngen.language.schedule import KERNELS
 from attngen.language.spec import Spec
 from attngen.schedule import Schedule, Target, choice
 from attngen.store import Shape
@@ -83,6 +84,17 @@ def test_the_untuned_schedule_is_what_a_call_uses(mask, head_dim, pins, dtype, m
     whole = Schedule(split=1, pack=False)  # what undecided means
     assert start == used and space.holds(space.start)
     assert Schedule(**space.start).over(start).over(whole) == used.over(whole)
+
+
+def test_a_model_does_not_choose_an_order():
+    """It doesn't see which programs run last; the default order stays, and no record says another."""
+    spec, shape = Spec(mask="i >= j"), replace(SHAPE, n_q=4096, n_k=4096)
+    for piece in ("forward", "backward"):
+        job = Job(Part("", spec, shape, {}), piece, torch.bfloat16, find_target_device("H200", None), 0, 1.0)
+        space, start = job.space
+        assert not any(name.endswith(("order", "persistent")) for name in space.choices)
+        assert {start.tile(kernel).order for kernel in KERNELS} == {"longest_first"}
+    assert {"order", "persistent"} <= special_forms(spec, shape, Target.named("sm_90"), "forward").keys()
 
 
 def test_a_split_of_the_models_is_kept_in_its_place():
