@@ -46,6 +46,7 @@ class Worker:
         purpose: str = "tuning",
     ):
         self.option, self.starting, self.purpose = option, starting, purpose
+        self._told = self._begun = False
         self.begin(job, limit)
         self.command = list(command or (sys.executable, "-m", "attngen.tuning.worker"))
         self._process: subprocess.Popen[str] | None = None
@@ -55,16 +56,30 @@ class Worker:
 
     def ask(self, request: dict[str, Any], limit: float | None = None) -> dict[str, Any]:
         """The answer. Raises WorkerDied after the time limit or when the process ended."""
+        self.ready()
+        self._send(request)
+        return self._receive(self.limit if limit is None else limit)
+
+    def start(self) -> None:
+        """Without waiting: it imports what it needs while its first request is made up."""
         if self._process is None:
             self._start()
+        if not self._told:
+            self._send(self.job)
+            self._told = True
+
+    def ready(self) -> None:
+        """Wait until it can take a request. Raises as `ask`, and AttngenError if it can't start."""
+        self.start()
         if not self._begun:
             self._begin()
-        return self._exchange(request, self.limit if limit is None else limit)
 
     def begin(self, job: dict[str, Any], limit: float) -> None:
         """Another job from the next request on."""
         self.job, self.limit = job, limit
-        # Whether this process knows the job; whether one has, so that a death is a candidate's fault; whether it is the job's own.
+        # Whether this process was told the job, and has answered; whether one has, so that a death is a candidate's fault; whether it
+        # is the job's own.
+        self._told = False
         self._begun = self._works = self._fresh = False
 
     @property
@@ -100,30 +115,32 @@ class Worker:
         )
         self._answers = queue.Queue()
         threading.Thread(target=_forward, args=(self._process.stdout, self._answers), daemon=True).start()
+        self._told = False
         self._begun, self._fresh = False, True
 
     def _begin(self) -> None:
         try:
-            answer = self._exchange(self.job, self.starting)
+            answer = self._receive(self.starting)
         except WorkerDied as death:
             if self._works:
                 raise
             if not self._fresh:  # an earlier job may have left the process in a bad state
                 self._start()
-                return self._begin()
+                return self.ready()
             raise AttngenError(f"{self.purpose} cannot start: {death.reason}") from death
         if answer["status"] != "ok":
             self.close()
             raise AttngenError(f"{self.purpose} cannot start: {answer['reason']}")
         self._begun = self._works = True
 
-    def _exchange(self, request: dict[str, Any], limit: float) -> dict[str, Any]:
+    def _send(self, request: dict[str, Any]) -> None:
         assert self._process is not None and self._process.stdin is not None
-        try:
+        with contextlib.suppress(OSError):  # it died: the queue says so
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-        except OSError:
-            pass  # it died: the queue says so
+
+    def _receive(self, limit: float) -> dict[str, Any]:
+        assert self._process is not None
         try:
             line = self._answers.get(timeout=limit)
         except queue.Empty:

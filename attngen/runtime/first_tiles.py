@@ -139,9 +139,10 @@ class Search:
         """One worker's share, until the time is over."""
         allowed = self._rest()
         worker = Worker({}, allowed, self.command, VARIABLE, allowed, "searching tiles")
+        worker.start()
         try:
             for kernel, tile in self._left:
-                if time.monotonic() >= self._deadline:
+                if not self._rest():
                     return
                 yield self._try(worker, kernel, tile)
         finally:
@@ -154,6 +155,7 @@ class Search:
     def _try(self, worker: Worker, kernel: str, tile: Tile) -> Tried:
         try:
             source = self._source(kernel, tile)
+            worker.ready()
             answer = worker.ask(self._request(source), self._rest())
         except WorkerDied as death:
             return Tried(kernel, tile, reason=death.reason, hung=death.status == "timeout")
