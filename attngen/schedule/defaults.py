@@ -105,7 +105,7 @@ CROWDED: Mapping[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = MappingPr
         ),
         ("sm_100", "dkv", 128): (
             (3, Tile(32, 64, 8, 2)),
-            (4, Tile(16, 128, 8, 1)),
+            (4, Tile(32, 64, 8, 1)),
             (11, Tile(32, 64, 8, 2)),
             (17, Tile(16, 128, 8, 1)),
             (30, Tile(32, 128, 8, 1)),
