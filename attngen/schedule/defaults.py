@@ -99,6 +99,8 @@ CROWDED: Mapping[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = MappingPr
         ("sm_100", "dq", 128): ((11, Tile(64, 32, 8, 2)), (28, Tile(64, 64, 8, 2))),
         ("sm_100", "dkv", 64): (
             (4, Tile(32, 128, 8, 1)),
+            (8, Tile(32, 64, 8, 1)),
+            (9, Tile(32, 128, 8, 1)),
             (13, Tile(32, 128, 8, 2)),
             (14, Tile(32, 128, 8, 1)),
             (30, Tile(64, 128, 8, 1)),
