@@ -65,8 +65,8 @@ def table(results: dict[str, Any]) -> str:
     """As Markdown."""
     head = (
         "# The order of outputs under a causal mask: modelled\n\n"
-        f"Time over the least possible, forward {BLOCK_M} x {BLOCK_N}, on {UNITS} multiprocessors, when each program starts where "
-        "a place comes free first. By head is the order of FlexAttention's kernels; longest first is attngen's default.\n\n"
+        f"Time over the least possible of a forward in tiles of {BLOCK_M} x {BLOCK_N} on {UNITS} multiprocessors, when each program "
+        "starts where a place comes free first. By head is the order of FlexAttention's kernels; longest first is attngen's default.\n\n"
         "| programs a multiprocessor | length | heads | waves | by head | longest first | gain |\n|---|---|---|---|---|---|---|\n"
     )
     return head + "".join(

@@ -137,11 +137,8 @@ class Walk:
         captured data decides.
         """
         fixed = {(_fixed(x.low), _fixed(x.high)) for x in self.live}
-        wanted = (
-            self.axis == "j",
-            self.axis == "i",
-        )  # keys from a fixed one up to the tile's; queries from the tile's on
-        return not self.needs_tables and wanted in fixed and wanted[::-1] not in fixed
+        growing = (self.axis == "j", self.axis == "i")  # keys up to the tile's own, or queries from the tile's own on
+        return not self.needs_tables and growing in fixed and growing[::-1] not in fixed
 
     @cached_property
     def symbols(self) -> tuple[str, ...]:

@@ -194,9 +194,12 @@ def default_order(known: Facts, kernel: str, schedule: Schedule) -> str:
         return "by_head"
     if kernel == "forward" and schedule.split not in (None, 1):
         return "by_head"
-    sites = (site for name in known.load_grads for site in known.sites_of(name, schedule.deterministic is not False))
-    if kernel == "dq" and any(site.kind == "pairs" and not site.by_batch for site in sites):
-        return "by_head"
+    if kernel == "dq":
+        sites = (
+            site for name in known.load_grads for site in known.sites_of(name, schedule.deterministic is not False)
+        )
+        if any(site.kind == "pairs" and not site.by_batch for site in sites):
+            return "by_head"
     return "longest_first"
 
 
