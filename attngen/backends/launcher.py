@@ -284,7 +284,8 @@ class Launcher:
         sites: tuple[CaptureSite, ...],
     ) -> _Ready:
         """A kernel's arguments from their description."""
-        source, lengths = self.sources.find(kernel, call, facts, schedule, tensors, sites), sizes_of(call, schedule)
+        source = self.sources.find(kernel, call, facts, schedule, tensors, sites)
+        lengths = sizes_of(call, schedule, source.grid.heads)
         programs = source.grid.programs(lengths)
         arguments: list[Any] = [None] * len(source.args)
         places: dict[str, list[tuple[int, str]]] = {"tensor": [], "table": [], "param": [], "offset": [], "scale": []}

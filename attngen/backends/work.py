@@ -36,8 +36,8 @@ def environment(call: Call) -> dict[str, Any]:
     }
 
 
-def sizes_of(call: Call, schedule: Schedule) -> dict[str, int]:
-    """The lengths that kernels and grids take."""
+def sizes_of(call: Call, schedule: Schedule, heads_of: str = "q") -> dict[str, int]:
+    """The lengths that kernels and grids take. heads_of: what a kernel's grid has programs for, see `Grid.heads`."""
     batch, heads, n_q, _ = call.q.shape
     processors = multiprocessors(call.q.device)
     return {
@@ -50,15 +50,16 @@ def sizes_of(call: Call, schedule: Schedule) -> dict[str, int]:
         "splits": schedule.split if isinstance(schedule.split, int) else 1,
         "programs": schedule.programs or programs_at_once(processors, schedule.tile("forward").num_warps),
         "multiprocessors": processors,
-        "together": heads_together(call),
+        "together": heads_together(call, heads_of),
     }
 
 
-def heads_together(call: Call) -> int:
-    """How many heads' tiles come by turns, by the keys and values that fit half of the second-level cache."""
+def heads_together(call: Call, heads_of: str) -> int:
+    """How many of a grid's heads have tiles that come by turns, by the keys and values that fit half of the second-level cache."""
     every = call.q.shape[0] * call.q.shape[1] // call.group
     head = max(1, call.n_k * (call.k.shape[3] + call.v.shape[3]) * call.k.element_size())
-    return turns(every, cache_bytes(call.q.device) // 2 // head) * call.group
+    found = turns(every, cache_bytes(call.q.device) // 2 // head)
+    return found if heads_of == "kv" else found * call.group
 
 
 def turns(every: int, fit: int) -> int:

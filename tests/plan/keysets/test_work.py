@@ -265,4 +265,6 @@ def test_what_waits_is_found(monkeypatch: pytest.MonkeyPatch):
 def test_heads_that_take_turns_are_a_part_of_all(batch: int, heads: int, kv: int, together: int):
     """Keys and values of four heads fit half of the cache here: fewer, if all heads are a multiple of more than half of them."""
     q, k = torch.empty(batch, heads, 128, 64), torch.empty(batch, kv, 1024, 64)
-    assert work.heads_together(bind(ag.Spec(), q, k, k, captures={})) == together
+    call = bind(ag.Spec(), q, k, k, captures={})
+    assert work.heads_together(call, "q") == together
+    assert work.heads_together(call, "kv") == together * kv // heads  # of a kernel whose programs walk a whole group
