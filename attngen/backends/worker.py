@@ -46,7 +46,7 @@ class Worker:
         purpose: str = "tuning",
     ):
         self.option, self.starting, self.purpose = option, starting, purpose
-        self._told = self._begun = False
+        self._told = False
         self.begin(job, limit)
         self.command = list(command or (sys.executable, "-m", "attngen.tuning.worker"))
         self._process: subprocess.Popen[str] | None = None
@@ -79,8 +79,7 @@ class Worker:
         self.job, self.limit = job, limit
         # Whether this process was told the job, and has answered; whether one has, so that a death is a candidate's fault; whether it
         # is the job's own.
-        self._told = False
-        self._begun = self._works = self._fresh = False
+        self._told = self._begun = self._works = self._fresh = False
 
     @property
     def alive(self) -> bool:
@@ -115,8 +114,7 @@ class Worker:
         )
         self._answers = queue.Queue()
         threading.Thread(target=_forward, args=(self._process.stdout, self._answers), daemon=True).start()
-        self._told = False
-        self._begun, self._fresh = False, True
+        self._told, self._begun, self._fresh = False, False, True
 
     def _begin(self) -> None:
         try:

@@ -173,9 +173,8 @@ class _Ring(torch.autograd.Function):
         out = out.to(q.dtype)
         ctx.step, ctx.rows = step, [piece.rows for piece in pieces]
         left = *(piece.lse for piece in pieces), *(piece.kept for piece in pieces)
-        ctx.save_for_backward(
-            q, k, v, out, *tensors, *left
-        )  # all of it: so checkpoints reach it, and a backward frees it
+        # All of it through autograd, so that checkpoints reach it and a backward frees it.
+        ctx.save_for_backward(q, k, v, out, *tensors, *left)
         return out, lse
 
     @staticmethod

@@ -139,8 +139,8 @@ class Search:
         """One worker's share, until the time is over."""
         allowed = self._rest()
         worker = Worker({}, allowed, self.command, VARIABLE, allowed, "searching tiles")
-        worker.start()
         try:
+            worker.start()
             for kernel, tile in self._left:
                 if not self._rest():
                     return
@@ -155,7 +155,7 @@ class Search:
     def _try(self, worker: Worker, kernel: str, tile: Tile) -> Tried:
         try:
             source = self._source(kernel, tile)
-            worker.ready()
+            worker.ready()  # which takes time that the answer has no more
             answer = worker.ask(self._request(source), self._rest())
         except WorkerDied as death:
             return Tried(kernel, tile, reason=death.reason, hung=death.status == "timeout")

@@ -76,11 +76,7 @@ CAUSAL, BIAS = ag.causal(), ag.bias("hij")
         (ag.Spec(mask=lambda b, h, i, j: (i >= j) & (j < LENGTH[b])), ag.Schedule(), KERNELS),
         (ag.Spec(mask="i >= j or j < 7"), ag.Schedule(), KERNELS),
         (ag.Spec(mask="i // 64 >= j // 64"), ag.Schedule(), KERNELS),
-        (
-            ag.Spec(mask=CAUSAL & (ag.window(64) | ag.global_tokens(4))),
-            ag.Schedule(),
-            ["dkv"],
-        ),  # which those tokens all have
+        (ag.Spec(mask=CAUSAL & (ag.window(64) | ag.global_tokens(4))), ag.Schedule(), ["dkv"]),  # all see those tokens
         (ag.Spec(mask=CAUSAL, score=BIAS), ag.Schedule(), ["forward", "dkv"]),  # dq adds up its gradient over the batch
         (ag.Spec(mask=CAUSAL, score=ag.bias("bhij")), ag.Schedule(), KERNELS),
         (ag.Spec(mask=CAUSAL), ag.Schedule(split=4), ["dq", "dkv"]),
