@@ -58,6 +58,11 @@ class CaptureSite:
         """Whether a key tile walks the queries."""
         return self.kind == "keys"
 
+    @property
+    def over_batches(self) -> bool:
+        """Whether batches share its pairs, so that a program of dq takes a query tile of each of them in turn."""
+        return self.kind == "pairs" and not self.by_batch
+
     def buffer_shape(
         self, batch: int, heads: int, n_q: int, n_k: int, block_m: int, sizes: tuple[int, ...]
     ) -> list[int]:

@@ -106,7 +106,7 @@ def _carrier(site: CaptureSite, lists: Lists | None, dq: Tile) -> str:
     """
     if isinstance(lists, RowLists):
         return "dq" if site.kind == EDGE_WEIGHTS.kind else "capture"
-    if site.kind == "pairs" and not site.by_batch and (dq.persistent or dq.order != "by_head"):
+    if site.over_batches and (dq.persistent or dq.order != "by_head"):
         return "capture"  # its programs go another way
     if site.kind == "pairs" and not site.by_head:
         return "capture"

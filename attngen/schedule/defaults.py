@@ -198,7 +198,7 @@ def default_order(known: Facts, kernel: str, schedule: Schedule) -> str:
         sites = (
             site for name in known.load_grads for site in known.sites_of(name, schedule.deterministic is not False)
         )
-        if any(site.kind == "pairs" and not site.by_batch for site in sites):
+        if any(site.over_batches for site in sites):
             return "by_head"
     return "longest_first"
 
